@@ -1,0 +1,1 @@
+"""Width pruning for the GLU MLPs of Llama-type models."""

@@ -1,0 +1,226 @@
+"""`prune`: score, select and narrow the MLPs of a loaded model, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from gluprune.families import GLU, model_glus
+from gluprune.narrow import narrow, set_config_widths
+from gluprune.scores import STATIC_SCORES, Score, static_score
+from gluprune.selection import select, target_width
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did.
+
+    kept: layer index -> int64 `[intermediate_size]`, the neurons that stayed, ascending.
+    intermediate_size, original_intermediate_size: neurons a pruned layer has and had.
+    hidden_size: H.
+    parameters, original_parameters: of the whole model, tied weights counted once.
+    score: name of the criterion.
+    """
+
+    kept: dict[int, torch.Tensor]
+    intermediate_size: int
+    original_intermediate_size: int
+    hidden_size: int
+    parameters: int
+    original_parameters: int
+    score: str
+
+    @property
+    def expansion_ratio(self) -> float:
+        return self.intermediate_size / self.hidden_size
+
+    @property
+    def pruning_ratio(self) -> float:
+        return 1 - self.intermediate_size / self.original_intermediate_size
+
+    def to_dict(self) -> dict:
+        """Everything as plain numbers, strings and lists (ready for JSON)."""
+        return {
+            "score": self.score,
+            "intermediate_size": self.intermediate_size,
+            "original_intermediate_size": self.original_intermediate_size,
+            "hidden_size": self.hidden_size,
+            "expansion_ratio": self.expansion_ratio,
+            "pruning_ratio": self.pruning_ratio,
+            "parameters": self.parameters,
+            "original_parameters": self.original_parameters,
+            "kept": {layer: kept.tolist() for layer, kept in self.kept.items()},
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.kept)} layers"
+            f" (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned, score {self.score});"
+            f" {self.original_parameters:,} -> {self.parameters:,} parameters"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _address_range(parameter: torch.Tensor) -> tuple[int, int]:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride()))
+    return parameter.data_ptr(), parameter.data_ptr() + extent * parameter.element_size()
+
+
+def _check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) -> None:
+    """Refuse what cannot be narrowed: projections that are no plain linear layers, absent or shared weights."""
+    for index in layers:
+        for name, projection in glus[index].projections.items():
+            label = f"layer {index}, {name}"
+            if type(projection) is not nn.Linear:
+                raise ValueError(
+                    f"{label} is {type(projection).__name__}, not nn.Linear: quantized or adapted projections cannot be"
+                    " pruned (dequantize, or merge the adapter, first)"
+                )
+            weight = projection.weight
+            if weight.device.type == "meta":
+                raise ValueError(f"{label} is on the meta device: load the weights before pruning")
+            if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+                raise ValueError(
+                    f"{label}.weight is {type(weight).__name__}, not a plain parameter: quantized or sharded weights"
+                    " cannot be pruned"
+                )
+            if not weight.is_floating_point() or weight.element_size() < 2:
+                raise ValueError(f"{label}.weight has dtype {weight.dtype}: allowed are bf16, fp16, fp32 and fp64")
+
+    # Two parameters must not share memory with an MLP's: narrowing one would leave the other behind.
+    pruned = {id(p) for index in layers for projection in glus[index].projections.values() for p in projection.parameters()}
+    ranges = sorted(
+        (*_address_range(parameter), name, id(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.device.type != "meta" and parameter.numel()
+    )
+    end, owner, owner_id = 0, "", 0
+    for start, stop, name, identity in ranges:
+        if start < end and (identity in pruned or owner_id in pruned):
+            raise ValueError(f"{owner} and {name} share memory: tied or shared MLP weights cannot be pruned")
+        if stop > end:
+            end, owner, owner_id = stop, name, identity
+
+
+def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers is empty: give at least one layer index, or None for all")
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers must hold integers, got {index!r}")
+        if not 0 <= index < count:
+            raise ValueError(f"layer index {index} is out of range: the model has layers 0 to {count - 1}")
+        if layers.count(index) > 1:
+            raise ValueError(f"layer index {index} is given twice")
+    return sorted(layers)
+
+
+def _score_layer(score: str | Score, glu: GLU, index: int) -> torch.Tensor:
+    weights = glu.weights()
+    values = score(*weights) if callable(score) else static_score(score, *weights)
+    expected = (glu.intermediate_size,)
+    if not isinstance(values, torch.Tensor) or values.shape != expected:
+        found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"the score of layer {index} must be a tensor of shape {list(expected)}, got {found}")
+    values = values.detach().float().cpu()
+    if values.isnan().any():
+        raise ValueError(f"the score of layer {index} has {int(values.isnan().sum())} NaN of {len(values)} values")
+    return values
+
+
+def _restore_attributes(owner: object, before: dict) -> None:
+    vars(owner).clear()
+    vars(owner).update(before)
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    *,
+    expansion_ratio: float | None = None,
+    pruning_ratio: float | None = None,
+    intermediate_size: int | None = None,
+    score: str | Score = "maw",
+    multiple_of: int = 128,
+    layers: Sequence[int] | None = None,
+) -> PruneReport:
+    """Remove the neurons of lowest score from the GLU MLPs of a Hugging Face causal LM, in place, all or nothing.
+
+    Gate and up lose rows (and bias entries), down loses columns; `out_features`, `in_features`,
+    `mlp.intermediate_size` and the config follow, so `model.save_pretrained` writes a stock checkpoint. Parameter
+    objects stay the same, their stale gradients are dropped. Memory above the model itself stays under one layer's MLP
+    weights. If anything fails, every tensor, attribute and config value is as it was.
+
+    The selection of *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671) is
+    `prune(model, pruning_ratio=p, score="maw", multiple_of=1)`, which keeps `I - int(p * I)` neurons.
+
+    Args:
+        model: a causal LM of a family in `gluprune.families.FAMILIES`.
+        expansion_ratio: intermediate size over hidden size. Exactly one of the three targets must be given.
+        pruning_ratio: share of the neurons to remove, between 0 and 1.
+        intermediate_size: neurons to keep.
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2", or a callable that takes gate `[I, H]`, up `[I, H]` and
+            down `[H, I]` and returns `[I]`, higher is kept.
+        multiple_of: the width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
+        layers: indices of the layers to prune; None means all. Where this leaves layers of different widths, the
+            saved checkpoint loads with `gluprune.load`, and stock `from_pretrained` raises.
+
+    Returns:
+        A `PruneReport`.
+
+    Raises:
+        ValueError: see the message; the model is unchanged.
+        TypeError: an argument of the wrong type; the model is unchanged.
+    """
+    if not callable(score) and score not in STATIC_SCORES:
+        raise ValueError(f"unknown score {score!r}: allowed are {', '.join(STATIC_SCORES)} or a callable")
+    glus = model_glus(model)
+    indices = _check_layers(layers, len(glus))
+    _check_prunable(model, glus, indices)
+    before = {glus[index].intermediate_size for index in indices}
+    if len(before) > 1:
+        raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
+    original, hidden_size = before.pop(), glus[0].hidden_size
+    width = target_width(
+        original,
+        hidden_size,
+        expansion_ratio=expansion_ratio,
+        pruning_ratio=pruning_ratio,
+        width=intermediate_size,
+        multiple_of=multiple_of,
+    )
+
+    original_parameters = count_parameters(model)
+    kept = {
+        index: select(_score_layer(score, glus[index], index), width)
+        for index in tqdm(indices, desc="scoring", unit="layer", disable=None, leave=False)
+    }
+    with ExitStack() as undo:
+        for index in tqdm(indices, desc="narrowing", unit="layer", disable=None, leave=False):
+            narrow(glus[index], kept[index], undo)
+        config = model.config.get_text_config()
+        undo.callback(_restore_attributes, config, dict(vars(config)))
+        set_config_widths(config, [glu.intermediate_size for glu in glus])
+        report = PruneReport(
+            kept=kept,
+            intermediate_size=width,
+            original_intermediate_size=original,
+            hidden_size=hidden_size,
+            parameters=count_parameters(model),
+            original_parameters=original_parameters,
+            score=score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__),
+        )
+        undo.pop_all()
+    return report

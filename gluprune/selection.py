@@ -1,0 +1,86 @@
+"""How many neurons stay, and which."""
+
+from __future__ import annotations
+
+import torch
+
+
+def target_width(
+    intermediate_size: int,
+    hidden_size: int,
+    *,
+    expansion_ratio: float | None = None,
+    pruning_ratio: float | None = None,
+    width: int | None = None,
+    multiple_of: int = 128,
+) -> int:
+    """The intermediate size that a target asks for.
+
+    Exactly one of the three targets must be given. `expansion_ratio` r asks for `r * hidden_size`, `pruning_ratio` p
+    for `I - int(p * I)` (the rule of arXiv 2512.22671), `width` for itself; the answer is the multiple of
+    `multiple_of` nearest to that, halves upwards.
+
+    Args:
+        intermediate_size: today's number of neurons I.
+        hidden_size: H.
+        multiple_of: 128 keeps every row of the narrowed weights aligned to 256 bytes in bf16; 1 gives exact widths.
+
+    Returns:
+        A width in `[1, I - 1]`.
+
+    Raises:
+        ValueError: no target or more than one, a target out of range, or a width that rounds to 0 or to I or above.
+        TypeError: a target that is no number.
+    """
+    targets = {"expansion_ratio": expansion_ratio, "pruning_ratio": pruning_ratio, "intermediate_size": width}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"give exactly one of {', '.join(targets)}; got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}"
+        )
+    (name, value), *_ = given.items()
+    if isinstance(value, bool) or not isinstance(value, int if name == "intermediate_size" else (int, float)):
+        kind = "an integer" if name == "intermediate_size" else "a number"
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple_of!r}")
+
+    if name == "pruning_ratio":
+        if not 0 < value < 1:
+            raise ValueError(f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}")
+        wanted = intermediate_size - int(value * intermediate_size)
+    elif name == "expansion_ratio":
+        today = intermediate_size / hidden_size
+        if not 0 < value < today:
+            raise ValueError(f"expansion_ratio must lie between 0 and today's {today:.4g} (both excluded), got {value}")
+        wanted = round(value * hidden_size)
+    else:
+        if not 0 < value < intermediate_size:
+            raise ValueError(
+                f"intermediate_size must lie between 1 and {intermediate_size - 1} (today it is {intermediate_size}),"
+                f" got {value}"
+            )
+        wanted = value
+
+    rounded = (2 * wanted + multiple_of) // (2 * multiple_of) * multiple_of
+    if not 0 < rounded < intermediate_size:
+        raise ValueError(
+            f"{name}={value} asks for {wanted} neurons, which rounds to {rounded} with multiple_of={multiple_of};"
+            f" allowed is 1 to {intermediate_size - 1}: use another target or a smaller multiple_of"
+        )
+    return rounded
+
+
+def select(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """The `width` neurons of highest score, as ascending indices.
+
+    The choice is made on the CPU whatever the device of the scores, so that equal scores give equal neurons everywhere.
+
+    Args:
+        scores: float32 `[I]`.
+        width: how many to keep, 1 to I.
+
+    Returns:
+        int64 `[width]` on the CPU, ascending.
+    """
+    return torch.topk(scores.cpu(), width).indices.sort().values

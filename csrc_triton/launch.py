@@ -1,9 +1,32 @@
-"""How a kernel is launched: one decided call, and the configurations that decide it."""
+"""How a kernel is launched: one decided call, and the configurations that decide it.
+
+A configuration comes from the table of the GPU at hand (`tuned/<gpu>.json`, written by `python -m csrc_triton.tune`) or
+from the heuristics below. Nothing is tuned at run time, and no device is queried at import.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+PATHS = ("gemv", "decode", "small", "prefill", "cublas")
+PAD = 128  # the intermediate size is padded to this multiple
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+# Shared memory that one program may use, in bytes, and multiprocessors of the usual board, by compute capability.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+DEFAULT_SM = 90  # what tensors that are on no GPU are planned for
+M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TUNED_DIRECTORY = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
@@ -27,3 +50,344 @@ class KernelCall:
         if self.launch_pdl:
             options["launch_pdl"] = True
         self.kernel[self.grid](**self.args, **self.constants, **options)
+
+
+class Plan(NamedTuple):
+    """Calls in launch order and the tensor that they fill. Planning allocates and reads shapes; only `run` launches."""
+
+    output: torch.Tensor
+    calls: list[Any]
+
+    def run(self) -> torch.Tensor:
+        for call in self.calls:
+            call.run()
+        return self.output
+
+
+# --- configurations: one class a kernel, the class is the choice of the kernel ---
+
+
+@dataclass(frozen=True)
+class GateUpGemv:
+    block_n: int
+    num_warps: int
+    pdl: bool
+
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class _GateUpBlocks:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    pdl: bool
+
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        return _buffers(self.num_stages, sm) * (self.block_m + 2 * self.block_n) * self.block_k * itemsize
+
+
+class GateUpSwap(_GateUpBlocks):
+    """The weights are the long operand of the matrix unit."""
+
+
+class GateUpTile(_GateUpBlocks):
+    """The tokens are the long operand of the matrix unit."""
+
+
+@dataclass(frozen=True)
+class GateUpTma:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        tiles = _buffers(self.num_stages, sm) * (self.block_m + 2 * self.block_n) * self.block_k
+        return (tiles + self.block_m * self.block_n) * itemsize  # the result leaves through shared memory as well
+
+
+@dataclass(frozen=True)
+class DownGemv:
+    block_n: int
+    block_k: int
+    unroll: int
+    num_warps: int
+    pdl: bool
+
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class DownSplitK:
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+    pdl: bool
+
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        return _buffers(self.num_stages, sm) * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+GateUpConfig = GateUpGemv | GateUpSwap | GateUpTile | GateUpTma
+DownConfig = DownGemv | DownSplitK
+CONFIGS = {kind.__name__: kind for kind in (GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, DownGemv, DownSplitK)}
+# Which kernels a path is made of; None is cuBLAS.
+PATH_KINDS = {
+    "gemv": ((GateUpGemv,), DownGemv),
+    "decode": ((GateUpSwap,), DownSplitK),
+    "small": ((GateUpTile,), DownSplitK),
+    "prefill": ((GateUpTile, GateUpTma), None),
+    "cublas": (None, None),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A path and the configurations of its two halves; None stands for cuBLAS."""
+
+    path: str
+    gate_up: GateUpConfig | None
+    down: DownConfig | None
+
+
+def _buffers(num_stages: int, sm: int) -> int:
+    """Tiles that a pipelined loop keeps in shared memory: wgmma and tcgen05 read one more while the next ones arrive."""
+    return num_stages if 90 <= sm < 120 else max(num_stages - 1, 1)
+
+
+def is_valid(config: GateUpConfig | DownConfig, sm: int, M: int, H: int, IP: int, dtype: torch.dtype) -> bool:
+    """Whether `config` computes the right thing and fits into the shared memory of a chip of compute capability `sm`."""
+    fields = dataclasses.asdict(config)
+    sizes = [value for name, value in fields.items() if name.startswith("block_") or name == "num_warps"]
+    if not all(value >= 1 and value & (value - 1) == 0 for value in sizes) or fields.get("num_stages", 1) < 1:
+        return False
+    if config.shared_memory(sm, dtype.itemsize) > SHARED_MEMORY.get(sm, min(SHARED_MEMORY.values())):
+        return False
+    if fields.get("pdl") and sm < 90:
+        return False
+    if isinstance(config, GateUpGemv):
+        return M == 1 and PAD % config.block_n == 0
+    if isinstance(config, DownGemv):
+        return M == 1 and config.unroll >= 1
+    if min(config.block_m, config.block_k) < 16 or config.block_n < 16:
+        return False
+    if isinstance(config, DownSplitK):
+        # K runs over IP without a mask.
+        return PAD % config.block_k == 0 and 1 <= config.split_k <= IP // config.block_k
+    if PAD % config.block_n:
+        return False
+    if isinstance(config, GateUpTma):
+        return sm >= 90 and rows_aligned(H, dtype) and H % config.block_k == 0
+    return True
+
+
+def rows_aligned(columns: int, dtype: torch.dtype) -> bool:
+    """Whether contiguous rows of `columns` elements start at 16-byte boundaries."""
+    return columns * dtype.itemsize % 16 == 0
+
+
+# --- the chooser ---
+
+
+def choose_path(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> str:
+    """The path for `M` tokens where no table knows better. These bounds are arithmetic, not measurements."""
+    if sm < 80:
+        return "cublas"  # the kernels use asynchronous copies and bfloat16 matrix instructions
+    if M == 1:
+        return "gemv"
+    if dtype == torch.float32 or not rows_aligned(H, dtype):
+        return "cublas"  # float32 has no fast exact dot in Triton; unaligned rows cannot be copied 16 bytes at a time
+    if M <= 16:
+        return "decode"  # one short side of the matrix unit holds all tokens
+    if M <= 128:
+        return "small"  # below the crossing of memory and matrix unit (263 tokens on H100): still one pass over the weights
+    # Above it the GEMM's rate decides. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does not.
+    return "cublas" if 100 <= sm < 120 else "prefill"
+
+
+def triton_path(M: int) -> str:
+    """The path of Triton kernels for `M` tokens, whether or not cuBLAS would be preferred."""
+    return "gemv" if M == 1 else "decode" if M <= 16 else "small" if M <= 128 else "prefill"
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Launch:
+    """The configurations of `path` where no table has any."""
+    if path == "cublas":
+        return Launch(path, None, None)
+    pdl = sm >= 90
+    if path == "gemv":
+        return Launch(path, _gate_up_gemv(H, dtype, pdl), DownGemv(4, 256, 4, num_warps=4, pdl=pdl))
+    if path == "decode":
+        # 32 gate and 32 up rows of 256 bytes: I / 32 programs, about two or more on each multiprocessor at usual widths.
+        gate_up = GateUpSwap(16, 32, 256 // dtype.itemsize, num_warps=4, num_stages=4, pdl=pdl)
+        return Launch(path, gate_up, _down_splitk(M, H, IP, dtype, sm, pdl))
+    if path == "small":
+        # Up to 128 tokens one row of tiles covers them all, so every weight is read once. 128-byte rows: four stages of the
+        # tallest tile fit 99 KB.
+        gate_up = GateUpTile(_block_m(M), 32, 128 // dtype.itemsize, num_warps=4, num_stages=4, pdl=pdl)
+        return Launch(path, gate_up, _down_splitk(M, H, IP, dtype, sm, pdl))
+    return Launch(path, _gate_up_prefill(M, H, IP, dtype, sm), None)
+
+
+def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:
+    # Two neurons, gate and up, are four rows: with one warp per KB of a row every thread has 128 bytes (eight loads) in
+    # flight and keeps them in 32 registers.
+    row_bytes = triton.next_power_of_2(H) * dtype.itemsize
+    return GateUpGemv(2, num_warps=min(max(row_bytes >> 10, 1), 16), pdl=pdl)
+
+
+def _block_m(M: int) -> int:
+    return min(max(triton.next_power_of_2(M), 16), 128)
+
+
+def _down_splitk(M: int, H: int, IP: int, dtype: torch.dtype, sm: int, pdl: bool) -> DownSplitK:
+    block_m, block_n = _block_m(M), 64  # 64 weight rows: the shortest long side of wgmma
+    # Half the K of a tile where the tokens take half of it or more: four stages then fit 99 KB.
+    block_k = (256 if block_m <= 32 else 128) // dtype.itemsize
+    # Enough splits for two programs on each multiprocessor; above eight the partial results weigh on few tokens' traffic.
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(H, block_n)
+    split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
+    return DownSplitK(block_m, block_n, block_k, split_k, num_warps=4, num_stages=4, pdl=pdl)
+
+
+def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> GateUpConfig:
+    block_k = 128 // dtype.itemsize  # 128 bytes: the widest swizzle of a TMA tile
+    # The large tile (128 gate and 128 up rows) reads least from the L2; with fewer tiles than multiprocessors half of the
+    # chip would idle, so the halved tile is taken. It is also all that 99 KB hold.
+    fills = triton.cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
+    for block_n in (128, 64) if fills else (64,):
+        config = GateUpTma(128, block_n, block_k, num_warps=8, num_stages=3)
+        if is_valid(config, sm, M, H, IP, dtype):
+            return config
+    # 64-byte rows: three stages of the 128 x 256 tile take 48 KB.
+    return GateUpTile(128, 128, 64 // dtype.itemsize, num_warps=8, num_stages=3, pdl=False)
+
+
+def choose(
+    M: int, H: int, IP: int, dtype: torch.dtype, sm: int, path: str | None = None, table: Table | None = None
+) -> Launch:
+    """The launch for `M >= 1` tokens: the table's entry if it has one (of the forced `path`), else the heuristic's."""
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)} or None, got {path!r}")
+    if path == "gemv" and M != 1:
+        raise ValueError(f"path 'gemv' takes exactly one token, got {M}")
+    entry = table.get((sm, H, IP, m_bucket(M), dtype)) if table else None
+    if entry is not None and (path is None or entry.path == path):
+        return entry
+    return heuristic(path or choose_path(M, H, IP, dtype, sm), M, H, IP, dtype, sm)
+
+
+# --- what the device is ---
+
+
+def compute_capability(device: torch.device) -> int:
+    """Compute capability times ten of a CUDA device; `DEFAULT_SM` for any other device."""
+    return _cuda_properties(device)[0] if device.type == "cuda" else DEFAULT_SM
+
+
+def multiprocessors(device: torch.device, sm: int) -> int:
+    """Multiprocessors of a CUDA device; of the usual board of capability `sm` for any other device."""
+    return _cuda_properties(device)[1] if device.type == "cuda" else MULTIPROCESSORS.get(sm, 132)
+
+
+@functools.lru_cache
+def _cuda_properties(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def uses_pdl(config: GateUpConfig | DownConfig) -> bool:
+    """Programmatic dependent launch, unless the kernels are interpreted."""
+    return config.pdl and not triton.knobs.runtime.interpret
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """The float32 dot follows `torch.backends.cuda.matmul.allow_tf32` (this attribute tells both ways of setting it)."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+# --- tables ---
+
+TableKey = tuple[int, int, int, int, torch.dtype]  # sm, H, IP, M bucket, dtype
+Table = dict[TableKey, Launch]
+
+
+def m_bucket(M: int) -> int:
+    """The smallest bucket that holds `M`, or the last one."""
+    return next((bucket for bucket in M_BUCKETS if M <= bucket), M_BUCKETS[-1])
+
+
+def table_path(gpu: str) -> Path:
+    """`tuned/<gpu>.json` for a GPU's name as the driver gives it."""
+    return TUNED_DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+def device_table(device: torch.device) -> Table | None:
+    """The table of a CUDA device's model, or None."""
+    return _device_table(device) if device.type == "cuda" else None
+
+
+@functools.lru_cache
+def _device_table(device: torch.device) -> Table | None:
+    path = table_path(torch.cuda.get_device_name(device))
+    return load_table(path) if path.exists() else None
+
+
+def entry_to_dict(key: TableKey, launch: Launch) -> dict[str, object]:
+    sm, H, IP, bucket, dtype = key
+    return {
+        "sm": sm,
+        "hidden": H,
+        "padded": IP,
+        "tokens": bucket,
+        "dtype": str(dtype).removeprefix("torch."),
+        "path": launch.path,
+        "gate_up": _config_to_dict(launch.gate_up),
+        "down": _config_to_dict(launch.down),
+    }
+
+
+def entry_from_dict(entry: dict[str, Any]) -> tuple[TableKey, Launch]:
+    """The inverse of `entry_to_dict`. Raises KeyError, TypeError or ValueError on what it would never write."""
+    dtype = DTYPES[entry["dtype"]]
+    key = (int(entry["sm"]), int(entry["hidden"]), int(entry["padded"]), int(entry["tokens"]), dtype)
+    sm, H, IP, bucket, _ = key
+    if bucket not in M_BUCKETS:
+        raise ValueError(f"tokens must be one of {M_BUCKETS}, got {bucket}")
+    launch = Launch(entry["path"], _config_from_dict(entry["gate_up"]), _config_from_dict(entry["down"]))
+    gate_up_kinds, down_kind = PATH_KINDS[launch.path]
+    if (type(launch.gate_up) not in (gate_up_kinds or (type(None),))) or type(launch.down) is not (down_kind or type(None)):
+        raise ValueError(f"path {launch.path!r} cannot be made of {launch.gate_up} and {launch.down}")
+    for config in (launch.gate_up, launch.down):
+        if config is not None and not is_valid(config, sm, bucket, H, IP, dtype):
+            raise ValueError(f"{config} is not valid for sm_{sm}, H {H}, padded width {IP} and {dtype}")
+    return key, launch
+
+
+def load_table(path: Path) -> Table:
+    """Read a table written by `python -m csrc_triton.tune`. Raises ValueError, naming the file, if it is malformed."""
+    try:
+        return dict(entry_from_dict(entry) for entry in json.loads(path.read_text())["entries"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"malformed table {path}: {type(error).__name__}: {error}") from error
+
+
+def _config_to_dict(config: GateUpConfig | DownConfig | None) -> dict[str, object] | None:
+    return None if config is None else {"kind": type(config).__name__, **dataclasses.asdict(config)}
+
+
+def _config_from_dict(fields: dict[str, Any] | None) -> GateUpConfig | DownConfig | None:
+    if fields is None:
+        return None
+    return CONFIGS[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})

@@ -50,7 +50,7 @@ class NeuronStatistics(NamedTuple):
 @triton.jit
 def _peak_to_peak(maximum, minimum, magnitude):
     # tl.max and tl.min step over NaN. A sum of magnitudes is NaN exactly if a NaN is among them: infinities cannot cancel.
-    return tl.where(magnitude == magnitude, maximum + tl.abs(minimum), magnitude)
+    return tl.where(magnitude == magnitude, maximum + tl.abs(minimum), magnitude)  # noqa: PLR0124
 
 
 @triton.jit
@@ -148,13 +148,11 @@ def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
 
 
 def _readable_columns(down: torch.Tensor) -> int:
-    """Columns of `down` that may be read: I rounded up to 16 where the row pitch and the storage hold them, else I."""
+    """Columns of `down` that may be read: I rounded up to 16 if the storage holds them behind the last row too, else I."""
     height, width = down.shape
     rounded = triton.cdiv(width, 16) * 16
-    pitch = down.stride(0)
-    end = down.storage_offset() + (height - 1) * pitch + rounded
-    held = down.untyped_storage().nbytes() // down.element_size()
-    return rounded if pitch >= rounded and end <= held else width
+    end = down.storage_offset() + (height - 1) * down.stride(0) + rounded
+    return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
 
 
 def plan_neuron_scores(

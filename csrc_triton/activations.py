@@ -22,7 +22,7 @@ def silu(x):
 
 @triton.jit
 def gelu_tanh(x):
-    # 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z)): no difference of near-equal numbers, and an overflowing exp gives the limit.
+    # 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z)): nothing cancels, and an overflowing exp gives the limit.
     z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(-2.0 * z))
 
@@ -58,7 +58,7 @@ def act_mul_kernel(h, a, gate_bias, up_bias, I, IP, ACTIVATION: tl.constexpr, BL
 
 
 def plan_act_mul(h, intermediate_size, activation="silu", gate_bias=None, up_bias=None) -> Plan:
-    """act(gate + gate_bias) * (up + up_bias) of the packed projections `h` `[M, 2 * IP]` -> `[M, IP]`, zero from I on."""
+    """act(gate + gate_bias) * (up + up_bias) of packed projections `h` `[M, 2 * IP]` -> `[M, IP]`, zero from I on."""
     M, IP = h.shape[0], h.shape[1] // 2
     a = torch.empty((M, IP), dtype=h.dtype, device=h.device)
     call = KernelCall(

@@ -1,4 +1,7 @@
-"""The down projection for few tokens. K runs over the padded width IP: aligned, unmasked, and exact because pads are zero."""
+"""The down projection for few tokens.
+
+The sum runs over the padded width IP, where both operands are zero from I on: exact, and every load is aligned.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton.language as tl
 
 from .launch import DownGemv, DownSplitK, KernelCall, Plan, input_precision, uses_pdl
 
-SUM_BLOCK = 256
+SUM_BLOCK = 512
 
 
 @triton.jit
@@ -24,25 +27,23 @@ def down_gemv_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    FIRST: tl.constexpr = BLOCK_K * UNROLL
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    row_ptrs = down + tl.minimum(rows, H - 1).to(tl.int64)[:, None] * IP  # [BLOCK_N, 1]
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    w_ptrs = down + tl.minimum(rows, H - 1).to(tl.int64)[:, None] * IP + columns  # [BLOCK_N, BLOCK_K]
     # a takes the shape of a weight tile: loaded in the same layout, it needs no exchange through shared memory.
-    a_ptrs = a + (rows * 0)[:, None]
-    head = tl.arange(0, FIRST)[None, :]
-    head_inside = head < IP
-    head_w = tl.load(row_ptrs + head, mask=head_inside, other=0.0, eviction_policy="evict_first")  # [BLOCK_N, FIRST]
+    a_ptrs = a + (rows * 0)[:, None] + columns
+    w0 = tl.load(w_ptrs, mask=columns < IP, other=0.0, eviction_policy="evict_first")
+    w1 = tl.load(w_ptrs + BLOCK_K, mask=columns + BLOCK_K < IP, other=0.0, eviction_policy="evict_first")
     if PDL:  # the first weights are on their way, a is still being written by the kernel before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    out = tl.sum(head_w.to(tl.float32) * tl.load(a_ptrs + head, mask=head_inside, other=0.0).to(tl.float32), 1)
-    columns = tl.arange(0, BLOCK_K)[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in tl.range(FIRST, IP, BLOCK_K, loop_unroll_factor=UNROLL):
+    acc = w0.to(tl.float32) * tl.load(a_ptrs, mask=columns < IP, other=0.0).to(tl.float32)
+    acc += w1.to(tl.float32) * tl.load(a_ptrs + BLOCK_K, mask=columns + BLOCK_K < IP, other=0.0).to(tl.float32)
+    for k in tl.range(2 * BLOCK_K, IP, BLOCK_K, loop_unroll_factor=UNROLL):
         inside = columns + k < IP
-        w = tl.load(row_ptrs + k + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        acc += w.to(tl.float32) * tl.load(a_ptrs + k + columns, mask=inside, other=0.0).to(tl.float32)
-    out += tl.sum(acc, 1)  # [BLOCK_N]
+        w = tl.load(w_ptrs + k, mask=inside, other=0.0, eviction_policy="evict_first")
+        acc += w.to(tl.float32) * tl.load(a_ptrs + k, mask=inside, other=0.0).to(tl.float32)
+    out = tl.sum(acc, 1)  # [BLOCK_N]
     if bias is not None:
         out += tl.load(bias + rows, mask=rows < H, other=0.0).to(tl.float32)
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < H)
@@ -51,7 +52,7 @@ def down_gemv_kernel(
 def plan_down_gemv(a, down, bias, config: DownGemv) -> Plan:
     """`[1, IP]` -> `[1, H]`.
 
-    With PDL the first weights are requested before the wait, so the kernel launched just before must not be writing them.
+    With PDL the first weights are requested before the wait: the kernel launched just before must not write them.
     """
     H, IP = down.shape
     y = torch.empty((1, H), dtype=a.dtype, device=a.device)
@@ -107,26 +108,29 @@ def down_splitk_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["size"])
-def sum_partials_kernel(partials, y, bias, size, H, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < size
+@triton.jit(do_not_specialize=["M"])
+def sum_partials_kernel(
+    partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    inside = columns < H
+    out = tl.zeros((BLOCK_N,), tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    ptrs = partials + offsets
-    out = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(SPLIT_K):  # always in this order: the same input gives the same bits
-        out += tl.load(ptrs, mask=inside, other=0.0)
-        ptrs += size
+    for split in tl.static_range(SPLIT_K):  # always in this order: the same input gives the same bits
+        out += tl.load(partials + (split * M + token) * H + columns, mask=inside, other=0.0)
     if bias is not None:
-        out += tl.load(bias + offsets % H, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + offsets, out.to(y.dtype.element_ty), mask=inside)
+        out += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token * H + columns, out.to(y.dtype.element_ty), mask=inside)
 
 
 def plan_down_splitk(a, down, bias, config: DownSplitK) -> Plan:
-    """`[M, IP]` -> `[M, H]`: the width is cut into `split_k` ranges, so that few tokens still fill the chip; float32 partial
-    results `[split_k, M, H]` are added in a fixed order, without atomics."""
+    """`[M, IP]` -> `[M, H]`: the width is cut into `split_k` ranges, so that few tokens still fill the chip.
+
+    The float32 partial results `[split_k, M, H]` are added in a fixed order, without atomics.
+    """
     M = a.shape[0]
     H, IP = down.shape
     partials = torch.empty((config.split_k, M, H), dtype=torch.float32, device=a.device)
@@ -150,9 +154,9 @@ def plan_down_splitk(a, down, bias, config: DownSplitK) -> Plan:
     )
     total = KernelCall(
         sum_partials_kernel,
-        (triton.cdiv(M * H, SUM_BLOCK),),
-        dict(partials=partials, y=y, bias=bias, size=M * H, H=H),
-        dict(SPLIT_K=config.split_k, BLOCK=SUM_BLOCK, PDL=pdl),
+        (M, triton.cdiv(H, SUM_BLOCK)),
+        dict(partials=partials, y=y, bias=bias, M=M, H=H),
+        dict(SPLIT_K=config.split_k, BLOCK_N=SUM_BLOCK, PDL=pdl),
         num_warps=4,
         num_stages=1,
         launch_pdl=pdl,

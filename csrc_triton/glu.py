@@ -1,7 +1,7 @@
 """The forward pass of a GLU MLP on padded weights: `down(act(gate(x)) * up(x))`.
 
-The intermediate size `I` may be any integer; the buffers are padded with zeros to `IP`, the next multiple of 128, which is
-exact and keeps every weight load 16 bytes wide.
+The intermediate size `I` may be any integer; the buffers are padded with zeros to `IP`, the next multiple of 128, which
+is exact and keeps every weight load 16 bytes wide.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def glu_mlp(
 ) -> torch.Tensor:
     """GLU MLP (Shazeer 2020, eq. 6) of `x` `[M, H]`; returns a new `[M, H]` tensor in x's dtype.
 
-    `gate_up` `[2, IP, H]` and `down` `[H, IP]` are contiguous, with rows (columns) `intermediate_size`..IP zero and IP the
-    intermediate size rounded up to 128; biases are `[I]`, `[I]`, `[H]` or None. All are bfloat16, float16 or float32, of one
-    dtype on one device. Sums are kept in float32 and are deterministic; float32 inputs are multiplied in full precision
-    unless `torch.backends.cuda.matmul.allow_tf32`. `x` may have any strides. No autograd.
+    `gate_up` `[2, IP, H]` and `down` `[H, IP]` are contiguous, with rows (columns) `intermediate_size`..IP zero and IP
+    the intermediate size rounded up to 128; biases are `[I]`, `[I]`, `[H]` or None. All are bfloat16, float16 or
+    float32, of one dtype on one device. Sums are kept in float32 and are deterministic; float32 inputs are multiplied
+    in full precision unless `torch.backends.cuda.matmul.allow_tf32`. `x` may have any strides. No autograd.
 
     `path` forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by shape and device.
-    With one to 128 tokens on sm_90 and later, the kernel launched just before must not be writing the weights: they are
+    With one token on sm_90 and later, the kernel launched just before must not be writing the weights: they are
     requested before it ends. Raises ValueError or TypeError on any other input.
     """
     _check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias)
@@ -104,7 +104,7 @@ def plan_matmul(x, weight, bias) -> Plan:
 
 
 def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str, int, KernelCall]]:
-    """Every kernel call `(label, M, call)` that the heuristics launch on compute capability `sm` for one M of each regime.
+    """The kernel calls `(label, M, call)` of the heuristics on compute capability `sm`, for an M or two of each regime.
 
     Planned on meta tensors: no device, no memory. Forced paths are included where the chooser prefers cuBLAS.
     """
@@ -158,8 +158,8 @@ def _check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, 
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)} for H {H} and intermediate size {I}, got {list(tensor.shape)}")
+            raise ValueError(f"{name} must be {list(shape)} (H {H}, intermediate size {I}), got {list(tensor.shape)}")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise TypeError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
         if not tensor.is_contiguous() or tensor.data_ptr() % 16 and name in ("gate_up", "down"):
-            raise ValueError(f"{name} must be contiguous and start at a 16-byte boundary, got strides {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous from a 16-byte boundary, got strides {tensor.stride()}")

@@ -1,7 +1,7 @@
 """gate and up projections with the activation for few tokens, where reading the weights is the whole cost.
 
-Both kernels read every weight once. With PDL (programmatic dependent launch) a kernel starts while its predecessor on the
-stream still runs and waits for it before touching `x`.
+Both kernels read every weight once. With PDL (programmatic dependent launch) a kernel starts while its predecessor on
+the stream still runs, and waits for it before touching `x`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def gate_up_gemv_kernel(
 
 
 def plan_gate_up_gemv(x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpGemv) -> Plan:
-    """`[1, H]` -> `[1, IP]`: each program loads the whole rows of `BLOCK_N` neurons at once and reduces them in float32.
+    """`[1, H]` -> `[1, IP]`: each program loads whole rows of `BLOCK_N` neurons at once and sums them in float32.
 
-    With PDL the weights are requested before the wait, so the kernel launched just before must not be writing them.
+    With PDL the weights are requested before the wait: the kernel launched just before must not write them.
     """
     _, IP, H = gate_up.shape
     a = torch.empty((x.shape[0], IP), dtype=x.dtype, device=x.device)
@@ -104,8 +104,8 @@ def gate_up_swap_kernel(
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first = tl.program_id(1) * BLOCK_N
     neurons = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    # Eight gate rows, then the same eight neurons' up rows, and so on: the matrix units leave both results of a neuron in one
-    # thread, and a block of 2 * BLOCK_N rows feeds one dot.
+    # Eight gate rows, then the up rows of the same eight neurons, and so on: one dot for both, and the matrix unit
+    # leaves both results of a neuron in one thread.
     r = tl.arange(0, 2 * BLOCK_N)
     rows = first + (r // 16) * 8 + r % 8 + (r // 8 % 2) * IP  # [2 * BLOCK_N]
     columns = tl.arange(0, BLOCK_K)[None, :]
@@ -118,13 +118,15 @@ def gate_up_swap_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     for k in range(0, H, BLOCK_K):
         if EVEN_K:
-            w = tl.load(w_ptrs + k, eviction_policy="evict_first")
-            x_tile = tl.load(x_ptrs + k)
+            w = tl.load(w_ptrs, eviction_policy="evict_first")
+            x_tile = tl.load(x_ptrs)
         else:
             inside = columns + k < H
-            w = tl.load(w_ptrs + k, mask=inside, other=0.0, eviction_policy="evict_first")
-            x_tile = tl.load(x_ptrs + k, mask=inside, other=0.0)
+            w = tl.load(w_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
+            x_tile = tl.load(x_ptrs, mask=inside, other=0.0)
         acc = tl.dot(w, x_tile.T, acc, input_precision=INPUT_PRECISION)  # [2 * BLOCK_N, BLOCK_M]
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
     pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 8, 2, 8, BLOCK_M)), (0, 2, 3, 1))
     gate, up = tl.split(pairs)  # [BLOCK_N // 8, 8, BLOCK_M]
     gate = tl.reshape(gate, (BLOCK_N, BLOCK_M))
@@ -139,7 +141,7 @@ def gate_up_swap_kernel(
 
 
 def plan_gate_up_swap(x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpSwap) -> Plan:
-    """`[M, H]` -> `[M, IP]` for few tokens: the weights are the long operand of the matrix unit, the tokens the short one."""
+    """`[M, H]` -> `[M, IP]`: the weights are the long operand of the matrix unit, the tokens the short one."""
     M = x.shape[0]
     _, IP, H = gate_up.shape
     a = torch.empty((x.shape[0], IP), dtype=x.dtype, device=x.device)

@@ -1,4 +1,7 @@
-"""gate and up projections with the activation for many tokens: two GEMMs that share the tokens' tile, fused in registers."""
+"""gate and up projections with the activation for many tokens.
+
+Two GEMMs that share the tile of tokens and keep both results in registers until the activation has joined them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import glu, load_bias
-from .launch import GateUpTile, GateUpTma, KernelCall, Plan, input_precision, multiprocessors, uses_pdl
+from .launch import GateUpTile, GateUpTma, KernelCall, Plan, input_precision, multiprocessors
 
 # Tiles are visited in groups of this many rows of tiles, so that neighbours in time share weights and tokens in the L2.
 GROUP_M = 8
@@ -53,7 +56,6 @@ def gate_up_tile_kernel(
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), IP // BLOCK_N, GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -65,21 +67,21 @@ def gate_up_tile_kernel(
     up_ptrs = gate_up + (IP + neurons).to(tl.int64)[:, None] * H + columns
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     for k in range(0, H, BLOCK_K):
         if EVEN_K:
-            x_tile = tl.load(x_ptrs + k)
-            gate_w = tl.load(gate_ptrs + k)
-            up_w = tl.load(up_ptrs + k)
+            x_tile = tl.load(x_ptrs)
+            gate_w = tl.load(gate_ptrs)
+            up_w = tl.load(up_ptrs)
         else:
             inside = columns + k < H
-            x_tile = tl.load(x_ptrs + k, mask=inside, other=0.0)
-            gate_w = tl.load(gate_ptrs + k, mask=inside, other=0.0)
-            up_w = tl.load(up_ptrs + k, mask=inside, other=0.0)
+            x_tile = tl.load(x_ptrs, mask=inside, other=0.0)
+            gate_w = tl.load(gate_ptrs, mask=inside, other=0.0)
+            up_w = tl.load(up_ptrs, mask=inside, other=0.0)
         gate = tl.dot(x_tile, gate_w.T, gate, input_precision=INPUT_PRECISION)
         up = tl.dot(x_tile, up_w.T, up, input_precision=INPUT_PRECISION)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
     out = glu_tile(gate, up, gate_bias, up_bias, neurons, I, ACTIVATION)
     a_ptrs = a + tokens.to(tl.int64)[:, None] * IP + neurons[None, :]  # [BLOCK_M, BLOCK_N]
     tl.store(a_ptrs, out.to(a.dtype.element_ty), mask=tokens[:, None] < M)
@@ -90,7 +92,6 @@ def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_b
     M = x.shape[0]
     _, IP, H = gate_up.shape
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)
-    pdl = uses_pdl(config)
     call = KernelCall(
         gate_up_tile_kernel,
         (triton.cdiv(M, config.block_m) * (IP // config.block_n),),
@@ -114,11 +115,9 @@ def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_b
             EVEN_K=H % config.block_k == 0,
             ACTIVATION=activation,
             INPUT_PRECISION=input_precision(x.dtype),
-            PDL=pdl,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        launch_pdl=pdl,
     )
     return Plan(a, [call])
 
@@ -159,9 +158,14 @@ def gate_up_tma_kernel(
         a.store([token, neuron], out.to(a.dtype))  # rows past M are dropped by the descriptor
 
 
-def plan_gate_up_tma(x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpTma, sm) -> Plan:
-    """`[M, H]` -> `[M, IP]` with hardware tile copies (sm_90 and later): as many programs as multiprocessors, each taking
-    every n-th tile. The rows of `x` and of the weights must start at 16-byte boundaries."""
+def plan_gate_up_tma(
+    x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpTma, sm: int
+) -> Plan:
+    """`[M, H]` -> `[M, IP]` with hardware tile copies (sm_90 and later).
+
+    As many programs as multiprocessors, each taking every n-th tile. The rows of `x` and of the weights must start at
+    16-byte boundaries.
+    """
     M = x.shape[0]
     _, IP, H = gate_up.shape
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)

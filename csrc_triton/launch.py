@@ -34,7 +34,7 @@ class KernelCall:
     """One kernel launch, fully decided. The same object is run on a GPU and compiled ahead of time without one.
 
     `args` are the runtime arguments by parameter name (tensors, ints, `TensorDescriptor`s, None), `constants` the
-    `tl.constexpr` parameters. Parameters that a kernel lists in `do_not_specialize` are never specialised on their value.
+    `tl.constexpr` parameters. What a kernel lists in `do_not_specialize` is never specialised on its value.
     """
 
     kernel: Any
@@ -78,7 +78,9 @@ class GateUpGemv:
 
 
 @dataclass(frozen=True)
-class _GateUpBlocks:
+class GateUpSwap:
+    """The weights are the long operand of the matrix unit, the tokens the short one."""
+
     block_m: int
     block_n: int
     block_k: int
@@ -90,12 +92,16 @@ class _GateUpBlocks:
         return _buffers(self.num_stages, sm) * (self.block_m + 2 * self.block_n) * self.block_k * itemsize
 
 
-class GateUpSwap(_GateUpBlocks):
-    """The weights are the long operand of the matrix unit."""
+@dataclass(frozen=True)
+class GateUpTile:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
-
-class GateUpTile(_GateUpBlocks):
-    """The tokens are the long operand of the matrix unit."""
+    def shared_memory(self, sm: int, itemsize: int) -> int:
+        return _buffers(self.num_stages, sm) * (self.block_m + 2 * self.block_n) * self.block_k * itemsize
 
 
 @dataclass(frozen=True)
@@ -141,12 +147,13 @@ GateUpConfig = GateUpGemv | GateUpSwap | GateUpTile | GateUpTma
 DownConfig = DownGemv | DownSplitK
 CONFIGS = {kind.__name__: kind for kind in (GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, DownGemv, DownSplitK)}
 # Which kernels a path is made of; None is cuBLAS.
+NoneType = type(None)
 PATH_KINDS = {
     "gemv": ((GateUpGemv,), DownGemv),
     "decode": ((GateUpSwap,), DownSplitK),
-    "small": ((GateUpTile,), DownSplitK),
-    "prefill": ((GateUpTile, GateUpTma), None),
-    "cublas": (None, None),
+    "small": ((GateUpSwap,), DownSplitK),
+    "prefill": ((GateUpTile, GateUpTma), NoneType),
+    "cublas": ((NoneType,), NoneType),
 }
 
 
@@ -160,12 +167,12 @@ class Launch:
 
 
 def _buffers(num_stages: int, sm: int) -> int:
-    """Tiles that a pipelined loop keeps in shared memory: wgmma and tcgen05 read one more while the next ones arrive."""
+    """Tiles that a pipelined loop keeps in shared memory: wgmma and tcgen05 hold one more while the next arrive."""
     return num_stages if 90 <= sm < 120 else max(num_stages - 1, 1)
 
 
 def is_valid(config: GateUpConfig | DownConfig, sm: int, M: int, H: int, IP: int, dtype: torch.dtype) -> bool:
-    """Whether `config` computes the right thing and fits into the shared memory of a chip of compute capability `sm`."""
+    """Whether `config` computes the right thing and fits into the shared memory of compute capability `sm`."""
     fields = dataclasses.asdict(config)
     sizes = [value for name, value in fields.items() if name.startswith("block_") or name == "num_warps"]
     if not all(value >= 1 and value & (value - 1) == 0 for value in sizes) or fields.get("num_stages", 1) < 1:
@@ -209,7 +216,7 @@ def choose_path(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> str:
     if M <= 16:
         return "decode"  # one short side of the matrix unit holds all tokens
     if M <= 128:
-        return "small"  # below the crossing of memory and matrix unit (263 tokens on H100): still one pass over the weights
+        return "small"  # one row of tiles, and by arithmetic still bound by the weights (up to 263 tokens on H100)
     # Above it the GEMM's rate decides. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does not.
     return "cublas" if 100 <= sm < 120 else "prefill"
 
@@ -227,16 +234,19 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
     pdl = sm >= 90
     if path == "gemv":
         return Launch(path, _gate_up_gemv(H, dtype, pdl), DownGemv(4, 256, 4, num_warps=4, pdl=pdl))
-    if path == "decode":
-        # 32 gate and 32 up rows of 256 bytes: I / 32 programs, about two or more on each multiprocessor at usual widths.
-        gate_up = GateUpSwap(16, 32, 256 // dtype.itemsize, num_warps=4, num_stages=4, pdl=pdl)
-        return Launch(path, gate_up, _down_splitk(M, H, IP, dtype, sm, pdl))
-    if path == "small":
-        # Up to 128 tokens one row of tiles covers them all, so every weight is read once. 128-byte rows: four stages of the
-        # tallest tile fit 99 KB.
-        gate_up = GateUpTile(_block_m(M), 32, 128 // dtype.itemsize, num_warps=4, num_stages=4, pdl=pdl)
-        return Launch(path, gate_up, _down_splitk(M, H, IP, dtype, sm, pdl))
-    return Launch(path, _gate_up_prefill(M, H, IP, dtype, sm), None)
+    if path == "prefill":
+        return Launch(path, _gate_up_prefill(M, H, IP, dtype, sm), None)
+    # "decode" and "small": one row of tiles covers all tokens (up to 128), so every weight is read once.
+    block_m = 16 if path == "decode" else min(max(triton.next_power_of_2(M), 32), 128)
+    # Rows of 256 bytes while the tokens' side is short; then of 128, so that four stages of the tallest tile fit 99 KB.
+    block_k = (256 if block_m == 16 else 128) // dtype.itemsize
+    # 32 gate and 32 up rows fill the long side of the matrix unit (64 rows of wgmma), and I / 32 programs the chip.
+    gate_up = GateUpSwap(block_m, 32, block_k, num_warps=4, num_stages=4, pdl=pdl)
+    # 64 rows of down. Splits for two programs on each multiprocessor; above eight the partial results weigh too much.
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(H, 64)
+    split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
+    down = DownSplitK(block_m, 64, block_k, split_k, num_warps=4, num_stages=4, pdl=pdl)
+    return Launch(path, gate_up, down)
 
 
 def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:
@@ -246,31 +256,17 @@ def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:
     return GateUpGemv(2, num_warps=min(max(row_bytes >> 10, 1), 16), pdl=pdl)
 
 
-def _block_m(M: int) -> int:
-    return min(max(triton.next_power_of_2(M), 16), 128)
-
-
-def _down_splitk(M: int, H: int, IP: int, dtype: torch.dtype, sm: int, pdl: bool) -> DownSplitK:
-    block_m, block_n = _block_m(M), 64  # 64 weight rows: the shortest long side of wgmma
-    # Half the K of a tile where the tokens take half of it or more: four stages then fit 99 KB.
-    block_k = (256 if block_m <= 32 else 128) // dtype.itemsize
-    # Enough splits for two programs on each multiprocessor; above eight the partial results weigh on few tokens' traffic.
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(H, block_n)
-    split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
-    return DownSplitK(block_m, block_n, block_k, split_k, num_warps=4, num_stages=4, pdl=pdl)
-
-
 def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> GateUpConfig:
     block_k = 128 // dtype.itemsize  # 128 bytes: the widest swizzle of a TMA tile
-    # The large tile (128 gate and 128 up rows) reads least from the L2; with fewer tiles than multiprocessors half of the
-    # chip would idle, so the halved tile is taken. It is also all that 99 KB hold.
+    # The large tile (128 gate and 128 up rows) reads least from the L2. With fewer tiles than multiprocessors much of
+    # the chip would idle, so the halved tile is taken, which is also all that 99 KB hold.
     fills = triton.cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
     for block_n in (128, 64) if fills else (64,):
         config = GateUpTma(128, block_n, block_k, num_warps=8, num_stages=3)
         if is_valid(config, sm, M, H, IP, dtype):
             return config
     # 64-byte rows: three stages of the 128 x 256 tile take 48 KB.
-    return GateUpTile(128, 128, 64 // dtype.itemsize, num_warps=8, num_stages=3, pdl=False)
+    return GateUpTile(128, 128, 64 // dtype.itemsize, num_warps=8, num_stages=3)
 
 
 def choose(
@@ -312,7 +308,7 @@ def uses_pdl(config: GateUpConfig | DownConfig) -> bool:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """The float32 dot follows `torch.backends.cuda.matmul.allow_tf32` (this attribute tells both ways of setting it)."""
+    """The float32 dot follows `torch.backends.cuda.matmul`, whether set by `allow_tf32` or `fp32_precision`."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -367,7 +363,7 @@ def entry_from_dict(entry: dict[str, Any]) -> tuple[TableKey, Launch]:
         raise ValueError(f"tokens must be one of {M_BUCKETS}, got {bucket}")
     launch = Launch(entry["path"], _config_from_dict(entry["gate_up"]), _config_from_dict(entry["down"]))
     gate_up_kinds, down_kind = PATH_KINDS[launch.path]
-    if (type(launch.gate_up) not in (gate_up_kinds or (type(None),))) or type(launch.down) is not (down_kind or type(None)):
+    if type(launch.gate_up) not in gate_up_kinds or type(launch.down) is not down_kind:
         raise ValueError(f"path {launch.path!r} cannot be made of {launch.gate_up} and {launch.down}")
     for config in (launch.gate_up, launch.down):
         if config is not None and not is_valid(config, sm, bucket, H, IP, dtype):

@@ -86,9 +86,9 @@ def _row_statistics(weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_RO
 
     stored = rows < I
     tl.store(ppm + rows, _peak_to_peak(maximum, minimum, magnitude), mask=stored)
-    centred = deviation_squares - deviation * (deviation / H)
-    centred = tl.maximum(centred, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(variance + rows, centred / (H - 1), mask=stored)
+    # Correctly rounded: for a constant row, whose deviations are a few units in the last place, the difference is exactly 0.
+    mean_deviation = tl.div_rn(deviation, tl.full((BLOCK_ROWS,), H, tl.float32))
+    tl.store(variance + rows, (deviation_squares - deviation * mean_deviation) / (H - 1), mask=stored)
     tl.store(l1 + rows, magnitude, mask=stored)
     tl.store(l2 + rows, tl.sqrt_rn(squares), mask=stored)
 

@@ -129,12 +129,12 @@ def test_variance_when_the_first_chunk_is_unlike_the_rest():
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=1e-5)
 
 
-def test_variance_of_constant_rows_is_not_negative():
-    """The mean of equal numbers is not always that number: rounding must not leave a negative sum of squares."""
+def test_variance_of_constant_rows_is_zero():
+    """Also where the mean of equal numbers is, rounded, not that number."""
     constants = torch.rand(200, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float32) + 0.5
-    gate = constants.expand(200, 1000).contiguous().to(DEVICE)
-    variance = neuron_scores(gate, gate, gate.T.contiguous()).gate_variance
-    assert (variance >= 0).all() and (variance < 1e-12).all()
+    gate = constants.expand(200, 1030).contiguous().to(DEVICE)
+    statistics = neuron_scores(gate, gate, gate.T.contiguous())
+    assert (statistics.gate_variance == 0).all() and (statistics.up_variance == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gluprune.families import model_glus
+from gluprune import files
+from gluprune.families import family_of, model_glus
 from gluprune.narrow import resize, set_config_widths
 
 
@@ -29,21 +31,46 @@ def check_destination(destination: str | Path) -> Path:
 
 
 @contextmanager
-def complete_folder(destination: str | Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the destination's name when the block ends well.
+def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes the destination's name when the block ends well and all is on the disk.
 
-    At every moment the destination is either absent (or the empty folder it was) or complete.
+    At every moment the destination is either absent (or the empty folder it was) or complete. Until then the folder
+    lies in a work folder beside the destination; what the block writes there outside the folder never reaches the
+    destination.
+
+    Args:
+        destination: a folder that does not exist or is empty.
+        key: names what is being written. With a key, finished files outlive a failure, for a later call to go on with.
+        resume: find what an earlier call with this key left, instead of an empty folder.
+
+    Raises:
+        ValueError: the destination exists and is not empty, or another process is writing the same.
+        OSError: names the file or folder that could not be written.
     """
     destination = check_destination(destination).absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's own mode shuts other users out
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    prefix, suffix = f".{destination.name}.", ".partial"
+    if key is None:
+        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=destination.parent))
+    else:
+        work = destination.with_name(prefix + key + suffix)
+        work.mkdir(exist_ok=True)
+    with files.locked(work):
+        if not resume:
+            for left in work.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        folder = work / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+            files.sync_tree(folder)
+            files.rename(folder, destination)
+        except BaseException:
+            if key is None or not any(path.is_file() for path in work.rglob("*")):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work)
+        files.sync(destination.parent)
 
 
 def save(model: PreTrainedModel, destination: str | Path, tokenizer=None) -> Path:
@@ -88,6 +115,35 @@ def layer_widths(config: PreTrainedConfig) -> list[int]:
     return [layer.intermediate_size for layer in text.per_layer_config]
 
 
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The stock causal LM class, or a subclass of it that gives every MLP its own width while it is built."""
+    stock = AutoModelForCausalLM._model_mapping[type(config)]
+    widths = layer_widths(config)
+    if len(set(widths)) == 1:
+        return stock
+
+    def build(self, config, *args, **options):
+        text = config.get_text_config()
+        set_config_widths(text, [max(widths)] * len(widths))
+        stock.__init__(self, config, *args, **options)
+        set_config_widths(text, widths)
+        for glu, width in zip(model_glus(self), widths):
+            resize(glu, width)
+
+    return type(stock.__name__, (stock,), {"__init__": build})
+
+
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes and dtypes without memory.
+
+    Raises:
+        ValueError: the model type is not supported.
+    """
+    family_of(config)
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+
+
 def load(path: str | Path, **kwargs) -> PreTrainedModel:
     """Load a causal LM, layers of different widths included.
 
@@ -100,22 +156,14 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
         kwargs: passed on to `from_pretrained` (dtype, device_map, revision, ...).
 
     Raises:
-        ValueError: the path is no model.
+        ValueError: the path is no model, or its family is not supported.
     """
     hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if key in kwargs}
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
-    widths = layer_widths(config)
-    if len(set(widths)) == 1:
+    family_of(config)
+    if len(set(layer_widths(config))) == 1:
         return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
-    stock = AutoModelForCausalLM._model_mapping[type(config)]
-
-    def build(self, config, *args, **options):
-        set_config_widths(config.get_text_config(), [max(widths)] * len(widths))
-        stock.__init__(self, config, *args, **options)
-        set_config_widths(config.get_text_config(), widths)
-        for glu, width in zip(model_glus(self), widths):
-            resize(glu, width)
-
-    model = type(stock.__name__, (stock,), {"__init__": build}).from_pretrained(path, config=config, **kwargs)
-    model.__class__ = stock
+    model_class = _model_class(config)
+    model = model_class.from_pretrained(path, config=config, **kwargs)
+    model.__class__ = model_class.__base__
     return model

@@ -24,7 +24,8 @@ def _shrink(parameter: nn.Parameter, dim: int, kept: torch.Tensor, removed: torc
     whole = parameter.data
     shape, grad = whole.shape, parameter.grad
     kept, removed = kept.to(whole.device), removed.to(whole.device)
-    kept_part, removed_part = whole.index_select(dim, kept), whole.index_select(dim, removed)
+    # Indexing, not index_select: on the columns of a CPU tensor it is twice as fast.
+    kept_part, removed_part = (whole[index] if dim == 0 else whole[:, index] for index in (kept, removed))
     del whole
 
     def restore() -> None:

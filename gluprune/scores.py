@@ -18,9 +18,9 @@ _ROWS = 1024
 
 
 def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    # Extremes are exact in any dtype, so only the two vectors are upcast.
-    low, high = torch.aminmax(weight, dim=dim)
-    return high.float() + low.float().abs()
+    # Extremes are exact in any dtype, so only the two vectors are upcast. (In bf16 on a CPU amax and amin together are
+    # three times as fast as aminmax.)
+    return weight.amax(dim).float() + weight.amin(dim).float().abs()
 
 
 def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

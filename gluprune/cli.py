@@ -1,0 +1,110 @@
+"""The command line: `gluprune prune | info | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from gluprune import __version__
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from gluprune.checkpoint import check_destination, load, save
+    from gluprune.pruning import prune
+
+    check_destination(arguments.out)
+    model = load(arguments.source)
+    report = prune(
+        model,
+        expansion_ratio=arguments.expansion_ratio,
+        pruning_ratio=arguments.pruning_ratio,
+        intermediate_size=arguments.intermediate_size,
+        score=arguments.score,
+        multiple_of=arguments.multiple_of,
+        layers=arguments.layers,
+    )
+    save(model, arguments.out, AutoTokenizer.from_pretrained(arguments.source))
+    print(json.dumps(report.to_dict()) if arguments.json else f"{report}\n{arguments.out}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from gluprune.info import info
+
+    description = info(arguments.model)
+    print(json.dumps(description.to_dict()) if arguments.json else description)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from gluprune.demo import run, summary
+
+    record = run(arguments.model, arguments.out)
+    print(json.dumps(record) if arguments.json else summary(record, arguments.out))
+
+
+def _layer_list(text: str) -> list[int]:
+    """'0,2,5-7' -> [0, 2, 5, 6, 7]"""
+    layers = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,2,5-7")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gluprune", description="Width pruning for the GLU MLPs of Llama-type models.")
+    parser.add_argument("--version", action="version", version=f"gluprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prune = commands.add_parser("prune", help="write a narrower checkpoint", description="Write a narrower checkpoint.")
+    prune.add_argument("source", help="model folder or Hub id")
+    prune.add_argument("--out", required=True, metavar="FOLDER", help="where to write; must not exist or be empty")
+    target = prune.add_argument_group("target, exactly one")
+    target.add_argument("--expansion-ratio", type=float, metavar="R", help="intermediate size over hidden size")
+    target.add_argument("--pruning-ratio", type=float, metavar="P", help="share of the neurons to remove")
+    target.add_argument("--intermediate-size", type=int, metavar="N", help="neurons to keep")
+    prune.add_argument("--score", default="maw", help="maw (= ppm), maw_gud, vow, pon or l2 (default: %(default)s)")
+    prune.add_argument("--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)")
+    prune.add_argument("--layers", type=_layer_list, metavar="LIST", help="only these, such as 0,2,5-7 (default: all)")
+    prune.set_defaults(run=_prune)
+
+    info = commands.add_parser(
+        "info",
+        help="widths, sizes, alignment",
+        description="Widths, ratios, parameters, bytes, alignment and tensor-parallel ranks, read from the config alone.",
+    )
+    info.add_argument("model", help="model folder or Hub id")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo",
+        help="narrow a small real model and look at the result",
+        description="Narrow a real model step by step: quality and speed against width, as a table and a picture.",
+    )
+    demo.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
+    demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+    for command in (prune, info, demo):
+        command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 after one clear line on bad input."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"gluprune {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

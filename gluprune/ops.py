@@ -1,0 +1,157 @@
+"""The GLU MLP as one operator, `torch.ops.gluprune.glu_mlp`; the only module of gluprune that knows csrc_triton.
+
+Opaque to torch.compile and torch.export, differentiable, usable on any device: where the kernels cannot run, or the
+weights are not in the aligned layout of `gluprune.storage`, it does PyTorch's own operations in the eager order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+import torch.nn.functional as F
+
+from gluprune.storage import padded_buffers
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+BACKENDS = ("auto", "triton", "cublas", "torch")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for an unknown backend, or one that this machine can run nowhere."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    if backend in ("triton", "cublas") and not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)):
+        raise ValueError(
+            f"backend {backend!r} needs Triton and a CUDA device (for tests: TRITON_INTERPRET=1); use 'auto' or 'torch'"
+        )
+
+
+def uses_kernels(backend: str, device: torch.device) -> bool:
+    """Whether `backend` runs kernels for tensors on `device`.
+
+    CUDA does unless PyTorch is asked for. The CPU does only when a kernel backend is asked for in Triton's interpreter.
+    """
+    if backend == "torch" or not HAS_TRITON:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and backend != "auto" and INTERPRETED)
+
+
+def _activation(name: str, gate: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    if name == "silu":
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(grad, gate)
+        sigmoid = torch.sigmoid(gate)  # the fused operator has no derivative of its own
+        return grad * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
+
+
+@torch.library.custom_op("gluprune::glu_mlp", mutates_args=())
+def glu_mlp(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    backend: str,
+) -> torch.Tensor:
+    """`down(act(gate(x)) * up(x))`, the GLU MLP of Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
+
+    Args:
+        x: `[..., H]`; gate_weight, up_weight: `[I, H]`; down_weight: `[H, I]`; biases: `[I]`, `[I]`, `[H]` or None; of one
+            floating dtype on one device. Kernels take bf16, fp16 and fp32.
+        activation: "silu" or "gelu_tanh".
+        backend: "auto" (on CUDA the faster one), "triton", "cublas" or "torch".
+
+    Returns:
+        A new `[..., H]` tensor of x's dtype.
+
+    Raises:
+        ValueError: unknown activation or backend.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    buffers = None
+    if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
+        buffers = padded_buffers(gate_weight, up_weight, down_weight)
+    if buffers is None:
+        hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
+        return F.linear(hidden, down_weight, down_bias)
+
+    from csrc_triton.glu import glu_mlp as kernels
+    from csrc_triton.launch import triton_path
+
+    tokens = x.reshape(-1, x.shape[-1])
+    path = {"auto": None, "cublas": "cublas", "triton": triton_path(tokens.shape[0])}[backend]
+    y = kernels(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias, path)
+    return y.view(*x.shape[:-1], down_weight.shape[0])
+
+
+@glu_mlp.register_fake
+def _(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, activation, backend):
+    return x.new_empty((*x.shape[:-1], down_weight.shape[0]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    """The eager gradients; gate and up are computed again from x, so nothing of width I is kept for the backward pass."""
+    x, gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    activated = _activation(ctx.activation, gate)
+    grad_hidden = grad @ down_weight
+    grad_gate = _activation_backward(ctx.activation, grad_hidden * up, gate)
+    grad_up = grad_hidden * activated
+
+    def weight_grad(grad_output, inputs):
+        return grad_output.reshape(-1, grad_output.shape[-1]).t() @ inputs.reshape(-1, inputs.shape[-1])
+
+    def bias_grad(grad_output):
+        return grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+
+    return (
+        grad_gate @ gate_weight + grad_up @ up_weight if needs[0] else None,
+        weight_grad(grad_gate, x) if needs[1] else None,
+        weight_grad(grad_up, x) if needs[2] else None,
+        weight_grad(grad, activated * up) if needs[3] else None,
+        bias_grad(grad_gate) if needs[4] else None,
+        bias_grad(grad_up) if needs[5] else None,
+        bias_grad(grad) if needs[6] else None,
+        None,
+        None,
+    )
+
+
+glu_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
+    """Statistics of every neuron of one layer in one pass over its weights: a kernel on CUDA, PyTorch elsewhere.
+
+    Args:
+        gate, up: `[I, H]`; down: `[H, I]`; bf16, fp16 or fp32.
+
+    Returns:
+        `csrc_triton.neuron_scores.NeuronStatistics`, float32 `[I]` tensors.
+    """
+    from csrc_triton.neuron_scores import neuron_scores, neuron_scores_reference
+
+    return (neuron_scores if gate.is_cuda else neuron_scores_reference)(gate, up, down)

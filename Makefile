@@ -1,0 +1,24 @@
+# Two commands: `make demo` and `make test`. Each makes a virtual environment if there is none and installs into it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test kernels clean
+
+demo: $(VENV)/installed
+	$(BIN)/gluprune demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
+kernels: $(VENV)/installed
+	$(BIN)/python -m csrc_triton.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

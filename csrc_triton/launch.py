@@ -237,7 +237,7 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
     if path == "prefill":
         return Launch(path, _gate_up_prefill(M, H, IP, dtype, sm), None)
     # "decode" and "small": one row of tiles covers all tokens (up to 128), so every weight is read once.
-    block_m = 16 if path == "decode" else min(max(triton.next_power_of_2(M), 32), 128)
+    block_m = token_block(path, M)
     # Rows of 256 bytes while the tokens' side is short; then of 128, so that four stages of the tallest tile fit 99 KB.
     block_k = (256 if block_m == 16 else 128) // dtype.itemsize
     # 32 gate and 32 up rows fill the long side of the matrix unit (64 rows of wgmma), and I / 32 programs the chip.
@@ -247,6 +247,11 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
     split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
     down = DownSplitK(block_m, 64, block_k, split_k, num_warps=4, num_stages=4, pdl=pdl)
     return Launch(path, gate_up, down)
+
+
+def token_block(path: str, M: int) -> int:
+    """Tokens of a tile on the paths "decode" and "small"."""
+    return 16 if path == "decode" else min(max(triton.next_power_of_2(M), 32), 128)
 
 
 def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:

@@ -39,4 +39,5 @@ def glu_mlp_reference(
     x, gate_up, down, intermediate_size, activation="silu", gate_bias=None, up_bias=None, down_bias=None
 ) -> torch.Tensor:
     """Twin of `glu_mlp`."""
-    return down_reference(gate_up_reference(x, gate_up, intermediate_size, activation, gate_bias, up_bias), down, down_bias)
+    a = gate_up_reference(x, gate_up, intermediate_size, activation, gate_bias, up_bias)
+    return down_reference(a, down, down_bias)

@@ -1,0 +1,227 @@
+"""Offline tuner: `python -m csrc_triton.tune --hidden 2048 --intermediate 8192 6554` writes `tuned/<gpu>.json`.
+
+For each shape and M bucket it tries every path and every valid configuration, refuses what computes a wrong result, and
+times the rest by CUDA-graph replay over more weights than the L2 holds. Nothing here runs while a model runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+
+from . import launch
+from .glu import plan_glu_mlp
+from .launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, Launch
+from .reference import glu_mlp_reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}  # max |error| over max |reference|
+REPLAYS = 20
+
+
+# --- the search, independent of any device ---
+
+
+def variants(half: str, path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> list:
+    """The valid configurations of one half ("gate_up" or "down") of a path; none where cuBLAS does it."""
+    pdl = (False, True) if sm >= 90 else (False,)
+    rows = (64 // dtype.itemsize, 128 // dtype.itemsize, 256 // dtype.itemsize)  # 64, 128 and 256 bytes of K
+    tiles = ((64, 128), (64, 128), rows[:2], (4, 8), (3, 4))
+    block_m = (launch.token_block(path, M),)
+    grid = {
+        ("gate_up", "gemv"): {GateUpGemv: ((1, 2, 4), (2, 4, 8, 16), pdl)},
+        ("down", "gemv"): {DownGemv: ((2, 4, 8), (256, 512), (2, 4), (4,), pdl)},
+        ("gate_up", "decode"): {GateUpSwap: (block_m, (16, 32, 64), rows[1:], (4, 8), (3, 4), pdl)},
+        ("down", "decode"): {DownSplitK: (block_m, (32, 64), rows[1:], (1, 2, 4, 8, 16), (4,), (3, 4), pdl)},
+        ("gate_up", "prefill"): {GateUpTma: tiles, GateUpTile: tiles},
+    }.get((half, "decode" if path == "small" else path), {})
+    configs = [kind(*values) for kind, choices in grid.items() for values in itertools.product(*choices)]
+    return [config for config in configs if launch.is_valid(config, sm, M, H, IP, dtype)]
+
+
+@dataclass
+class Search:
+    """Outcome of one search: microseconds of what was timed, and what was refused, in the order tried."""
+
+    timed: dict[Launch, float] = field(default_factory=dict)
+    refused: list[Launch] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[Launch, float] | None:
+        """The fastest launch; the first tried among equals. None if everything was refused."""
+        return min(self.timed.items(), key=lambda item: item[1], default=None)
+
+
+def search(
+    M: int,
+    H: int,
+    IP: int,
+    dtype: torch.dtype,
+    sm: int,
+    check: Callable[[Launch], bool],
+    time: Callable[[Launch], float],
+) -> Search:
+    """Per path: the gate_up variants beside the heuristic's down, then the down variants beside the best gate_up.
+
+    `check` tells whether a launch computes the right result, `time` its microseconds; only what passes is timed.
+    """
+    result = Search()
+
+    def measure(decision: Launch) -> float:
+        if decision in result.refused:
+            return math.inf
+        if decision not in result.timed:
+            if not check(decision):
+                result.refused.append(decision)
+                return math.inf
+            result.timed[decision] = time(decision)
+        return result.timed[decision]
+
+    for path in launch.PATHS:
+        if path == "gemv" and M != 1:
+            continue
+        best = launch.heuristic(path, M, H, IP, dtype, sm)
+        for half in ("gate_up", "down"):
+            configs = variants(half, path, M, H, IP, dtype, sm)
+            best = min([best, *(dataclasses.replace(best, **{half: config}) for config in configs)], key=measure)
+    return result
+
+
+# --- the device ---
+
+
+class Bench:
+    """Weights of enough layers to exceed the L2 threefold, and at least four, for one shape on one CUDA device."""
+
+    def __init__(self, M: int, H: int, I: int, dtype: torch.dtype, device: torch.device):
+        IP = triton.cdiv(I, launch.PAD) * launch.PAD
+        layer_bytes = 3 * H * IP * dtype.itemsize
+        layers = max(4, triton.cdiv(3 * torch.cuda.get_device_properties(device).L2_cache_size, layer_bytes))
+        generator = torch.Generator(device).manual_seed(0)
+
+        def weights(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(H**-0.5).to(dtype)
+
+        self.I = I
+        self.sm = launch.compute_capability(device)
+        self.x = weights(M, H) * H**0.5
+        self.layers = []
+        for _ in range(layers):
+            gate_up, down = weights(2, IP, H), weights(H, IP)
+            gate_up[:, I:], down[:, I:] = 0, 0
+            self.layers.append((gate_up, down))
+        self.reference = glu_mlp_reference(self.x.float(), *(w.float() for w in self.layers[0]), I)
+
+    def plan(self, layer: int, decision: Launch) -> launch.Plan:
+        return plan_glu_mlp(self.x, *self.layers[layer], self.I, "silu", None, None, None, decision, self.sm)
+
+    def check(self, decision: Launch) -> bool:
+        """Whether the result is within `TOLERANCE`. What does not compile or fit is refused, a failed device is not."""
+        try:
+            y = self.plan(0, decision).run()
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except (triton.TritonError, RuntimeError):
+            return False
+        error = (y.float() - self.reference).abs().max() / self.reference.abs().max()
+        return bool(error < TOLERANCE[self.x.dtype])
+
+    def time(self, decision: Launch) -> float:
+        """Median microseconds of one MLP: a graph runs layer after layer, so that none finds its weights in the L2."""
+        plans = [self.plan(layer, decision) for layer in range(len(self.layers))]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compile and let cuBLAS take its workspace before the capture
+            for plan in plans:
+                plan.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for plan in plans:
+                plan.run()
+        graph.replay()
+        milliseconds = []
+        for _ in range(REPLAYS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            milliseconds.append(start.elapsed_time(end))
+        return statistics.median(milliseconds) * 1000 / len(plans)
+
+
+# --- the table ---
+
+
+def write_table(path: Path, gpu: str, entries: dict[launch.TableKey, tuple[Launch, float]]) -> None:
+    """Put `entries` into the table at `path`, beside those of other shapes that it has; all or nothing."""
+    kept = []
+    if path.exists():
+        rows = json.loads(path.read_text())["entries"]
+        kept = [row for row in rows if launch.entry_from_dict(row)[0] not in entries]
+    measured = [
+        {**launch.entry_to_dict(key, decision), "microseconds": round(time, 3)}
+        for key, (decision, time) in entries.items()
+    ]
+    content = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "entries": kept + measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m csrc_triton.tune", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--hidden", type=int, nargs="+", required=True, metavar="H")
+    parser.add_argument("--intermediate", type=int, nargs="+", required=True, metavar="I")
+    parser.add_argument("--tokens", type=int, nargs="+", default=launch.M_BUCKETS, choices=launch.M_BUCKETS)
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--out", type=Path, help="default: the package's table of this GPU")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: tuning needs a CUDA device, and none is available", file=sys.stderr)
+        return 2
+    if min(options.hidden + options.intermediate) < 1:
+        print("error: --hidden and --intermediate must be at least 1", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = DTYPES[options.dtype]
+    gpu = torch.cuda.get_device_name(device)
+    path = options.out or launch.table_path(gpu)
+    if path.exists():
+        try:
+            launch.load_table(path)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    for H, I, M in itertools.product(options.hidden, options.intermediate, options.tokens):
+        IP = triton.cdiv(I, launch.PAD) * launch.PAD
+        bench = Bench(M, H, I, dtype, device)
+        found = search(M, H, IP, dtype, bench.sm, bench.check, bench.time)
+        if found.best is None:
+            print(f"H {H}, I {I}, M {M}: no configuration computes the right result", file=sys.stderr)
+            continue
+        decision, time = found.best
+        counts = f"{len(found.timed)} timed, {len(found.refused)} refused"
+        print(f"H {H}, I {I}, M {M}: {time:.1f} us, {decision} ({counts})", flush=True)
+        write_table(path, gpu, {(bench.sm, H, IP, M, dtype): (decision, time)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

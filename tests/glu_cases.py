@@ -1,0 +1,105 @@
+"""Random GLU MLPs, their value in float64, and the measure of error that the kernel tests use."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+LAYOUTS = ("contiguous", "aligned rows", "odd rows", "odd start", "transposed", "expanded")
+
+
+@dataclasses.dataclass
+class Case:
+    x: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    intermediate_size: int
+    activation: str
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    def arguments(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of `x` (of its first row, if expanded) with other strides."""
+    M, H = x.shape
+    if layout in ("aligned rows", "odd rows"):
+        wide = x.new_full((M, H // 8 * 8 + (16 if layout == "aligned rows" else 9)), float("nan"))
+        wide[:, :H] = x
+        return wide[:, :H]
+    if layout == "odd start":
+        flat = x.new_full((M * H + 1,), float("nan"))
+        flat[1:] = x.flatten()
+        return flat[1:].view(M, H)
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    return x[:1].expand(M, H) if layout == "expanded" else x
+
+
+def make_case(
+    seed, M, H, I, dtype=torch.float32, activation="silu", biases="", layout="contiguous", device="cpu"
+) -> Case:
+    """`biases` holds any of the letters g, u, d. Padded rows and columns are zero, as the kernels require."""
+    generator = torch.Generator().manual_seed(seed)
+    IP = -(-I // 128) * 128
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    gate_up = torch.zeros((2, IP, H), dtype=dtype, device=device)
+    gate_up[:, :I] = normal(2, I, H, scale=H**-0.5)
+    down = torch.zeros((H, IP), dtype=dtype, device=device)
+    down[:, :I] = normal(H, I, scale=I**-0.5)
+    x = lay_out(normal(M, H), layout)
+    sizes = {"g": I, "u": I, "d": H}
+    gate_bias, up_bias, down_bias = (normal(sizes[name]) if name in biases else None for name in "gud")
+    return Case(x, gate_up, down, I, activation, gate_bias, up_bias, down_bias)
+
+
+def _doubles(case: Case):
+    I = case.intermediate_size
+    zero = torch.zeros((), dtype=torch.float64, device=case.x.device)
+    biases = [zero if b is None else b.double() for b in (case.gate_bias, case.up_bias, case.down_bias)]
+    gate, up = case.gate_up[:, :I].double()
+    return case.x.double(), gate, up, case.down[:, :I].double(), biases
+
+
+def hidden_truth(case: Case) -> torch.Tensor:
+    """act(gate(x)) * up(x), float64 `[M, I]`."""
+    x, gate, up, _, (gate_bias, up_bias, _) = _doubles(case)
+    g, u = x @ gate.t() + gate_bias, x @ up.t() + up_bias
+    return (F.silu(g) if case.activation == "silu" else F.gelu(g, approximate="tanh")) * u
+
+
+def truth(case: Case) -> torch.Tensor:
+    """The MLP's value, float64 `[M, H]`."""
+    _, _, _, down, (_, _, down_bias) = _doubles(case)
+    return hidden_truth(case) @ down.t() + down_bias
+
+
+def magnitude(case: Case, hidden: bool = False) -> torch.Tensor:
+    """Root sum of squares of the terms that make up each element: its size had no terms happened to cancel."""
+    x, gate, up, down, biases = _doubles(case)
+    x, gate, up, down, gate_bias, up_bias, down_bias = (v**2 for v in (x, gate, up, down, *biases))
+    a = (x @ gate.t() + gate_bias) * (x @ up.t() + up_bias)
+    return (a if hidden else a @ down.t() + down_bias).sqrt()
+
+
+def error(y: torch.Tensor, case: Case) -> float:
+    """Largest absolute error over the largest magnitude; NaN if any element is."""
+    if y.numel() == 0:
+        return 0.0
+    return ((y.double() - truth(case)).abs().max() / magnitude(case).max()).item()
+
+
+def hidden_error(a: torch.Tensor, case: Case) -> float:
+    """`error` for the activations `[M, IP]`, whose columns from I on must be exactly zero."""
+    I = case.intermediate_size
+    assert a[:, I:].eq(0).all(), "columns from I on must be zero"
+    return ((a[:, :I].double() - hidden_truth(case)).abs().max() / magnitude(case, hidden=True).max()).item()

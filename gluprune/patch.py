@@ -295,7 +295,7 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
     with ExitStack() as undo:
         for (_, mlp), reason in zip(glus, left):
             if reason is None:
-                undo.callback(_unpatch if not _is_patched(mlp) else _set_class, mlp, type(mlp))
+                undo.callback(_set_class, mlp, type(mlp)) if _is_patched(mlp) else undo.callback(_unpatch, mlp)
                 _patch(mlp, backend)
         undo.pop_all()
     status = fusion_status(model)

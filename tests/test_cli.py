@@ -1,0 +1,122 @@
+"""The command line as a stranger uses it: output, exit codes, one clear line on bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gluprune
+from gluprune.cli import main
+
+
+@pytest.fixture
+def checkpoint(tiny_model, smollm2_tokenizer, tmp_path):
+    path = tmp_path / "source"
+    gluprune.save(tiny_model(dtype=torch.bfloat16, seed=1), path, smollm2_tokenizer)
+    return path
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "gluprune.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["info"], ["demo"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    assert "usage: gluprune" in capsys.readouterr().out
+
+
+def test_prune_writes_what_prune_in_memory_writes(checkpoint, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "maw_gud", "--json"]
+    assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["intermediate_size"], report["score"]) == (61, "maw_gud")
+    model = tiny_model(dtype=torch.bfloat16, seed=1)
+    expected = gluprune.prune(model, pruning_ratio=0.4, multiple_of=1, score="maw_gud")
+    assert report["kept"] == {str(layer): kept.tolist() for layer, kept in expected.kept.items()}
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--intermediate-size", "64", "--multiple-of", "64", "--layers", "0,2"]
+    assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 0
+    assert "101 -> 64 neurons in 2 layers" in capsys.readouterr().out
+    assert main(["info", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "64 to 101 neurons (layers differ: load with gluprune.load)" in text
+    assert main(["info", str(out), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["widths"] == [64, 101, 64]
+    assert described["aligned_to"] == 1
+    assert described["tensor_parallel"] == {"2": False, "4": False, "8": False}
+
+
+def test_info_counts(checkpoint, capsys):
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert described["parameters"] == sum(p.numel() for p in model.parameters())
+    assert described["bytes"] == sum(p.nbytes for p in model.parameters())
+    assert described["mlp_parameters"] == 3 * 3 * 32 * 101
+    assert described["mlp_bytes"] == 2 * 3 * 3 * 32 * 101
+    assert described["dtype"] == "bfloat16"
+    assert described["expansion_ratios"] == [101 / 32] * 3
+
+
+def test_info_of_the_real_model(smollm2_path, capsys):
+    assert main(["info", str(smollm2_path)]) == 0
+    text = capsys.readouterr().out
+    assert "llama, 30 layers, hidden size 576" in text
+    assert "1536 neurons, expansion ratio 2.667" in text
+    assert "every width is a multiple of 128" in text
+    assert "2: yes, 4: yes, 8: yes" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--pruning-ratio", "1.5"], "pruning_ratio must lie between 0 and 1 (both excluded), got 1.5"),
+        ([], "give exactly one of expansion_ratio, pruning_ratio, intermediate_size; got none"),
+        (["--pruning-ratio", "0.4", "--intermediate-size", "64"], "got pruning_ratio=0.4 and intermediate_size=64"),
+        (["--intermediate-size", "40"], "rounds to 0 with multiple_of=128"),
+        (["--pruning-ratio", "0.4", "--score", "best"], "unknown score 'best'"),
+        (["--pruning-ratio", "0.4", "--layers", "1,7", "--multiple-of", "1"], "layer index 7 is out of range"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("gluprune prune: error: ") and message in error
+    assert not out.exists()
+
+
+def test_bad_paths(checkpoint, tmp_path):
+    for arguments, message in [
+        (["info", tmp_path / "absent"], "absent is neither a model folder nor a reachable Hub id"),
+        (["prune", tmp_path / "absent", "--out", tmp_path / "out", "--pruning-ratio", "0.4"], "absent"),
+        (["prune", checkpoint, "--out", checkpoint, "--pruning-ratio", "0.4"], "source"),
+    ]:
+        result = run(*arguments)
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("layers", ["a", "1-", "-1", "1,,2", ""])
+def test_bad_layer_list(layers, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["prune", "x", "--out", "y", f"--layers={layers}"])
+    assert exit.value.code == 2
+    assert "is no list of layers such as 0,2,5-7" in capsys.readouterr().err

@@ -1,17 +1,18 @@
 """Compile every kernel call of the package ahead of time, without a GPU, and refuse what would be slow or wrong.
 
-`python -m csrc_triton.aot` plans the forward pass and the neuron statistics on meta tensors, for every chip, hidden size,
-intermediate size and number of tokens below, compiles each distinct kernel with the Triton at hand (its own binder decides
-signature and specialisation, as at a launch), reads the PTX and the disassembly, prints a table and exits with 1 if a row
-fails. Rows fail on
+`python -m csrc_triton.aot` plans the forward pass and the neuron statistics on meta tensors, for every chip, hidden
+size, intermediate size and number of tokens that is shipped, compiles each distinct kernel with the Triton at hand (its
+own binder decides signature and specialisation, as at a launch), reads the PTX and the disassembly, prints a table and
+exits with 1 if a row fails. Rows fail on
 
 * a spill: stack memory, or a load or store of local memory;
 * more shared memory than a program may use on the chip;
-* a weight load under 16 bytes. A weight is an argument of at least H * I elements, whatever its name. Which argument a load
-  belongs to is followed through the PTX from the kernel's parameters along the address arithmetic; a narrow load whose origin
-  cannot be told counts as a weight load, and a weight that is touched nowhere means that this reader missed it: both fail;
-* a `tl.dot` without matrix instructions (float32 in full precision has none, and is let pass): HGMMA on sm_90, tcgen05 or
-  HMMA on sm_100 and sm_120, HMMA below;
+* a weight load under 16 bytes. A weight is an argument of at least H * I elements, whatever its name. Which argument a
+  load belongs to is followed through the PTX, from the kernel's parameters along the address arithmetic. A narrow load
+  whose origin cannot be told counts as a weight load, and a weight that nothing touches was missed by this reader: both
+  fail;
+* a `tl.dot` without matrix instructions (float32 in full precision has none, and is let pass): HGMMA on sm_90, tcgen05
+  or HMMA on sm_100 and sm_120, HMMA below;
 * wgmma with its A operand in registers, which ptxas 12 is known to corrupt.
 
 What was read from a compilation is cached on disk, so a second run costs only the planning.
@@ -96,9 +97,8 @@ def failures(compiled: CompiledKernel, weights: Iterable[str]) -> list[str]:
     weights = set(weights)
     for access in compiled.accesses:
         if access.instruction != "st" and access.width < MIN_WIDTH and access.argument in weights | {UNKNOWN}:
-            reasons.append(
-                f"narrow weight load: {access.count} x {access.instruction} of {access.width} bytes from {access.argument}"
-            )
+            loads = f"{access.count} x {access.instruction} of {access.width} bytes"
+            reasons.append(f"narrow weight load: {loads} from {access.argument}")
     for weight in sorted(weights - {access.argument for access in compiled.accesses}):
         reasons.append(f"no access to {weight} found")
     wanted = {90: ("HGMMA",), 100: ("UTCMMA", "HMMA"), 120: ("UTCMMA", "HMMA")}.get(compiled.sm, ("HMMA",))
@@ -112,8 +112,8 @@ def failures(compiled: CompiledKernel, weights: Iterable[str]) -> list[str]:
 def read_accesses(ptx: str, arguments: list[str]) -> tuple[Access, ...]:
     """The global memory accesses of a kernel's PTX. `arguments` names its pointer and descriptor arguments in order.
 
-    Every register computed from a pointer parameter is marked with that parameter, until nothing changes; an access belongs
-    to the parameters that its address register is marked with. What is loaded from memory carries no mark.
+    Every register computed from a pointer parameter is marked with that parameter, until nothing changes; an access
+    belongs to the parameters that its address register is marked with. What is loaded from memory carries no mark.
     """
     parameters = re.findall(r"\.param\s+(?:\.\w+\s+\d+\s+)?(?:\.u64\s+\.ptr\b[^\n]*?|\.b8\s+)(\w+_param_\d+)\b", ptx)
     origin = {parameter: frozenset([name]) for parameter, name in zip(parameters, arguments)}
@@ -181,12 +181,9 @@ def read_matrix_instructions(sass: str) -> dict[str, int]:
 
 
 def has_matrix_dot(ttir: str) -> bool:
-    """Whether a `tt.dot` in Triton's first intermediate form can be done by matrix instructions: all but exact float32."""
-    return any("xf32>" not in line.split(":")[-1].split("*")[0] or "tf32" in line for line in _lines(ttir, "tt.dot"))
-
-
-def _lines(text: str, word: str) -> Iterator[str]:
-    return (re.sub(r"\s*loc\(.*", "", line) for line in text.splitlines() if re.search(rf"\b{re.escape(word)}\b", line))
+    """Whether matrix instructions can do a `tt.dot` of Triton's first intermediate form: all but exact float32."""
+    dots = re.findall(r"\btt\.dot\b(.*?) : tensor<[\dx]*x(\w+)>", ttir)
+    return any(operand != "f32" or "tf32" in attributes for attributes, operand in dots)
 
 
 def read_wgmma_a_in_registers(ptx: str) -> int:
@@ -284,9 +281,7 @@ def _tool(name: str, *arguments: object) -> str:
 
 def weight_arguments(call: KernelCall, elements: int) -> set[str]:
     """Arguments of at least `elements` elements: weights, and activations as large as a weight."""
-    tensors = {
-        name: value.base if isinstance(value, TensorDescriptor) else value for name, value in call.args.items()
-    }
+    tensors = {name: value.base if isinstance(value, TensorDescriptor) else value for name, value in call.args.items()}
     return {name for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel() >= elements}
 
 
@@ -312,7 +307,7 @@ class Shape(NamedTuple):
 
 
 def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, progress: bool = False) -> list[dict[str, Any]]:
-    """One row for every distinct compilation of `calls` on a chip; `row["failures"]` says why it must not be shipped."""
+    """One row for every distinct compilation of `calls` on a chip; its "failures" say why it must not be shipped."""
     require_tools()
     distinct: dict[str, tuple[Compilation, list[tuple[Shape, KernelCall]]]] = {}
     for shape, call in calls:
@@ -350,7 +345,7 @@ def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple
     """Every kernel call that the package launches on a chip for this model: the forward pass and the statistics."""
     for label, M, call in shipped_plans(sm, dtype, H, I):
         yield Shape(label.split("/")[0], M, H, I), call
-    # On padded storage, and on that of a model as loaded, which is aligned where I is a multiple of 16.
+    # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
     IP = triton.cdiv(I, PAD) * PAD
     gate_up = torch.empty(2, IP, H, dtype=dtype, device="meta")
     down = torch.empty(H, IP, dtype=dtype, device="meta")
@@ -359,35 +354,40 @@ def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple
 
 # --- the table ---
 
-COLUMNS = ("sm", "kernel", "configuration", "regs", "spill", "shared", "matrix", "weight loads", "programs", "waves", "verdict")
+COLUMNS = (
+    "sm", "kernel", "configuration", "tokens", "hidden", "regs", "spill", "shared", "matrix", "weight loads",
+    "programs", "waves", "verdict",
+)  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text. Waves are programs over what all multiprocessors of the chip's usual board hold at a time."""
     config = row["config"]
-    blocks = [str(value) for name, value in config.items() if name.startswith("BLOCK_")]
+    blocks = "x".join(str(value) for name, value in config.items() if name.startswith("BLOCK_"))
     split = f" split {config['SPLIT_K']}" if "SPLIT_K" in config else ""
-    configuration = f"{'x'.join(blocks)}{split} w{config['num_warps']} s{config['num_stages']}"
-    programs = [programs for *_, programs in row["plans"]]
-    verdict = "; ".join(row["failures"]) or "ok"
-    if "registers" not in row:
-        return str(row["sm"]), row["kernel"], configuration, "", "", "", "", "", span(programs), "", f"FAIL {verdict}"
-    loads = [access for access in map(Access._make, row["accesses"]) if access.instruction != "st"]
-    return (
+    plans = [Shape(*shape) for *shape, _ in row["plans"]]
+    head = (
         str(row["sm"]),
         row["kernel"],
-        configuration,
-        str(row["registers"]),
-        f"{row['stack']}B+{row['local_accesses']}" if row["stack"] or row["local_accesses"] else "-",
-        f"{row['shared'] / 1024:.0f}K",
-        " ".join(f"{name} {count}" for name, count in row["matrix_instructions"].items()) or "-",
-        ", ".join(f"{a.argument} {a.count} x {a.instruction} {a.width}" for a in loads if a.argument in row["weights"]) or "-",
-        span(programs),
-        span(row["waves"]),
-        verdict if not row["failures"] else f"FAIL {verdict}",
+        f"{blocks}{split} w{config['num_warps']} s{config['num_stages']}",
+        span(shape.M for shape in plans),
+        span(shape.H for shape in plans),
     )
+    programs = span(programs for *_, programs in row["plans"])
+    verdict = f"FAIL {'; '.join(row['failures'])}" if row["failures"] else "ok"
+    if "registers" not in row:
+        return *head, "", "", "", "", "", programs, "", verdict
+    spills = f"{row['stack']}B+{row['local_accesses']}" if row["stack"] or row["local_accesses"] else "-"
+    matrix = " ".join(f"{name} {count}" for name, count in row["matrix_instructions"].items()) or "-"
+    accesses = [Access(*access) for access in row["accesses"]]
+    loads = [access for access in accesses if access.instruction != "st" and access.argument in row["weights"]]
+    widths = ", ".join(f"{load.argument} {load.count} x {load.instruction} {load.width}" for load in loads) or "-"
+    shared = f"{row['shared'] / 1024:.0f}K"
+    return *head, str(row["registers"]), spills, shared, matrix, widths, programs, span(row["waves"]), verdict
 
 
-def span(values: list[float]) -> str:
+def span(values: Iterable[float]) -> str:
+    values = list(values)
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
@@ -398,13 +398,16 @@ def table(rows: list[dict[str, Any]], markdown: bool) -> str:
         lines = [COLUMNS, tuple("---" for _ in COLUMNS), *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(len(line[i]) for line in [COLUMNS, *body]) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [COLUMNS, *body])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [COLUMNS, *body]
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     plans = sum(len(row["plans"]) for row in rows)
     failed = sum(bool(row["failures"]) for row in rows)
-    return f"Triton {rows[0]['triton']}: {plans} kernel calls, {len(rows)} distinct compilations, {failed} failed"
+    head = f"Triton {rows[0]['triton']}, {rows[0]['dtype']}"
+    return f"{head}: {plans} kernel calls, {len(rows)} distinct compilations, {failed} failed"
 
 
 def record(rows: list[dict[str, Any]], path: Path) -> None:
@@ -459,18 +462,24 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
         for sm in options.sm:
             sizes = [(H, I) for H in options.hidden for I in options.intermediate]
             calls = [call for H, I in sizes for call in shipped_calls(sm, DTYPES[options.dtype], H, I)]
-            rows += check(calls, sm, progress=True)
+            rows += [{"dtype": options.dtype, **row} for row in check(calls, sm, progress=True)]
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m csrc_triton.aot", description="Compile every kernel without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m csrc_triton.aot", description="Compile every kernel without a GPU."
+    )
     parser.add_argument("--sm", type=int, nargs="+", default=sorted(SHARED_MEMORY), choices=sorted(SHARED_MEMORY))
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN_SIZES, metavar="H")
     parser.add_argument("--intermediate", type=int, nargs="+", default=INTERMEDIATE_SIZES, metavar="I")
-    parser.add_argument("--triton", nargs="+", metavar="VERSION", help="check under these versions, not the installed one")
-    parser.add_argument("--record", type=Path, metavar="PATH", help="write the rows as JSON lines, and a .md table beside")
+    parser.add_argument(
+        "--triton", nargs="+", metavar="VERSION", help="check under these versions, not the installed one"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="PATH", help="write the rows as JSON lines, and a .md table beside"
+    )
     options = parser.parse_args(argv)
     try:
         rows = collect(options)

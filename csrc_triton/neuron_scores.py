@@ -5,11 +5,12 @@ lies in one piece and is reduced inside one program; columns run across all rows
 neighbouring columns and walks down the whole matrix. No partial results leave a program: there is nothing to combine
 afterwards, no atomic, and every result is the same in every run.
 
-How the work is cut (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line, which
-gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 2048 row
-programs of 4 rows (16 KiB) fill the machine beside and after them. A column program keeps 4 tiles of 64 x 64 (32 KiB) in
-flight, more than the 18 KiB that one SM needs to draw its share of 3 TB/s at 0.8 us of latency, so that even the 52 column
-programs of a model pruned to 3277 neurons end before the row programs do.
+How the work is cut (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
+which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 2048
+row programs of 4 rows (16 KiB) fill the machine beside and after them. A column program keeps 4 tiles of 64 x 64
+(32 KiB) in flight, more than the 18 KiB that one SM needs to draw its share of 3 TB/s at 0.8 us of latency, so that
+even the 52 column programs of a model pruned to 3277 neurons should end before the row programs do. This is arithmetic,
+not a measurement.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ NUM_WARPS = 8
 class NeuronStatistics(NamedTuple):
     """Per-neuron statistics of one GLU MLP, each a float32 tensor of shape [I] on the device of the weights.
 
-    `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the columns
-    of down; it equals PyTorch's `w.float().amax() + w.float().amin().abs()` bit for bit, NaN included. `variance` is the
-    unbiased variance of a row (`torch.var`; NaN for H = 1), `l1` the sum of its magnitudes and `l2` its Euclidean norm.
+    `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the
+    columns of down; it equals PyTorch's `w.float().amax() + w.float().amin().abs()` bit for bit, NaN included.
+    `variance` is the unbiased variance of a row (`torch.var`; NaN for H = 1), `l1` the sum of its magnitudes and `l2`
+    its Euclidean norm.
     """
 
     gate_ppm: torch.Tensor
@@ -49,21 +51,23 @@ class NeuronStatistics(NamedTuple):
 
 @triton.jit
 def _peak_to_peak(maximum, minimum, magnitude):
-    # tl.max and tl.min step over NaN. A sum of magnitudes is NaN exactly if a NaN is among them: infinities cannot cancel.
+    # tl.max and tl.min step over NaN. A sum of magnitudes is NaN only if a NaN is among them: infinities cannot cancel.
     return tl.where(magnitude == magnitude, maximum + tl.abs(minimum), magnitude)  # noqa: PLR0124
 
 
 @triton.jit
-def _row_statistics(weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+def _row_statistics(
+    weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_H)[None, :]
     # Rows past the end repeat the last one: their results are not stored.
     pointers = weight + tl.minimum(rows, I - 1).to(tl.int64)[:, None] * stride + columns  # [BLOCK_ROWS, BLOCK_H]
     following = tl.load(pointers, mask=columns < H, other=0.0)
 
-    # The variance is taken about the mean of the first chunk. With c chunks that point is never further from the row's mean
-    # than sqrt(c - 1) standard deviations, so the subtraction at the end loses at most a factor c of float32's accuracy,
-    # however large the mean is.
+    # The variance is taken about the mean of the first chunk. With c chunks that point is never further from the row's
+    # mean than sqrt(c - 1) standard deviations, so the subtraction at the end loses at most a factor c of float32's
+    # accuracy, however large the mean is.
     shift = tl.sum(following.to(tl.float32), axis=1) / tl.minimum(H, BLOCK_H)
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     minimum = tl.full((BLOCK_ROWS,), float("inf"), tl.float32)
@@ -86,7 +90,7 @@ def _row_statistics(weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_RO
 
     stored = rows < I
     tl.store(ppm + rows, _peak_to_peak(maximum, minimum, magnitude), mask=stored)
-    # Correctly rounded: for a constant row, whose deviations are a few units in the last place, the difference is exactly 0.
+    # Correctly rounded: where a constant row deviates from its rounded mean, the difference below is exactly 0.
     mean_deviation = tl.div_rn(deviation, tl.full((BLOCK_ROWS,), H, tl.float32))
     tl.store(variance + rows, (deviation_squares - deviation * mean_deviation) / (H - 1), mask=stored)
     tl.store(l1 + rows, magnitude, mask=stored)
@@ -109,7 +113,9 @@ def _column_statistics(
         maximum = tl.maximum(maximum, w, propagate_nan=tl.PropagateNan.ALL)  # [BLOCK_ROWS, BLOCK_COLUMNS]
         minimum = tl.minimum(minimum, w, propagate_nan=tl.PropagateNan.ALL)
     magnitude = tl.sum(tl.abs(maximum), axis=0)
-    tl.store(ppm + columns, _peak_to_peak(tl.max(maximum, axis=0), tl.min(minimum, axis=0), magnitude), mask=columns < I)
+    tl.store(
+        ppm + columns, _peak_to_peak(tl.max(maximum, axis=0), tl.min(minimum, axis=0), magnitude), mask=columns < I
+    )
 
 
 @triton.jit
@@ -148,16 +154,14 @@ def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
 
 
 def _readable_columns(down: torch.Tensor) -> int:
-    """Columns of `down` that may be read: I rounded up to 16 if the storage holds them behind the last row too, else I."""
+    """Columns of `down` that may be read: I rounded up to 16 if the storage goes on behind the last row, else I."""
     height, width = down.shape
     rounded = triton.cdiv(width, 16) * 16
     end = down.storage_offset() + (height - 1) * down.stride(0) + rounded
     return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
 
 
-def plan_neuron_scores(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> tuple[KernelCall, NeuronStatistics]:
+def plan_neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[KernelCall, NeuronStatistics]:
     """The launch of `neuron_scores` and the tensors that it fills. Works on meta tensors: nothing is read."""
     _check(gate, up, down)
     I, H = gate.shape
@@ -193,8 +197,8 @@ def neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> N
     """Statistics of every neuron from `gate`, `up` [I, H] and `down` [H, I], in one launch.
 
     bfloat16, float16 or float32, all three alike and on one CUDA device. Any I and H of at least 1, any row stride; the
-    inner stride must be 1. Sums are float32 in a fixed order. 16-byte loads need H and the row strides to be multiples of
-    16. Raises ValueError for other shapes, strides or devices, TypeError for other dtypes.
+    inner stride must be 1. Sums are float32 in a fixed order. Loads are 16 bytes wide where H and the row strides are
+    multiples of 16. Raises ValueError for other shapes, strides or devices, TypeError for other dtypes.
     """
     call, statistics = plan_neuron_scores(gate, up, down)
     call.run()

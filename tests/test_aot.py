@@ -1,4 +1,4 @@
-"""The ahead-of-time check: each of its decisions on made-up facts, its readers on PTX, and real compilations end to end."""
+"""The ahead-of-time check: its decisions on made-up facts, its readers on PTX, and real compilations end to end."""
 
 import dataclasses
 import json
@@ -99,7 +99,9 @@ def test_a_kernel_without_dot_needs_no_matrix_instruction():
     assert failures(dataclasses.replace(GOOD, uses_dot=False, matrix_instructions={}), {"down"}) == []
 
 
-@pytest.mark.parametrize("sm, name", [(100, "UTCMMA"), (100, "HMMA"), (120, "HMMA"), (80, "HMMA"), (86, "HMMA"), (89, "HMMA")])
+@pytest.mark.parametrize(
+    "sm, name", [(100, "UTCMMA"), (100, "HMMA"), (120, "HMMA"), (80, "HMMA"), (86, "HMMA"), (89, "HMMA")]
+)
 def test_matrix_instructions_that_do(sm, name):
     assert failures(dataclasses.replace(GOOD, sm=sm, shared=0, matrix_instructions={name: 1}), {"down"}) == []
 
@@ -110,7 +112,12 @@ def test_weights_are_told_by_size():
     def meta(*shape):
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
-    arguments = {"x": meta(7, 32), "w": meta(64, 32), "t": TensorDescriptor.from_tensor(meta(64, 32), [16, 16]), "n": 10**9}
+    arguments = {
+        "x": meta(7, 32),
+        "w": meta(64, 32),
+        "t": TensorDescriptor.from_tensor(meta(64, 32), [16, 16]),
+        "n": 10**9,
+    }
     call = KernelCall(None, (1,), {**arguments, "bias": None}, {}, num_warps=4, num_stages=1)
     assert aot.weight_arguments(call, 64 * 32) == {"w", "t"}
 
@@ -122,7 +129,8 @@ def test_weights_are_told_by_size():
         ({"registers": 33, "shared": 0, "num_warps": 4}, 12),  # registers come by eights
         ({"registers": 16, "shared": 0, "num_warps": 8}, 8),  # 2048 threads
         ({"registers": 16, "shared": 0, "num_warps": 1}, 32),
-        ({"registers": 16, "shared": 75 * 1024, "num_warps": 1}, 3),  # 228 KB, with one more for every program
+        ({"registers": 16, "shared": 75 * 1024, "num_warps": 1}, 3),  # 228 KB, and one more for every program
+        ({"registers": 16, "shared": 75 * 1024 + 512, "num_warps": 1}, 2),
         ({"registers": 255, "shared": 227 * 1024, "num_warps": 8}, 1),
     ],
 )
@@ -161,7 +169,9 @@ PTX = """
 	@%p2 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd10, {%r31, %r32}], [%r30];
 	cvt.u64.u32 	%rd20, %r10;
 	ld.global.b32 	%r40, [%rd20];
-	ld.shared.v4.b32 	{%r50, %r51, %r52, %r53}, [%r20];
+	cvt.u32.u64 	%r20, %rd1;
+	ld.shared.b64 	%rd21, [%r20];
+	ld.global.b32 	%r41, [%rd21];
 	@%p3 st.global.v2.b64 [ %rd3 + 0 ], { %rd7, %rd8 };
 }
 """
@@ -176,7 +186,7 @@ def test_accesses_follow_the_addresses():
         Access("up", "tma", 16, 1),
         Access("up", "st", 16, 1),
         Access("down", "ld", 2, 1),  # through a register that is set further down, as around a loop
-        Access("?", "ld", 4, 1),  # an address that came out of memory
+        Access("?", "ld", 4, 2),  # addresses that came out of memory
     }
 
 
@@ -201,7 +211,10 @@ def test_matrix_instructions_are_counted():
     "line, expected",
     [
         ("%d = tt.dot %a, %b, %c : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32> loc(#loc3)", False),
-        ("%d = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>", True),
+        (
+            "%d = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x8xf32> * tensor<8x16xf32> -> tensor<16x16xf32>",
+            True,
+        ),
         ("%d = tt.dot %a, %b, %c : tensor<16x16xbf16> * tensor<16x16xbf16> -> tensor<16x16xf32> loc(#loc3)", True),
         ("%d = arith.addf %a, %b : tensor<16x16xf32>", False),
     ],
@@ -221,22 +234,24 @@ def test_wgmma_operands():
 def test_records(tmp_path):
     row = {
         "triton": "3.7.1",
+        "dtype": "bfloat16",
         "config": {"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3},
         "weights": ["down"],
-        "plans": [["decode", 2, 2048, 8192, 256], ["decode", 2, 2048, 4096, 128]],
+        "plans": [["decode", 2, 2048, 8192, 256], ["decode", 2, 3072, 4096, 128]],
         "waves": [1.0, 0.5],
         "failures": [],
         **dataclasses.asdict(GOOD),
     }
-    broken = {name: row[name] for name in ("triton", "config", "weights", "plans", "sm", "kernel")}
+    broken = {name: row[name] for name in ("triton", "dtype", "config", "weights", "plans", "sm", "kernel")}
     broken["failures"] = ["does not compile: why"]
     aot.record([row, broken], tmp_path / "rows.jsonl")
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == json.loads(
         json.dumps([row, broken])
     )
     text = (tmp_path / "rows.md").read_text()
-    assert "4 kernel calls, 2 distinct compilations, 1 failed" in text
-    assert "| 64x32 split 4 w4 s3 | 128 | - | 227K | HGMMA 4 | down 8 x cp.async 16, down 8 x tma 16 | 128-256 | 0.5-1 | ok |" in text
+    assert "Triton 3.7.1, bfloat16: 4 kernel calls, 2 distinct compilations, 1 failed" in text
+    assert "| 90 | gemm_kernel | 64x32 split 4 w4 s3 | 2 | 2048-3072 | 128 | - | 227K | HGMMA 4 | " in text
+    assert " | down 8 x cp.async 16, down 8 x tma 16 | 128-256 | 0.5-1 | ok |" in text
     assert "FAIL does not compile: why |" in text
 
 
@@ -255,8 +270,8 @@ def test_missing_tools_are_named(monkeypatch, tmp_path, capsys):
 
 # --- real compilations ---
 
-COMPILED = '''
-import json, sys, torch, triton, triton.language as tl
+COMPILED = """
+import dataclasses, json, sys, torch, triton, triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from csrc_triton import aot
 from csrc_triton.launch import KernelCall
@@ -324,11 +339,14 @@ source = aot.Compilation.of(KernelCall(specialised_kernel, (1,), dict(
     x=x, t=t, bias=None, one=1, sixteen=32, odd=7, large=2**40, M=1), dict(BLOCK=8), 4, 1), 90).source
 result["signature"] = source.signature
 result["divisible"] = sorted(source.fn.arg_names[index] for (index, *_), attribute in source.attrs.items() if attribute)
-compilation = aot.Compilation.of(scores(8192, 2048, 8192), 90)
+call = scores(8192, 2048, 8192)
+with_pdl = [dataclasses.replace(call, launch_pdl=pdl) for pdl in (False, True)]
+result["pdl"] = [aot.Compilation.of(each, 90).options.launch_pdl for each in with_pdl]
+compilation = aot.Compilation.of(call, 90)
 ptx = triton.compile(compilation.source, target=compilation.target, options=compilation.options.__dict__).asm["ptx"]
 result["ptx"] = ptx
 print(json.dumps(result))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +387,7 @@ def test_specialisation_is_that_of_a_launch(compiled):
         "BLOCK": "constexpr",
     }
     assert compiled["divisible"] == ["large", "sixteen", "x"]
+    assert compiled["pdl"] == [False, True]
 
 
 def test_running_maximum_of_the_statistics_keeps_nan(compiled):

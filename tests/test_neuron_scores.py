@@ -1,4 +1,4 @@
-"""Neuron statistics against torch (bit for bit) and float64, on odd shapes, strided and poisoned storage, NaN and infinity."""
+"""Neuron statistics against torch (bit for bit) and float64: odd shapes, strided poisoned storage, NaN, infinity."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ UNWRITTEN = -7.0  # no statistic is negative, and unlike NaN it cannot come from
 
 
 def poisoned(rows, columns, pitch, dtype, generator, mean=0.0, std=1.0):
-    """A random matrix [rows, columns] inside a larger buffer of NaN, with the given row pitch and a row after the last."""
+    """A random matrix [rows, columns] with the given row pitch, in a buffer of NaN that has one more row."""
     buffer = torch.full((rows + 1, pitch), torch.nan, dtype=dtype)
     buffer[:rows, :columns] = (mean + std * torch.randn(rows, columns, generator=generator)).to(dtype)
     return buffer.to(DEVICE)[:rows, :columns]
@@ -68,10 +68,16 @@ def assert_matches(statistics, gate, up, down, rtol):
             variance = exact.var(1)
         else:
             variance = torch.full_like(exact[:, 0], torch.nan)
-        for what, expected in (("variance", variance), ("l1", exact.abs().sum(1)), ("l2", exact.square().sum(1).sqrt())):
+        for what, expected in (
+            ("variance", variance),
+            ("l1", exact.abs().sum(1)),
+            ("l2", exact.square().sum(1).sqrt()),
+        ):
             got = getattr(statistics, f"{name}_{what}")
             assert got.dtype == torch.float32 and got.shape == (gate.shape[0],)
-            torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=1e-30, equal_nan=True, msg=f"{name}_{what}")
+            torch.testing.assert_close(
+                got.double(), expected, rtol=rtol, atol=1e-30, equal_nan=True, msg=f"{name}_{what}"
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

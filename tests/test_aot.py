@@ -231,23 +231,32 @@ def test_wgmma_operands():
     assert aot.read_wgmma_a_in_registers(descriptors + registers + registers) == 2
 
 
+ROW = {
+    "triton": "3.7.1",
+    "dtype": "bfloat16",
+    "config": {"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3},
+    "weights": ["down"],
+    "plans": [["decode", 2, 2048, 8192, 256], ["decode", 2, 3072, 4096, 128]],
+    "waves": [1.0, 0.5],
+    "failures": [],
+    **dataclasses.asdict(GOOD),
+}
+BROKEN = {name: ROW[name] for name in ("triton", "dtype", "config", "weights", "plans", "sm", "kernel")}
+BROKEN["failures"] = ["does not compile: why"]
+
+
+@pytest.mark.parametrize("rows, status", [([ROW], 0), ([ROW, BROKEN], 1), ([{**ROW, "failures": ["spill"]}], 1)])
+def test_the_command_fails_with_a_row(rows, status, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "collect", lambda options: rows)
+    assert aot.main([]) == status
+    assert f"{len(rows)} distinct compilations, {status} failed" in capsys.readouterr().out
+
+
 def test_records(tmp_path):
-    row = {
-        "triton": "3.7.1",
-        "dtype": "bfloat16",
-        "config": {"BLOCK_M": 64, "BLOCK_N": 32, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3},
-        "weights": ["down"],
-        "plans": [["decode", 2, 2048, 8192, 256], ["decode", 2, 3072, 4096, 128]],
-        "waves": [1.0, 0.5],
-        "failures": [],
-        **dataclasses.asdict(GOOD),
-    }
-    broken = {name: row[name] for name in ("triton", "dtype", "config", "weights", "plans", "sm", "kernel")}
-    broken["failures"] = ["does not compile: why"]
-    aot.record([row, broken], tmp_path / "rows.jsonl")
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == json.loads(
-        json.dumps([row, broken])
-    )
+    rows = [ROW, BROKEN]
+    aot.record(rows, tmp_path / "rows.jsonl")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps(rows))
     text = (tmp_path / "rows.md").read_text()
     assert "Triton 3.7.1, bfloat16: 4 kernel calls, 2 distinct compilations, 1 failed" in text
     assert "| 90 | gemm_kernel | 64x32 split 4 w4 s3 | 2 | 2048-3072 | 128 | - | 227K | HGMMA 4 | " in text

@@ -379,7 +379,11 @@ def entry_from_dict(entry: dict[str, Any]) -> tuple[TableKey, Launch]:
 def load_table(path: Path) -> Table:
     """Read a table written by `python -m csrc_triton.tune`. Raises ValueError, naming the file, if it is malformed."""
     try:
-        return dict(entry_from_dict(entry) for entry in json.loads(path.read_text())["entries"])
+        entries = [entry_from_dict(entry) for entry in json.loads(path.read_text())["entries"]]
+        table = dict(entries)
+        if len(table) < len(entries):
+            raise ValueError("two entries for one shape")
+        return table
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"malformed table {path}: {type(error).__name__}: {error}") from error
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from glu_cases import LAYOUTS, TOLERANCE, error, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csrc_triton import launch
 from csrc_triton.glu import glu_mlp, plan_glu_mlp, shipped_plans
 from csrc_triton.launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, KernelCall, Launch
+from tests.glu_cases import LAYOUTS, TOLERANCE, error, make_case
 
 WIDTHS = (7373, 6554, 5735, 4916, 4096, 3277)  # of Llama-3.2 at the pruning ratios 10 ... 60 %
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter runs where no GPU does
@@ -191,7 +191,7 @@ def test_bad_input(change, kind, message):
 
 @pytest.mark.parametrize("M", [0, 2])
 def test_bad_path(M):
-    with pytest.raises(ValueError, match="path must be one of gemv, decode, small, prefill, cublas or None, got 'fast'"):
+    with pytest.raises(ValueError, match="path must be one of gemv, .* cublas or None, got 'fast'"):
         glu_mlp(*make_case(4, M, 24, 7).arguments(), path="fast")
     if M > 1:
         with pytest.raises(ValueError, match="path 'gemv' takes exactly one token, got 2"):
@@ -201,7 +201,7 @@ def test_bad_path(M):
 @pytest.mark.parametrize("sm", launch.SHARED_MEMORY)
 @pytest.mark.parametrize("H, I", [(2048, 6554), (3072, 7373), (100, 33)])
 def test_shipped_plans(sm, H, I):
-    """One call of every kernel that can be launched, on meta tensors, with the operands of the shape that was asked for."""
+    """Every kernel that can be launched is there, on meta tensors, for the shape that was asked for."""
     plans = shipped_plans(sm, torch.bfloat16, H, I)
     kernels = {call.kernel.__name__ for _, _, call in plans}
     gemms = "gate_up_tma_kernel" if sm >= 90 and H > 100 else "gate_up_tile_kernel"

@@ -1,0 +1,158 @@
+"""The tuner's search, ranking and table, with an injected timer. Nothing here needs a GPU or measures time."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csrc_triton import launch, tune
+from csrc_triton.launch import GateUpGemv, GateUpTma, Launch, heuristic, is_valid
+from csrc_triton.tune import search, variants
+
+BF16 = torch.bfloat16
+SHAPE = dict(H=2048, IP=6656, dtype=BF16)
+
+
+def yes(decision):
+    return True
+
+
+def halves(path, M, sm=90):
+    return [variants(half, path, M, *SHAPE.values(), sm) for half in ("gate_up", "down")]
+
+
+@pytest.mark.parametrize("sm", launch.SHARED_MEMORY)
+@pytest.mark.parametrize("path, M", [("gemv", 1), ("decode", 4), ("small", 128), ("prefill", 2048), ("cublas", 64)])
+def test_variants_are_valid_distinct_and_of_the_path(path, M, sm):
+    kinds = launch.PATH_KINDS[path]
+    for configs, kind in zip(halves(path, M, sm), (kinds[0], (kinds[1],)), strict=True):
+        assert len(set(configs)) == len(configs)
+        assert all(is_valid(config, sm, M, *SHAPE.values()) and type(config) in kind for config in configs)
+        assert bool(configs) == (kind != (launch.NoneType,))
+    if path == "prefill":
+        assert any(isinstance(config, GateUpTma) for config in halves(path, M, sm)[0]) == (sm >= 90)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_search_finds_a_planted_best(data):
+    """Where the two halves cost independently of each other, the search is exact within a path and over paths."""
+    M = data.draw(st.sampled_from((1, 4, 64, 512)))
+    path = data.draw(st.sampled_from([p for p in launch.PATHS if p != "gemv" or M == 1]))
+    gate_up, down = (data.draw(st.sampled_from(configs)) if configs else None for configs in halves(path, M))
+    start = heuristic(path, M, *SHAPE.values(), 90)
+    best = Launch(path, gate_up or start.gate_up, down or start.down)
+
+    def time(decision):
+        misses = (decision.path != path, decision.gate_up != best.gate_up, decision.down != best.down)
+        return 10.0 + 5 * misses[0] + misses[1] + 2 * misses[2]
+
+    assert search(M, **SHAPE, sm=90, check=yes, time=time).best == (best, 10.0)
+
+
+def test_search_tries_every_path():
+    tried = []
+    search(1, **SHAPE, sm=90, check=yes, time=lambda decision: tried.append(decision) or 1.0)
+    assert {decision.path for decision in tried} == set(launch.PATHS)
+    assert len(tried) == len(set(tried)), "nothing is timed twice"
+    tried.clear()
+    search(2, **SHAPE, sm=90, check=yes, time=lambda decision: tried.append(decision) or 1.0)
+    assert {decision.path for decision in tried} == set(launch.PATHS) - {"gemv"}
+
+
+def test_wrong_results_are_never_timed():
+    def wrong(decision):
+        return decision.path == "gemv" and decision.gate_up.block_n == 2
+
+    timed = []
+    found = search(
+        1, **SHAPE, sm=90, check=lambda d: not wrong(d), time=lambda d: timed.append(d) or float(d.path != "gemv")
+    )
+    assert found.refused and all(wrong(decision) for decision in found.refused)
+    assert timed == list(found.timed) and not any(wrong(decision) for decision in timed)
+    assert len(found.refused) == len(set(found.refused))
+    assert found.best[0].path == "gemv" and found.best[0].gate_up.block_n != 2
+
+
+def test_nothing_right_gives_no_best():
+    found = search(64, **SHAPE, sm=90, check=lambda decision: False, time=lambda decision: 1 / 0)
+    assert found.best is None and not found.timed
+
+
+def test_ties_go_to_the_heuristic_of_the_first_path():
+    found = search(1, **SHAPE, sm=90, check=yes, time=lambda decision: 7.0)
+    assert found.best == (heuristic("gemv", 1, *SHAPE.values(), 90), 7.0)
+
+
+KEY = (90, 2048, 6656, 1, BF16)
+ENTRY = heuristic("gemv", 1, *SHAPE.values(), 90)
+
+
+def test_table_is_written_and_read_back(tmp_path):
+    path = tmp_path / "new" / "gpu.json"
+    tune.write_table(path, "Some GPU", {KEY: (ENTRY, 12.34567)})
+    assert launch.load_table(path) == {KEY: ENTRY}
+    content = json.loads(path.read_text())
+    assert content["gpu"] == "Some GPU" and content["torch"] == torch.__version__ and "triton" in content
+    assert content["entries"][0]["microseconds"] == 12.346
+
+
+def test_table_keeps_other_shapes_and_replaces_its_own(tmp_path):
+    path = tmp_path / "gpu.json"
+    other = (90, 3072, 6656, 1, BF16)
+    tune.write_table(path, "GPU", {KEY: (ENTRY, 1.0), other: (ENTRY, 2.0)})
+    better = dataclasses.replace(ENTRY, gate_up=GateUpGemv(4, 8, False))
+    tune.write_table(path, "GPU", {KEY: (better, 0.5)})
+    assert launch.load_table(path) == {KEY: better, other: ENTRY}
+    assert [entry["microseconds"] for entry in json.loads(path.read_text())["entries"]] == [2.0, 0.5]
+
+
+def test_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    tune.write_table(path, "GPU", {KEY: (ENTRY, 1.0)})
+    before = path.read_text()
+
+    def fail(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tune.write_table(path, "GPU", {KEY: (ENTRY, 2.0)})
+    assert path.read_text() == before
+
+
+def test_malformed_table_is_not_overwritten(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"entries": [1]}')
+    with pytest.raises((ValueError, TypeError)):
+        tune.write_table(path, "GPU", {KEY: (ENTRY, 1.0)})
+    assert path.read_text() == '{"entries": [1]}'
+
+
+def test_without_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "gpu.json"
+    assert tune.main(["--hidden", "64", "--intermediate", "100", "--dtype", "bf16", "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "error: tuning needs a CUDA device, and none is available\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--hidden", "64"], ["--hidden", "x", "--intermediate", "100"]])
+def test_bad_arguments(arguments):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.cuda
+def test_tune_a_small_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "variants", lambda *arguments: [])  # the heuristics alone, on every path
+    out = tmp_path / "gpu.json"
+    assert tune.main(["--hidden", "256", "--intermediate", "300", "--tokens", "1", "64", "--out", str(out)]) == 0
+    assert {key[3] for key in launch.load_table(out)} == {1, 64}
+    assert "0 refused" in capsys.readouterr().out

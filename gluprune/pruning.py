@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from gluprune.calibration import LayerStatistics, Statistics, calibrate_in_passes
+from gluprune.compensate import replace_down, resolved_down
 from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
-from gluprune.scores import STATIC_SCORES, Score, static_score
+from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
 from gluprune.selection import select, target_width
 
 
@@ -127,9 +129,16 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     return sorted(layers)
 
 
-def _score_layer(score: str | Score, glu: GLU, index: int) -> torch.Tensor:
+def _score_layer(
+    score: str | Score, glu: GLU, index: int, activations: LayerStatistics | None = None
+) -> torch.Tensor:
     weights = glu.weights()
-    values = score(*weights) if callable(score) else static_score(score, *weights)
+    if callable(score):
+        values = score(*weights)
+    elif score in CALIBRATED_SCORES:
+        values = calibrated_score(score, *weights, activations)
+    else:
+        values = static_score(score, *weights)
     expected = (glu.intermediate_size,)
     if not isinstance(values, torch.Tensor) or values.shape != expected:
         found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -138,6 +147,31 @@ def _score_layer(score: str | Score, glu: GLU, index: int) -> torch.Tensor:
     if values.isnan().any():
         raise ValueError(f"the score of layer {index} has {int(values.isnan().sum())} NaN of {len(values)} values")
     return values
+
+
+def _check_statistics(statistics: Statistics, glus: list[GLU], layers: Sequence[int], gram: bool) -> None:
+    for index in layers:
+        if index not in statistics.layers:
+            raise ValueError(f"the calibration statistics have no layer {index}: they have {list(statistics.layers)}")
+        layer, neurons = statistics.layers[index], glus[index].intermediate_size
+        if len(layer.squares) != neurons:
+            raise ValueError(
+                f"layer {index} has {neurons} neurons, its calibration statistics are of {len(layer.squares)}:"
+                " statistics are of the model before it is pruned"
+            )
+        if gram and layer.gram is None:
+            raise ValueError("compensate=True needs calibration statistics with Gram matrices: calibrate(..., gram=True)")
+
+
+def _activations(
+    model: nn.Module, glus: list[GLU], layers: Sequence[int], calibration: Iterable | Statistics, gram: bool
+) -> Iterator[tuple[int, LayerStatistics]]:
+    if not isinstance(calibration, Statistics):
+        yield from calibrate_in_passes(model, calibration, gram=gram, layers=layers)
+        return
+    _check_statistics(calibration, glus, layers, gram)
+    for index in layers:
+        yield index, calibration.layers[index].to(glus[index].down.weight.device)
 
 
 def _restore_attributes(owner: object, before: dict) -> None:
@@ -154,6 +188,8 @@ def prune(
     intermediate_size: int | None = None,
     score: str | Score = "maw",
     multiple_of: int = 128,
+    calibration: Iterable | Statistics | None = None,
+    compensate: bool = False,
     layers: Sequence[int] | None = None,
 ) -> PruneReport:
     """Remove the neurons of lowest score from the GLU MLPs of a Hugging Face causal LM, in place, all or nothing.
@@ -161,7 +197,8 @@ def prune(
     Gate and up lose rows (and bias entries), down loses columns; `out_features`, `in_features`,
     `mlp.intermediate_size` and the config follow, so `model.save_pretrained` writes a stock checkpoint. Parameter
     objects stay the same, their stale gradients are dropped. Memory above the model itself stays under one layer's MLP
-    weights. If anything fails, every tensor, attribute and config value is as it was.
+    weights; calibration adds what `calibrate_in_passes` says, `compensate` the narrowed down projections once more. If
+    anything fails, every tensor, attribute and config value is as it was.
 
     The selection of *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671) is
     `prune(model, pruning_ratio=p, score="maw", multiple_of=1)`, which keeps `I - int(p * I)` neurons.
@@ -171,9 +208,13 @@ def prune(
         expansion_ratio: intermediate size over hidden size. Exactly one of the three targets must be given.
         pruning_ratio: share of the neurons to remove, between 0 and 1.
         intermediate_size: neurons to keep.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2", or a callable that takes gate `[I, H]`, up `[I, H]` and
-            down `[H, I]` and returns `[I]`, higher is kept.
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation" and "hybrid"; or a
+            callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
         multiple_of: the width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
+        calibration: text for the calibrated scores and for `compensate`, otherwise not looked at: an iterable of int
+            tensors of token ids `[B, S]`, of dicts with `input_ids` and maybe `attention_mask` (0 is padding and left
+            out) or of tuples of the two, such as a DataLoader; or the `Statistics` that `calibrate` collected from it.
+        compensate: re-solve the down projections for the neurons that stay (`gluprune.compensate`).
         layers: indices of the layers to prune; None means all. Where this leaves layers of different widths, the
             saved checkpoint loads with `gluprune.load`, and stock `from_pretrained` raises.
 
@@ -184,8 +225,15 @@ def prune(
         ValueError: see the message; the model is unchanged.
         TypeError: an argument of the wrong type; the model is unchanged.
     """
-    if not callable(score) and score not in STATIC_SCORES:
-        raise ValueError(f"unknown score {score!r}: allowed are {', '.join(STATIC_SCORES)} or a callable")
+    is_calibrated = not callable(score) and score in CALIBRATED_SCORES
+    if not callable(score) and not is_calibrated and score not in STATIC_SCORES:
+        allowed = ", ".join([*STATIC_SCORES, *CALIBRATED_SCORES])
+        raise ValueError(f"unknown score {score!r}: allowed are {allowed} or a callable")
+    if not isinstance(compensate, bool):
+        raise TypeError(f"compensate must be True or False, got {compensate!r}")
+    if calibration is None and (is_calibrated or compensate):
+        what = f"score={score!r}" if is_calibrated else "compensate=True"
+        raise ValueError(f"{what} needs calibration data: give calibration=")
     glus = model_glus(model)
     indices = _check_layers(layers, len(glus))
     _check_prunable(model, glus, indices)
@@ -203,13 +251,20 @@ def prune(
     )
 
     original_parameters = count_parameters(model)
-    kept = {
-        index: select(_score_layer(score, glus[index], index), width)
-        for index in tqdm(indices, desc="scoring", unit="layer", disable=None, leave=False)
-    }
+    if is_calibrated or compensate:
+        activations = _activations(model, glus, indices, calibration, gram=compensate)
+    else:
+        activations = ((index, None) for index in indices)
+    kept, down = {}, {}
+    for index, found in tqdm(activations, "scoring", len(indices), unit="layer", disable=None, leave=False):
+        kept[index] = select(_score_layer(score, glus[index], index, found), width)
+        if compensate:
+            down[index] = resolved_down(glus[index].weights()[2], kept[index], found.gram, f"layer {index}")
     with ExitStack() as undo:
         for index in tqdm(indices, desc="narrowing", unit="layer", disable=None, leave=False):
             narrow(glus[index], kept[index], undo)
+            if compensate:
+                replace_down(glus[index].down, down.pop(index), undo)
         config = model.config.get_text_config()
         undo.callback(_restore_attributes, config, dict(vars(config)))
         set_config_widths(config, [glu.intermediate_size for glu in glus])

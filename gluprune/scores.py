@@ -1,7 +1,8 @@
-"""Static importance scores of GLU neurons: one float32 number a neuron, higher is kept.
+"""Importance scores of GLU neurons: one float32 number a neuron, higher is kept.
 
-The criteria are those compared in *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671), section on
-neuron selection, plus the three-projection form of its magnitude criterion. All work on float32 values of the weights.
+The static criteria are those compared in *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671), section
+on neuron selection, plus the three-projection form of its magnitude criterion. The calibrated ones also look at what
+the neurons do on text. All work on float32 values of the weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+
+from gluprune.calibration import LayerStatistics
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,6 +51,10 @@ class WeightStatistics:
     @cached_property
     def down_ppm(self) -> torch.Tensor:
         return _ppm(self._down, 0)
+
+    @cached_property
+    def down_l2(self) -> torch.Tensor:
+        return torch.cat([torch.norm(columns.float(), p=2, dim=0) for columns in self._down.split(_ROWS, dim=1)])
 
     @cached_property
     def gate_variance(self) -> torch.Tensor:
@@ -100,3 +107,37 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
         float32 `[I]` on the device of the weights.
     """
     return STATIC_SCORES[name](WeightStatistics(gate, up, down))
+
+
+def _hybrid(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tensor:
+    ppms = (weights.gate_ppm, weights.up_ppm, weights.down_ppm)
+    gate, up, down = (ppm / (ppm.max() + 1e-8) for ppm in ppms)
+    return (gate + up + down) * activations.batch_norms
+
+
+CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch.Tensor]] = {
+    # ||x_i|| * ||W_down[:, i]||: the exact Frobenius norm of what neuron i adds to the layer's output over all tokens,
+    # x_i W_down[:, i]^T. Wanda (arXiv 2306.11695) multiplies the same norms per weight, FLAP (arXiv 2312.11983) takes
+    # the fluctuation of x_i in place of its norm.
+    "activation": lambda weights, activations: activations.norms * weights.down_l2,
+    # OptiPFair 0.4.2's data-driven criterion (PPM of gate, up and down, each over its maximum, times ||x_i||). Its
+    # ||x_i|| is the sum of the batches' norms, no norm of all tokens, and so depends on the batches; kept as it is, so
+    # that equal batches select equal neurons.
+    "hybrid": _hybrid,
+}
+
+
+def calibrated_score(
+    name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, activations: LayerStatistics
+) -> torch.Tensor:
+    """Score of every neuron of one layer by a criterion of `CALIBRATED_SCORES`.
+
+    Args:
+        name: a key of `CALIBRATED_SCORES`.
+        gate, up: `[I, H]`; down: `[H, I]`; any floating dtype, any strides.
+        activations: the layer's statistics on calibration text.
+
+    Returns:
+        float32 `[I]` on the device of the weights.
+    """
+    return CALIBRATED_SCORES[name](WeightStatistics(gate, up, down), activations)

@@ -144,14 +144,14 @@ glu_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
-    """Statistics of every neuron of one layer in one pass over its weights: a kernel on CUDA, PyTorch elsewhere.
+    """Statistics of every neuron of one layer by one kernel launch, which reads each weight once.
 
     Args:
-        gate, up: `[I, H]`; down: `[H, I]`; bf16, fp16 or fp32.
+        gate, up: `[I, H]`; down: `[H, I]`; bf16, fp16 or fp32, on CUDA (in Triton's interpreter: on the CPU).
 
     Returns:
         `csrc_triton.neuron_scores.NeuronStatistics`, float32 `[I]` tensors.
     """
-    from csrc_triton.neuron_scores import neuron_scores, neuron_scores_reference
+    from csrc_triton.neuron_scores import neuron_scores
 
-    return (neuron_scores if gate.is_cuda else neuron_scores_reference)(gate, up, down)
+    return neuron_scores(gate, up, down)

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from gluprune import ops
 from gluprune.calibration import LayerStatistics
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,7 +82,8 @@ class WeightStatistics:
         return _by_rows(lambda rows: torch.norm(rows, p=2, dim=1), self._up)
 
 
-STATIC_SCORES: dict[str, Callable[[WeightStatistics], torch.Tensor]] = {
+# Both providers of statistics have the same field names.
+STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {
     # MAW, named PPM since version 3 of the paper: peak-to-peak magnitude of gate and up.
     "maw": lambda s: s.gate_ppm + s.up_ppm,
     "ppm": lambda s: s.gate_ppm + s.up_ppm,
@@ -106,6 +108,8 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
     Returns:
         float32 `[I]` on the device of the weights.
     """
+    if ops.uses_kernels("auto", gate.device) and gate.dtype in ops.KERNEL_DTYPES:
+        return STATIC_SCORES[name](ops.neuron_statistics(gate, up, down))
     return STATIC_SCORES[name](WeightStatistics(gate, up, down))
 
 

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gluprune
-from gluprune.scores import STATIC_SCORES, static_score
+from csrc_triton import neuron_scores
+from gluprune import ops
+from gluprune.families import model_glus
+from gluprune.scores import STATIC_SCORES, WeightStatistics, static_score
 
 
 def ppm(weight):
@@ -76,3 +79,39 @@ def test_same_neurons_and_weights_as_optipfair(smollm2, name):
             kept = report.kept[index]
             assert torch.equal(layer.mlp.gate_proj.weight[kept], theirs.model.layers[index].mlp.gate_proj.weight)
     logging.disable(logging.NOTSET)
+
+
+def test_kernel_on_the_real_model(smollm2, monkeypatch):
+    """The kernel's statistics in all 30 layers: peak-to-peak magnitudes equal torch bit for bit, scores within 2e-6."""
+    if ops.INTERPRETED:  # fewer, larger programs: the interpreter's time is a matter of their number
+        monkeypatch.setattr(neuron_scores, "TILE", 64 * neuron_scores.TILE)
+    for glu in model_glus(smollm2):
+        weights = glu.weights()
+        found, expected = ops.neuron_statistics(*weights), WeightStatistics(*weights)
+        for field in ("gate_ppm", "up_ppm", "down_ppm"):
+            assert torch.equal(getattr(found, field), getattr(expected, field)), field
+        for name, score in STATIC_SCORES.items():
+            truth = TRUTH[name](*(weight.double() for weight in weights))
+            torch.testing.assert_close(score(found).double(), truth, rtol=2e-6, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", list(STATIC_SCORES))
+def test_same_neurons_on_cuda_as_on_the_cpu(smollm2, name):
+    on_cpu = gluprune.prune(copy.deepcopy(smollm2), pruning_ratio=0.4, score=name)
+    on_cuda = gluprune.prune(copy.deepcopy(smollm2).cuda(), pruning_ratio=0.4, score=name)
+    for index, kept in on_cpu.kept.items():
+        assert torch.equal(kept, on_cuda.kept[index])
+
+
+def test_prune_takes_the_kernel_where_it_runs(tiny_model, monkeypatch):
+    """As on CUDA: with the kernel allowed on this device, `prune` calls it and keeps the same neurons."""
+    calls = []
+    original = ops.neuron_statistics
+    expected = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
+    monkeypatch.setattr(ops, "uses_kernels", lambda backend, device: True)
+    monkeypatch.setattr(ops, "neuron_statistics", lambda *weights: calls.append(1) or original(*weights))
+    found = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
+    assert len(calls) == 3
+    for index, kept in expected.kept.items():
+        assert torch.equal(kept, found.kept[index])

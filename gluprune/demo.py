@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import platform
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gluprune import records
 from gluprune.checkpoint import load, save
 from gluprune.families import model_glus
 from gluprune.generation import time_generation
@@ -50,18 +50,6 @@ class Row:
 
 def _demo_text() -> str:
     return (files("gluprune") / "data" / "demo_text.txt").read_text(encoding="utf-8")
-
-
-def processor_name(device: torch.device) -> str:
-    """The GPU, or the CPU as the system names it with the number of threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        name = next(names, name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _sample(model, tokenizer) -> str:
@@ -187,7 +175,7 @@ def run(model_name: str | None = None, output: str | Path = "demo_output") -> di
             if (score, ratio) == SAVED:
                 _save_and_reload(model, tokenizer, ids, output / "checkpoint")
 
-    hardware = processor_name(dense.device)
+    hardware = records.hardware()
     record = {
         "model": name,
         "hardware": hardware,

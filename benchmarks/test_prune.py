@@ -1,0 +1,115 @@
+"""`gluprune.prune` beside OptiPFair's `prune_model`: time, memory, and first of all the same weights."""
+
+import copy
+import logging
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import gluprune
+from gluprune.records import Record
+from gluprune.smollm2 import smollm2_checkpoint
+
+optipfair = pytest.importorskip("optipfair")
+
+PERCENT = 40
+LLAMA_3_2_1B = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    vocab_size=128256,
+    tie_word_embeddings=True,
+)
+
+
+def random_model(config, dtype=torch.bfloat16):
+    """Random weights without ever holding more than the model."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        for rows in parameter.data.split(256):
+            rows.normal_(0, 0.02)
+    return model
+
+
+MODELS = {
+    "SmolLM2-135M-Instruct": lambda: AutoModelForCausalLM.from_pretrained(smollm2_checkpoint()),
+    "random weights of Llama-3.2-1B's shapes": lambda: random_model(LLAMA_3_2_1B),
+}
+PROVIDERS = {
+    "gluprune": lambda model: gluprune.prune(model, pruning_ratio=PERCENT / 100, score="maw", multiple_of=1),
+    "optipfair": lambda model: optipfair.prune_model(
+        model, neuron_selection_method="PPM", pruning_percentage=PERCENT, show_progress=False
+    ),
+}
+
+
+def timed(provider, model):
+    start = time.perf_counter()
+    PROVIDERS[provider](model)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_time(benchmark, keep, name):
+    """Side by side in one run, in turns, after one warm-up; a new copy of the model each time."""
+    logging.disable(logging.INFO)
+    dense = MODELS[name]()
+    results = {provider: copy.deepcopy(dense) for provider in PROVIDERS}
+    for provider, model in results.items():  # the warm-up is the correctness gate
+        PROVIDERS[provider](model)
+    theirs = results["optipfair"].state_dict()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in results["gluprune"].state_dict().items())
+    del results, theirs
+
+    shape = {"model": name, "pruning_percent": PERCENT}
+    times = {provider: [] for provider in PROVIDERS}
+    for _ in range(7):
+        for provider, values in times.items():
+            values.append(timed(provider, copy.deepcopy(dense)))
+    for provider, values in times.items():
+        keep(Record.of("prune: time", provider, shape, dense.dtype, "s", values))
+    medians = {provider: statistics.median(values) for provider, values in times.items()}
+    benchmark.extra_info["optipfair / gluprune"] = medians["optipfair"] / medians["gluprune"]
+    benchmark.pedantic(timed, setup=lambda: (("gluprune", copy.deepcopy(dense)), {}), rounds=3)
+
+
+MEMORY_SCRIPT = """
+import logging, resource, sys
+from benchmarks.test_prune import MODELS, PROVIDERS
+
+logging.disable(logging.INFO)
+model = MODELS[sys.argv[1]]()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+PROVIDERS[sys.argv[2]](model)
+print(peak() - before)
+"""
+
+
+def test_memory(benchmark, keep):
+    """Peak resident memory above the model itself, each provider in a process of its own."""
+    name = "random weights of Llama-3.2-1B's shapes"
+    config = LLAMA_3_2_1B
+    layer = 3 * config.hidden_size * config.intermediate_size * 2
+
+    def measure(provider):
+        command = [sys.executable, "-c", MEMORY_SCRIPT, name, provider]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+    above = {provider: measure(provider) for provider in PROVIDERS}
+    for provider, value in above.items():
+        benchmark.extra_info[f"{provider}: layers' MLP weights"] = value / layer
+        shape = {"model": name, "pruning_percent": PERCENT, "bytes of one layer's MLP": layer}
+        keep(Record.of("prune: peak memory above the model", provider, shape, torch.bfloat16, "bytes", [value]))
+    assert above["gluprune"] < 2 * layer
+    benchmark.pedantic(measure, args=("gluprune",), rounds=1)

@@ -171,6 +171,8 @@ def _operands(mlp: nn.Module) -> tuple[torch.Tensor | None, ...]:
 def _is_fusible(mlp: nn.Module, x: torch.Tensor) -> bool:
     if not ops.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
+    if torch.compiler.is_exporting():
+        return False  # an exported program holds PyTorch's operators alone, and so runs without this package
     if type(x) not in _PLAIN or _obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
         return False
     gate, up, down, *_ = _operands(mlp)
@@ -223,7 +225,7 @@ def _why_left(mlp: nn.Module) -> str | None:
     """Why the class of an MLP must not be swapped; None if it may."""
     owner = _glu_class(mlp)
     if type(mlp) is not owner and not _is_patched(mlp):
-        return f"{type(mlp).__name__} is a subclass of {owner.__name__}"
+        return f"{type(mlp).__name__} is a class made of {owner.__name__}"
     if owner.forward.__module__ != owner.__module__ or owner.forward.__qualname__ != f"{owner.__qualname__}.forward":
         return (
             f"the forward of {owner.__name__} was replaced by {owner.forward.__module__}.{owner.forward.__qualname__}"
@@ -289,7 +291,7 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
             f"{type(model).__name__} holds no GLU MLP of a supported family: allowed are {', '.join(_FAMILY_OF_CLASS)}"
         )
     left = [_why_left(mlp) for _, mlp in glus]
-    if all(left):
+    if all(left) and not any(isinstance(mlp, FusedGLU) for _, mlp in glus):
         raise ValueError(f"no MLP of {type(model).__name__} can be patched: {_summary(left)}")
 
     with ExitStack() as undo:

@@ -106,7 +106,7 @@ def test_bfloat16_weights_are_aligned_and_fall_back_to_nothing_else(kernel_calls
     model = tiny_model(dtype=torch.bfloat16, device=DEVICE)
     patch(model, "triton")
     assert_fused(model)
-    logits(model, token_ids())
+    logits(model, token_ids(device=DEVICE))
     assert len(kernel_calls) == 2
 
 
@@ -511,7 +511,7 @@ def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
     expected = logits(model, ids)
     patch(model, "triton")
     assert type(mlps(model)[0]) is OwnMLP
-    assert [entry.reason for entry in fusion_status(model)] == ["OwnMLP is a subclass of LlamaMLP", ""]
+    assert [entry.reason for entry in fusion_status(model)] == ["OwnMLP is a class made of LlamaMLP", ""]
     assert_same(logits(model, ids), expected)
 
     model = tiny_model(device=DEVICE)

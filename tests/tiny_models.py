@@ -13,7 +13,7 @@ VOCABULARY = 61
 def tiny_model(family="llama", width=77, dtype=torch.float32, seed=0, device="cpu", **config):
     """An eval-mode causal LM with H = 48 and two layers, whose MLPs have `width` neurons."""
     torch.manual_seed(seed)
-    config = dict(
+    settings = dict(
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=width,
@@ -27,9 +27,9 @@ def tiny_model(family="llama", width=77, dtype=torch.float32, seed=0, device="cp
         eos_token_id=None,
         initializer_range=0.2,
         dtype=dtype,
-        **config,
     )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), attn_implementation="eager")
+    settings.update(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), attn_implementation="eager")
     return model.to(device).eval()
 
 
@@ -48,7 +48,7 @@ def mlps(model):
 
 def logits(model, ids):
     with torch.no_grad():
-        return model(ids.to(next(model.parameters()).device)).logits
+        return model(ids).logits
 
 
 def gradients(model, ids):

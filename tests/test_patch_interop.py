@@ -1,0 +1,388 @@
+"""Patched models together with what people put on, in and around them. Before and after, answers must stay the same."""
+
+import copy
+import json
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from transformers import AutoModelForCausalLM
+
+from gluprune import ops
+from gluprune.patch import fusion_status, patch, unpatch
+from tests.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, token_ids
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def reasons(model):
+    return [entry.reason for entry in fusion_status(model)]
+
+
+@pytest.fixture
+def ids():
+    return token_ids(device=DEVICE)
+
+
+@pytest.fixture
+def model():
+    return tiny_model(device=DEVICE)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Counts what reaches the kernels."""
+    import csrc_triton.glu
+
+    calls, kernels = [], csrc_triton.glu.glu_mlp
+    monkeypatch.setattr(csrc_triton.glu, "glu_mlp", lambda *args: calls.append(args[-1]) or kernels(*args))
+    return calls
+
+
+# --- hooks ---
+
+
+def add_forward_hook(module):
+    return module.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def add_forward_pre_hook(module):
+    return module.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def add_backward_hook(module):
+    return module.register_full_backward_hook(lambda module, grads, _: (grads[0] * 1.5,))
+
+
+def add_backward_pre_hook(module):
+    return module.register_full_backward_pre_hook(lambda module, grads: (grads[0] * 1.5,))
+
+
+HOOKS = [add_forward_hook, add_forward_pre_hook, add_backward_hook, add_backward_pre_hook]
+
+
+@pytest.mark.parametrize("add", HOOKS)
+@pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_hooks_inside_an_mlp_act(model, ids, add, where, hook_first):
+    plain = copy.deepcopy(model)
+    add(getattr(mlps(plain)[0], where))
+    if not hook_first:
+        patch(model, "triton")
+    handle = add(getattr(mlps(model)[0], where))
+    if hook_first:
+        patch(model, "triton")
+    assert reasons(model) == [f"{where} carries a hook", ""]
+    assert_same(logits(model, ids), logits(plain, ids))
+    expected = gradients(plain, ids)
+    for name, grad in gradients(model, ids).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
+    handle.remove()
+    patch(model, "triton")
+    assert reasons(model) == ["", ""]
+
+
+@pytest.mark.parametrize("add", HOOKS)
+def test_hooks_on_an_mlp_act_and_leave_it_fused(model, ids, add):
+    plain = copy.deepcopy(model)
+    add(mlps(plain)[0])
+    patch(model, "triton")
+    add(mlps(model)[0])
+    assert reasons(model) == ["", ""]
+    assert_same(logits(model, ids), logits(plain, ids))
+    expected = gradients(plain, ids)
+    for name, grad in gradients(model, ids).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_for_all_modules_see_the_projections(model, ids):
+    patch(model, "triton")
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        logits(model, ids)
+    finally:
+        handle.remove()
+    assert mlps(model)[0].up_proj in seen
+
+
+def test_parametrized_and_pruned_projections_act(model, ids):
+    plain = copy.deepcopy(model)
+    patch(model, "triton")
+    for each in (model, plain):
+        nn.utils.parametrizations.weight_norm(mlps(each)[0].up_proj)
+        torch_prune.l1_unstructured(mlps(each)[1].down_proj, "weight", amount=0.5)
+        with torch.no_grad():
+            mlps(each)[0].up_proj.parametrizations.weight.original0.mul_(2)
+    assert reasons(model) == ["up_proj is torch's ParametrizedLinear", "down_proj carries a hook"]
+    assert_same(logits(model, ids), logits(plain, ids))
+
+
+# --- adapters, quantized weights ---
+
+
+def lora(model, names, seed=3):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("names", [["down_proj"], ["gate_proj", "up_proj", "down_proj"], ["q_proj"]], ids=",".join)
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_lora(model, ids, names, lora_first):
+    reference = lora(copy.deepcopy(model), names)
+    if lora_first:
+        adapted = lora(model, names)
+        before = snapshot(adapted)
+        patch(adapted, "triton")
+    else:
+        adapted = lora(patch(model, "triton"), names)
+    left = [] if names == ["q_proj"] else [f"{names[0]} is peft's Linear"]
+    assert [reason for reason in reasons(adapted) if reason] == 2 * left
+    assert_same(logits(adapted, ids), logits(reference, ids))
+    expected = gradients(reference, ids)
+    assert expected and gradients(adapted, ids).keys() == expected.keys()
+    for name, grad in gradients(adapted, ids).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
+    if lora_first:
+        assert snapshot(unpatch(adapted)) == before
+        patch(adapted, "triton")
+    merged, expected = adapted.merge_and_unload(), logits(reference.merge_and_unload(), ids)
+    assert_same(logits(merged, ids), expected)
+    patch(merged, "triton")
+    assert reasons(merged) == ["", ""]
+    assert_same(logits(merged, ids), expected)
+
+
+def test_unpatch_under_lora_frees_the_buffers(model, ids):
+    adapted = lora(patch(model, "triton"), ["up_proj"])
+    unpatch(adapted)
+    for parameter in adapted.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+@pytest.mark.parametrize("quantize_first", [True, False])
+def test_torchao(ids, quantize_first):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny_model(device=DEVICE)
+    plain = copy.deepcopy(model)
+    config = quantization.Int8WeightOnlyConfig()
+    quantization.quantize_(plain.model.layers[0], config)
+    if not quantize_first:
+        patch(model, "triton")
+    quantization.quantize_(model.model.layers[0], config)
+    if quantize_first:
+        patch(model, "triton")
+    assert [bool(reason) for reason in reasons(model)] == [True, False]
+    assert "gate_proj.weight is Int8Tensor" in reasons(model)[0]
+    assert_same(logits(model, ids), logits(plain, ids))
+    assert type(unpatch(model)) is type(plain)
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_bitsandbytes(model, ids, kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        for mlp in mlps(each)[:1]:
+            options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
+            quantized = getattr(bitsandbytes.nn, kind)(48, 77, bias=False, **options)
+            quantized.load_state_dict({"weight": mlp.up_proj.weight.detach().clone()})
+            mlp.up_proj = quantized.to(DEVICE)
+    expected = logits(plain, ids)
+    patch(model, "triton")
+    assert reasons(model) == [f"up_proj is bitsandbytes's {kind}", ""]
+    assert_same(logits(model, ids), expected)
+
+
+# --- accelerate ---
+
+
+def offload_to_cpu(model, folder):
+    cpu_offload(model, DEVICE)
+
+
+def offload_to_disk(model, folder):
+    disk_offload(model, folder, DEVICE)
+
+
+def offload_one_layer(model, folder):
+    device_map = {"model.embed_tokens": DEVICE, "model.layers.0": DEVICE, "model.layers.1": "disk"}
+    device_map |= {"model.norm": DEVICE, "model.rotary_emb": DEVICE, "lm_head": DEVICE}
+    dispatch_model(model, device_map, main_device=DEVICE, offload_dir=folder, force_hooks=True)
+
+
+def dispatch_to_one_device(model, folder):
+    dispatch_model(model, {"": DEVICE}, main_device=DEVICE, force_hooks=True)
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize(
+    "place, fused",
+    [(offload_to_cpu, [False, False]), (offload_to_disk, [False, False]), (offload_one_layer, [True, False])],
+)
+def test_offloading(model, ids, tmp_path, place, fused, patch_first):
+    expected = logits(model, ids)
+    if patch_first:
+        patch(model, "triton")
+    place(model, tmp_path)
+    if not patch_first:
+        patch(model, "triton")
+    assert [entry.fused for entry in fusion_status(model)] == fused
+    assert_same(logits(model, ids), expected)
+    assert_same(logits(unpatch(model), ids), expected)
+    remove_hook_from_module(model, recurse=True)
+    assert_same(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_placing_hooks_leave_the_mlps_fused(model, ids, tmp_path, patch_first, kernel_calls):
+    """With a device map every module is wrapped; without offloading the wrapper only moves inputs that need no moving."""
+    expected = logits(model, ids)
+    if patch_first:
+        patch(model, "triton")
+    dispatch_to_one_device(model, tmp_path)
+    if not patch_first:
+        patch(model, "triton")
+    assert reasons(model) == ["", ""]
+    assert_same(logits(model, ids), expected)
+    assert len(kernel_calls) == 2
+    unpatch(model)
+    assert torch.equal(logits(model, ids), expected) and len(kernel_calls) == 2
+    patch(model, "triton")
+    remove_hook_from_module(model, recurse=True)
+    assert_same(logits(model, ids), expected)
+    assert len(kernel_calls) == 4
+    unpatch(model)
+    assert torch.equal(logits(model, ids), expected) and len(kernel_calls) == 4
+
+
+def test_device_map_of_a_checkpoint(model, ids, tmp_path):
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": DEVICE}, attn_implementation="eager")
+    patch(loaded, "triton")
+    assert reasons(loaded) == ["", ""]
+    assert_same(logits(loaded, ids), expected)
+
+
+# --- compilers ---
+
+
+@pytest.mark.parametrize(
+    "backend, options", [("auto", {"fullgraph": True}), ("triton", {"fullgraph": True, "mode": "reduce-overhead"})]
+)
+def test_compile(ids, backend, options):
+    torch.compiler.reset()
+    model = tiny_model(device=DEVICE, num_hidden_layers=1)
+    patch(model, backend)
+    expected = logits(model, ids)
+    compiled = torch.compile(model, **options)
+    assert_same(logits(compiled, ids), expected)
+    assert_same(logits(compiled, ids), expected)
+
+
+def test_compile_with_a_changing_number_of_tokens():
+    torch.compiler.reset()
+    model = tiny_model(device=DEVICE, num_hidden_layers=1)
+    patch(model, "triton")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch, length in ((2, 7), (3, 5), (1, 9)):
+        ids = token_ids(batch, length, device=DEVICE)
+        assert_same(logits(compiled, ids), logits(model, ids))
+
+
+def test_compiled_training(ids):
+    torch.compiler.reset()
+    model = tiny_model(width=128, device=DEVICE).train()
+    expected = gradients(model, ids)
+    patch(model, "triton")
+    assert reasons(model) == ["", ""]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_operator_copes_with_weights_that_left_their_storage(model, ids):
+    torch.compiler.reset()
+    patch(model, "triton")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = logits(compiled, ids)
+    for mlp in mlps(model):
+        mlp.gate_proj.weight.data = mlp.gate_proj.weight.data.clone()
+    assert_same(logits(compiled, ids), expected)
+
+
+def test_patching_what_is_compiled_from_outside_compiles_anew(model, ids, kernel_calls):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda ids: model(ids).logits, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(ids)
+        patch(model, "triton")
+        assert_same(compiled(ids), expected)
+        assert len(kernel_calls) == 2
+        unpatch(model)
+        assert_same(compiled(ids), expected)
+        assert len(kernel_calls) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(model, ids, backend, strict, tmp_path):
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    expected = logits(model, ids)
+    patch(model, backend)
+    with torch.no_grad():
+        program = torch.export.export(Logits(), (ids,), strict=strict)
+        assert "gluprune" not in str(program.graph)  # so it runs where this package is not installed
+        assert_same(program.module()(ids), expected)
+        torch.export.save(program, tmp_path / "model.pt2")
+        assert_same(torch.export.load(tmp_path / "model.pt2").module()(ids), expected)
+
+
+# --- a real checkpoint ---
+
+
+@pytest.mark.skipif(not ops.INTERPRETED, reason="bit-equal only on the CPU")
+def test_smollm2_on_the_cpu_answers_the_same(smollm2_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path).eval()
+    ids = torch.randint(0, 40000, (1, 12), generator=torch.Generator().manual_seed(0))
+    expected = logits(model, ids)
+    tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
+    patch(model)
+    assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), tokens)
+    model.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        old, new = (smollm2_path / name).read_bytes(), (tmp_path / name).read_bytes()
+        assert json.loads(old) == json.loads(new) if name.endswith("json") else old == new
+
+
+@pytest.mark.skipif(not ops.INTERPRETED, reason="times nothing, but takes the interpreter's path")
+def test_one_smollm2_layer_fused(smollm2_path):
+    """Real weights of real size: the first layer's MLP in float32, one token and a few."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32, num_hidden_layers=1).eval()
+    ids = torch.randint(0, 40000, (1, 3), generator=torch.Generator().manual_seed(0))
+    for tokens in (ids, ids[:, :1]):
+        unpatch(model)
+        expected = logits(model, tokens)
+        patch(model, "triton")
+        assert reasons(model) == [""]
+        torch.testing.assert_close(logits(model, tokens), expected, atol=2e-4, rtol=1e-4)

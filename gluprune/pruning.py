@@ -101,16 +101,17 @@ def _check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) ->
     # Two parameters must not share memory with an MLP's: narrowing one would leave the other behind.
     pruned = {id(p) for index in layers for projection in glus[index].projections.values() for p in projection.parameters()}
     ranges = sorted(
-        (*_address_range(parameter), name, id(parameter))
+        (str(parameter.device), *_address_range(parameter), name, id(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and parameter.numel()
     )
-    end, owner, owner_id = 0, "", 0
-    for start, stop, name, identity in ranges:
-        if start < end and (identity in pruned or owner_id in pruned):
+    last = ("", 0, 0, "", 0)
+    for current in ranges:
+        (device, start, stop, name, identity), (last_device, _, end, owner, owner_id) = current, last
+        if device == last_device and start < end and (identity in pruned or owner_id in pruned):
             raise ValueError(f"{owner} and {name} share memory: tied or shared MLP weights cannot be pruned")
-        if stop > end:
-            end, owner, owner_id = stop, name, identity
+        if device != last_device or stop > end:
+            last = current
 
 
 def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:

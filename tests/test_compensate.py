@@ -81,9 +81,10 @@ def test_nothing_removed_gives_the_weights_back(dtype):
     assert torch.equal(resolved_down(down, torch.arange(23), (x.T @ x).float()), down)
 
 
-def test_no_activity_gives_the_weights_back():
+def test_no_activity_gives_the_weights_back(caplog):
     _, down, kept = case(50, 23, 9, 0.5, 0, seed=2)
     assert torch.equal(resolved_down(down, kept, torch.zeros(23, 23)), down[:, kept])
+    assert not caplog.records
 
 
 def test_worse_after_rounding_gives_the_weights_back(caplog):
@@ -95,6 +96,16 @@ def test_worse_after_rounding_gives_the_weights_back(caplog):
         found = resolved_down(down, torch.tensor([0, 1]), (x.T @ x).float(), "layer 7")
     assert torch.equal(found, down[:, :2])
     assert "layer 7: re-solving gains nothing" in caplog.text
+
+
+def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
+    """The optimum is 0.6 of a step of float16; rounding takes the whole step, which is still nearer than none."""
+    step = 2.0**-10
+    x = torch.eye(2, dtype=torch.float64)
+    x[0, 1] = 0.61
+    down = torch.tensor([[1.0, step]], dtype=torch.float16)
+    found = resolved_down(down, torch.tensor([0]), (x.T @ x).float())
+    assert found.item() == 1 + step
 
 
 def test_dead_neurons_are_told(caplog):

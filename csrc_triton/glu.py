@@ -49,7 +49,9 @@ def glu_mlp(
         return x.new_empty((0, H))
     decision = launch.choose(M, H, down.shape[1], x.dtype, sm, path, launch.device_table(x.device))
     biases = (gate_bias, up_bias, down_bias)
-    return plan_glu_mlp(x, gate_up, down, intermediate_size, activation, *biases, decision, sm).run()
+    plan = plan_glu_mlp(x, gate_up, down, intermediate_size, activation, *biases, decision, sm)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        return plan.run()
 
 
 def plan_glu_mlp(

@@ -48,7 +48,8 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("kernel", GATE_UP)
 def test_gate_up(kernel, activation, biases, seed):
     M, plan, config = GATE_UP[kernel]
-    case = make_case(seed, M, 96, 205, activation=activation, biases=biases, device=DEVICE)
+    H = 96 if kernel == "tma" else 90  # the others mask a tail of K
+    case = make_case(seed, M, H, 205, activation=activation, biases=biases, device=DEVICE)
     a = plan(*case.arguments()[:2], 205, activation, case.gate_bias, case.up_bias, *config).run()
     assert hidden_error(a, case) < FLOAT32
     twin = gate_up_reference(case.x, case.gate_up, 205, activation, case.gate_bias, case.up_bias)

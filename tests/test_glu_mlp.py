@@ -166,6 +166,32 @@ def test_no_autograd():
         assert not glu_mlp(*case.arguments(), path=path).requires_grad
 
 
+def test_launches_on_the_device_of_x(monkeypatch):
+    current = []
+    device_of = torch.cuda.device_of
+
+    class Guard(device_of):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.append(self.tensor)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            current.pop()
+            return super().__exit__(*error)
+
+    seen = []
+    run = KernelCall.run
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(KernelCall, "run", lambda call: (seen.append(current[-1]), run(call)))
+    case = make_case(5, 2, 32, 40, device=DEVICE)
+    glu_mlp(*case.arguments(), path="decode")
+    assert len(seen) == 3 and all(tensor is case.x for tensor in seen)
+
+
 @pytest.mark.parametrize(
     "change, kind, message",
     [

@@ -40,7 +40,8 @@ def complete_folder(destination: str | Path, key: str | None = None, resume: boo
 
     Args:
         destination: a folder that does not exist or is empty.
-        key: names what is being written. With a key, finished files outlive a failure, for a later call to go on with.
+        key: names what is being written. With a key, finished files outlive an interruption and an OSError, for a later
+            call to go on with.
         resume: find what an earlier call with this key left, instead of an empty folder.
 
     Raises:
@@ -65,8 +66,10 @@ def complete_folder(destination: str | Path, key: str | None = None, resume: boo
             yield folder
             files.sync_tree(folder)
             files.rename(folder, destination)
-        except BaseException:
-            if key is None or not any(path.is_file() for path in work.rglob("*")):
+        except BaseException as error:
+            # A ValueError (a corrupt source, say) would come again; a full disk or a keystroke would not.
+            is_final = key is None or isinstance(error, ValueError)
+            if is_final or not any(path.is_file() for path in work.rglob("*")):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csrc_triton import launch
+from csrc_triton import glu_prefill, launch
 from csrc_triton.activations import plan_act_mul
 from csrc_triton.down_decode import plan_down_gemv, plan_down_splitk
 from csrc_triton.glu_decode import plan_gate_up_gemv, plan_gate_up_swap
@@ -63,6 +63,14 @@ def test_pad_columns_of_an_infinite_token_are_zero(kernel, seed):
     case.x[0, 5] = float("inf")
     a = plan(case.x, case.gate_up, 130, "silu", None, None, *config).run()
     assert a[:, 130:].eq(0).all()
+
+
+def test_persistent_programs_take_every_nth_tile(seed, monkeypatch):
+    monkeypatch.setattr(glu_prefill, "multiprocessors", lambda device, sm: 5)
+    case = make_case(seed, 37, 64, 300, device=DEVICE)  # 3 x 6 tiles: some programs take four, some three
+    plan = plan_gate_up_tma(case.x, case.gate_up, 300, "silu", None, None, GateUpTma(16, 64, 32, 4, 2), 90)
+    assert plan.calls[0].grid == (5,)
+    assert hidden_error(plan.run(), case) < FLOAT32
 
 
 @pytest.mark.parametrize("biases", ["", "gu"])

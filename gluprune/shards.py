@@ -19,6 +19,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # model that can be pruned comes near 16 MiB.
 MAX_JSON_BYTES = 1 << 24
 
+MAX_NAME_LENGTH = 1024
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -81,6 +83,8 @@ def parse_json_object(text: bytes, what: str) -> dict:
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\ud" in text.lower():  # JSON can write halves of characters, which no file could hold again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: nested too deeply") from None
     except ValueError as error:
@@ -118,6 +122,8 @@ def _are_counts(value: object, at_most: int) -> bool:
 def _parse_tensor(file: Path, name: str, entry: object, data_start: int) -> tuple[StoredTensor, int]:
     """One header entry, and the end of its data from the beginning of the file."""
     what = f"{file}: tensor {_short(name)}"
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"{what} must have a name of up to {MAX_NAME_LENGTH} characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -151,7 +157,10 @@ def read_shard(file: Path) -> Shard:
             raise ValueError(f"{file} is truncated or corrupt: a header of {length:,} bytes in a file of {size:,}")
         if length > MAX_JSON_BYTES:
             raise ValueError(f"{file} has a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} expected at most")
-        header = parse_json_object(stream.read(length), f"the header of {file}")
+        text = stream.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError(f"the header of {file} must begin with a brace, found {text[:8]!r}")
+    header = parse_json_object(text, f"the header of {file}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: __metadata__ must map strings to strings")

@@ -201,7 +201,7 @@ class _Plan:
     report: CheckpointReport
 
 
-def _mlp_tensors(tensors: list[StoredTensor], family: Family) -> list[dict[str, StoredTensor]]:
+def _mlp_tensors(folder: Path, tensors: list[StoredTensor], family: Family) -> list[dict[str, StoredTensor]]:
     """The MLP tensors of every decoder layer, by their name inside the MLP.
 
     Raises:
@@ -223,20 +223,20 @@ def _mlp_tensors(tensors: list[StoredTensor], family: Family) -> list[dict[str, 
         prefixes[match["prefix"]] = tensor
         layers.setdefault(int(match["layer"]), {})[match["name"]] = tensor
     if len(prefixes) > 1:
-        raise ValueError(f"there are several stacks of layers: {', '.join(t.name for t in prefixes.values())}")
+        raise ValueError(f"{folder} holds several stacks of layers: {', '.join(repr(t.name) for t in prefixes.values())}")
     for index in range(len(layers)):
         if index not in layers:
-            raise ValueError(f"layer {max(layers)} has MLP tensors, but layer {index} has none")
+            raise ValueError(f"{folder}: layer {max(layers)} has MLP tensors, but layer {index} has none")
     return [layers[index] for index in range(len(layers))]
 
 
-def _check_mlp(index: int, tensors: dict[str, StoredTensor], family: Family, hidden_size: int, width: int) -> None:
+def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], family: Family, hidden_size: int, width: int):
     """Every projection is there, with the shape that the config gives it."""
     rows = 2 * width if family.packed else width
     expected = {family.gate: (rows, hidden_size), family.up: (rows, hidden_size), family.down: (hidden_size, width)}
     for projection in expected:
         if f"{projection}.weight" not in tensors:
-            raise ValueError(f"layer {index} has no tensor mlp.{projection}.weight")
+            raise ValueError(f"{folder}: layer {layer} has no tensor mlp.{projection}.weight")
     for name, tensor in tensors.items():
         projection, _, kind = name.partition(".")
         shape = expected[projection] if kind == "weight" else expected[projection][:1]
@@ -328,12 +328,12 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
     stored = [tensor for shard in sources for tensor in shard.tensors]
     raw_config, config = _read_configs(folder, len(stored))
     family, hidden_size = family_of(config), config.hidden_size
-    mlps = _mlp_tensors(stored, family)
+    mlps = _mlp_tensors(folder, stored, family)
     if len(mlps) != config.num_hidden_layers:
         raise ValueError(f"{folder} holds the MLPs of {len(mlps)} layers, its config says {config.num_hidden_layers}")
     widths = layer_widths(config)
     for index, mlp in enumerate(mlps):
-        _check_mlp(index, mlp, family, hidden_size, widths[index])
+        _check_mlp(folder, index, mlp, family, hidden_size, widths[index])
 
     indices = _check_layers(layers, len(mlps))
     before = {widths[index] for index in indices}

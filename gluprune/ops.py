@@ -55,6 +55,38 @@ def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> t
     return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
 
 
+def run_kernels(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    intermediate_size: int,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    backend: str,
+) -> torch.Tensor:
+    """What `glu_mlp` computes, on the buffers of `storage.padded_buffers` and past PyTorch's dispatcher.
+
+    The dispatcher costs more time on the host than an MLP takes on the GPU for one token. Only for calls of which
+    `is_observed` is false.
+    """
+    from csrc_triton.glu import glu_mlp as kernels
+    from csrc_triton.launch import triton_path
+
+    tokens = x.reshape(-1, x.shape[-1])
+    path = {"auto": None, "cublas": "cublas", "triton": triton_path(tokens.shape[0])}[backend]
+    y = kernels(tokens, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias, path)
+    return y.view(x.shape)
+
+
+def is_observed(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd, a tracer or a dispatch mode has to see an operation on these tensors."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 @torch.library.custom_op("gluprune::glu_mlp", mutates_args=())
 def glu_mlp(
     x: torch.Tensor,
@@ -92,13 +124,7 @@ def glu_mlp(
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
 
-    from csrc_triton.glu import glu_mlp as kernels
-    from csrc_triton.launch import triton_path
-
-    tokens = x.reshape(-1, x.shape[-1])
-    path = {"auto": None, "cublas": "cublas", "triton": triton_path(tokens.shape[0])}[backend]
-    y = kernels(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias, path)
-    return y.view(*x.shape[:-1], down_weight.shape[0])
+    return run_kernels(x, *buffers, gate_weight.shape[0], gate_bias, up_bias, down_bias, activation, backend)
 
 
 @glu_mlp.register_fake

@@ -59,9 +59,17 @@ class FusedGLU:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _is_fusible(self, x):
             return super().forward(x)
-        gate, up, down, gate_bias, up_bias, down_bias = _operands(self)
-        activation = _ACTIVATION_OF_CLASS[type(getattr(self, self.family.activation))]
-        return ops.glu_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, self.backend)
+        operands = _operands(self)
+        gate, up, down, *biases = operands
+        options = _ACTIVATION_OF_CLASS[type(self._modules[self.family.activation])], self.backend
+        if torch.compiler.is_compiling():  # the operator looks at the storages at run time
+            return ops.glu_mlp(x, *operands, *options)
+        buffers = storage.padded_buffers(gate, up, down)
+        if buffers is None:
+            return super().forward(x)
+        if ops.is_observed(x, *operands):
+            return ops.glu_mlp(x, *operands, *options)
+        return ops.run_kernels(x, *buffers, down.shape[1], *biases, *options)
 
     # Four events part the weights or move them to where alignment starts or ceases to help.
 
@@ -111,19 +119,19 @@ def _after_load(mlp: nn.Module, incompatible_keys) -> None:  # load_state_dict(a
 
 def _is_modified(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
-    return not _runs_forward_of(module, type(module)) or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or not _runs_forward_of(module, type(module))
 
 
 def _runs_forward_of(module: nn.Module, owner: type) -> bool:
     """Whether the forward that the module runs is that of the class `owner`."""
     attributes = module.__dict__
+    if "forward" not in attributes:
+        return True
     hook = attributes.get("_hf_hook")
     # On models split over devices accelerate wraps every module, only to move its inputs to where they are already.
     harmless = type(hook) is AlignDevicesHook and not hook.offload
-    name = "_old_forward" if harmless else "forward"
-    return name not in attributes or getattr(attributes[name], "__func__", None) is owner.forward
+    return getattr(attributes["_old_forward" if harmless else "forward"], "__func__", None) is owner.forward
 
 
 def _obstacle(mlp: nn.Module) -> str | None:
@@ -140,16 +148,18 @@ def _obstacle(mlp: nn.Module) -> str | None:
             return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
         if _is_modified(projection):
             return f"{name} carries a hook"
-        if type(projection.weight) not in _PLAIN:
-            return f"{name}.weight is {type(projection.weight).__name__}"
+        weight = projection._parameters["weight"]
+        if type(weight) not in _PLAIN:
+            return f"{name}.weight is {type(weight).__name__}"
     gate, up, down, *biases = _operands(mlp)
-    if down.dtype not in ops.KERNEL_DTYPES:
-        return f"the weights are {str(down.dtype).removeprefix('torch.')}"
-    if down.is_meta:
+    dtype, device = down.dtype, down.device
+    if dtype not in ops.KERNEL_DTYPES:
+        return f"the weights are {str(dtype).removeprefix('torch.')}"
+    if device.type == "meta":
         return "the weights are on the meta device (offloaded, or not loaded)"
-    others = (gate, up, *(bias for bias in biases if bias is not None))
-    if any(type(other) not in _PLAIN or other.dtype != down.dtype or other.device != down.device for other in others):
-        return "the weights differ in dtype, device or kind"
+    for other in (gate, up, *biases):
+        if other is not None and (type(other) not in _PLAIN or other.dtype != dtype or other.device != device):
+            return "the weights differ in dtype, device or kind"
     if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
         return "the weights' shapes do not fit together"
     if family.packed and gate.shape[0] % storage.ALIGNMENT:
@@ -159,28 +169,27 @@ def _obstacle(mlp: nn.Module) -> str | None:
 
 def _operands(mlp: nn.Module) -> tuple[torch.Tensor | None, ...]:
     """Weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases."""
-    family = mlp.family
-    gate, up, down = (mlp._modules[name] for name in (family.gate, family.up, family.down))
+    family, modules = mlp.family, mlp._modules
+    gate, up, down = (modules[name]._parameters for name in (family.gate, family.up, family.down))
     if not family.packed:
-        return gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias
-    halves = [(None, None) if packed is None else packed.chunk(2) for packed in (gate.weight, gate.bias)]
+        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
+    halves = [(None, None) if packed is None else packed.chunk(2) for packed in (gate["weight"], gate["bias"])]
     (gate_weight, up_weight), (gate_bias, up_bias) = halves
-    return gate_weight, up_weight, down.weight, gate_bias, up_bias, down.bias
+    return gate_weight, up_weight, down["weight"], gate_bias, up_bias, down["bias"]
 
 
 def _is_fusible(mlp: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the fused operator computes what the MLP's modules compute for `x`, here and now."""
     if not ops.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
     if torch.compiler.is_exporting():
         return False  # an exported program holds PyTorch's operators alone, and so runs without this package
     if type(x) not in _PLAIN or _obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
         return False
-    gate, up, down, *_ = _operands(mlp)
+    down = mlp._modules[mlp.family.down]._parameters["weight"]
     if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
         return False
-    if torch.compiler.is_compiling():
-        return True  # storages cannot be looked at while tracing: the operator looks at run time
-    return storage.is_aligned(gate, up, down) and not torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
 def _unsupported_activation(activation: object) -> str:

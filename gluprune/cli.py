@@ -6,29 +6,54 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from gluprune import __version__
 
 
 def _prune(arguments: argparse.Namespace) -> None:
+    options = {
+        "expansion_ratio": arguments.expansion_ratio,
+        "pruning_ratio": arguments.pruning_ratio,
+        "intermediate_size": arguments.intermediate_size,
+        "score": arguments.score,
+        "multiple_of": arguments.multiple_of,
+        "layers": arguments.layers,
+    }
+    if arguments.calibration is None:
+        from gluprune.scores import CALIBRATED_SCORES
+        from gluprune.streaming import prune_checkpoint
+
+        if arguments.compensate or arguments.score in CALIBRATED_SCORES:
+            raise ValueError(f"{'--compensate' if arguments.compensate else f'score {arguments.score}'} needs --calibration FILE")
+        report = prune_checkpoint(
+            arguments.source, arguments.out, **options, dry_run=arguments.dry_run, resume=arguments.resume
+        )
+    else:
+        if arguments.dry_run or arguments.resume:
+            raise ValueError("--dry-run and --resume work without calibration only, on the shards themselves")
+        report = _prune_in_memory(arguments, options)
+    if arguments.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(report, "dry run: nothing was written" if arguments.dry_run else arguments.out, sep="\n")
+
+
+def _prune_in_memory(arguments: argparse.Namespace, options: dict):
     from transformers import AutoTokenizer
 
+    from gluprune.calibration import batches_from_text
     from gluprune.checkpoint import check_destination, load, save
     from gluprune.pruning import prune
 
     check_destination(arguments.out)
+    text = Path(arguments.calibration).read_text(encoding="utf-8")
     model = load(arguments.source)
-    report = prune(
-        model,
-        expansion_ratio=arguments.expansion_ratio,
-        pruning_ratio=arguments.pruning_ratio,
-        intermediate_size=arguments.intermediate_size,
-        score=arguments.score,
-        multiple_of=arguments.multiple_of,
-        layers=arguments.layers,
-    )
-    save(model, arguments.out, AutoTokenizer.from_pretrained(arguments.source))
-    print(json.dumps(report.to_dict()) if arguments.json else f"{report}\n{arguments.out}")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    batches = batches_from_text(tokenizer, text)
+    report = prune(model, **options, calibration=batches, compensate=arguments.compensate)
+    save(model, arguments.out, tokenizer)
+    return report
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -68,9 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--expansion-ratio", type=float, metavar="R", help="intermediate size over hidden size")
     target.add_argument("--pruning-ratio", type=float, metavar="P", help="share of the neurons to remove")
     target.add_argument("--intermediate-size", type=int, metavar="N", help="neurons to keep")
-    prune.add_argument("--score", default="maw", help="maw (= ppm), maw_gud, vow, pon or l2 (default: %(default)s)")
+    prune.add_argument(
+        "--score",
+        default="maw",
+        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid (default: %(default)s)",
+    )
     prune.add_argument("--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)")
     prune.add_argument("--layers", type=_layer_list, metavar="LIST", help="only these, such as 0,2,5-7 (default: all)")
+    calibrated = prune.add_argument_group("with calibration the whole model is loaded; without, one layer at a time")
+    calibrated.add_argument("--calibration", metavar="FILE", help="text to calibrate on, as UTF-8")
+    calibrated.add_argument("--compensate", action="store_true", help="re-solve down_proj on the calibration text")
+    streamed = prune.add_argument_group("without calibration")
+    streamed.add_argument("--dry-run", action="store_true", help="say what would come out, write nothing")
+    streamed.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     prune.set_defaults(run=_prune)
 
     info = commands.add_parser(

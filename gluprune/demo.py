@@ -13,12 +13,14 @@ import shutil
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from pydoc_data import topics
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gluprune import records
+from gluprune.calibration import batches_from_text, calibrate
 from gluprune.checkpoint import load, save
 from gluprune.families import model_glus
 from gluprune.generation import time_generation
@@ -27,8 +29,25 @@ from gluprune.pruning import count_parameters, prune
 from gluprune.smollm2 import NAME, smollm2_checkpoint
 
 PRUNING_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # those of arXiv 2512.22671
-SCORES = {"maw": "MAW (the paper's: gate, up)", "maw_gud": "MAW over gate, up and down"}
-SAVED = ("maw_gud", 0.2)  # the configuration whose checkpoint is written
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 48, 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    label: str
+    score: str
+    calibrated: bool = False
+
+
+PAPER = Recipe("maw", "MAW: the paper's criterion (gate, up)", "maw")
+RECIPES = (
+    PAPER,
+    Recipe("maw_gud", "MAW over gate, up and down", "maw_gud"),
+    Recipe("recommended", "recommended: hybrid score, down re-solved", "hybrid", calibrated=True),
+)
+RECOMMENDED = RECIPES[-1]
+SAVED_RATIO = 0.2  # of the recommended recipe, whose checkpoint is written
 QUESTION = "Name three things that live in the sea."
 PROMPT_TOKENS, NEW_TOKENS = 256, 24
 
@@ -37,7 +56,7 @@ PROMPT_TOKENS, NEW_TOKENS = 256, 24
 class Row:
     """One configuration. Speeds are medians of three runs at forced length, batch 1, bytes are those of all weights."""
 
-    score: str
+    recipe: str
     intermediate_size: int
     expansion_ratio: float
     parameters: int
@@ -52,6 +71,11 @@ def _demo_text() -> str:
     return (files("gluprune") / "data" / "demo_text.txt").read_text(encoding="utf-8")
 
 
+def _calibration_text() -> str:
+    """The topics of Python's own help(): half a megabyte of text that every Python has, far from the demo's text."""
+    return "\n".join(topics.topics.values())
+
+
 def _sample(model, tokenizer) -> str:
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(
@@ -64,11 +88,11 @@ def _sample(model, tokenizer) -> str:
     return tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def _measure(model, tokenizer, ids: torch.Tensor, score: str) -> Row:
+def _measure(model, tokenizer, ids: torch.Tensor, recipe: str) -> Row:
     glu = model_glus(model)[0]
     timing = time_generation(model, ids[None, :PROMPT_TOKENS], NEW_TOKENS)
     return Row(
-        score=score,
+        recipe=recipe,
         intermediate_size=glu.intermediate_size,
         expansion_ratio=glu.intermediate_size / glu.hidden_size,
         parameters=count_parameters(model),
@@ -87,14 +111,18 @@ def _table(rows: list[Row], name: str, hardware: str) -> str:
         f"Measured on {hardware}, {PROMPT_TOKENS} prompt tokens and {NEW_TOKENS} forced new tokens, batch 1, median of 3."
         " Perplexity is on the text that gluprune ships; ratios are what counts.",
         "",
-        "| criterion | neurons | expansion ratio | parameters (M) | MB | perplexity | prefill tok/s | decode tok/s | "
+        *(f"- {recipe.name}: {recipe.label}" for recipe in RECIPES),
+        f"- The recommended recipe is calibrated on {CALIBRATION_WINDOWS} windows of {CALIBRATION_LENGTH} tokens of Python's"
+        " documentation.",
+        "",
+        "| recipe | neurons | expansion ratio | parameters (M) | MB | perplexity | prefill tok/s | decode tok/s | "
         f"answer to “{QUESTION}” |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         sample = " ".join(row.sample.split()).replace("|", "\\|")
         lines.append(
-            f"| {row.score} | {row.intermediate_size} | {row.expansion_ratio:.2f} | {row.parameters / 1e6:.1f} |"
+            f"| {row.recipe} | {row.intermediate_size} | {row.expansion_ratio:.2f} | {row.parameters / 1e6:.1f} |"
             f" {row.bytes / 1e6:.0f} | {row.perplexity:.1f} | {row.prefill_tokens_per_second:.0f} |"
             f" {row.decode_tokens_per_second:.1f} | {sample} |"
         )
@@ -107,12 +135,12 @@ def _plot(rows: list[Row], name: str, hardware: str, path: Path) -> None:
     dense = rows[0]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     quality, speed = figure.subplots(1, 2)
-    for score, label in SCORES.items():
-        points = [dense] + [row for row in rows if row.score == score]
-        quality.plot([r.expansion_ratio for r in points], [r.perplexity for r in points], marker="o", label=label)
+    for recipe in RECIPES:
+        points = [dense] + [row for row in rows if row.recipe == recipe.name]
+        quality.plot([r.expansion_ratio for r in points], [r.perplexity for r in points], marker="o", label=recipe.label)
     quality.axhline(dense.perplexity, color="grey", linestyle=":", label="dense")
-    quality.set(yscale="log", ylabel="perplexity (lower is better)", title="Quality: the choice of neurons decides")
-    points = [dense] + [row for row in rows if row.score == SAVED[0]]
+    quality.set(yscale="log", ylabel="perplexity (lower is better)", title="Quality: the recipe decides")
+    points = [dense] + [row for row in rows if row.recipe == RECOMMENDED.name]
     ratios = [r.expansion_ratio for r in points]
     for label, values in {
         "prefill": [r.prefill_tokens_per_second / dense.prefill_tokens_per_second for r in points],
@@ -142,7 +170,7 @@ def _save_and_reload(model, tokenizer, ids: torch.Tensor, path: Path) -> None:
 
 
 def run(model_name: str | None = None, output: str | Path = "demo_output") -> dict:
-    """Prune a model to several widths with two criteria, measure each, save and reload one.
+    """Prune a model to several widths by the paper's criterion and by better ones, measure each, save and reload one.
 
     Args:
         model_name: a folder or Hub id of a supported causal LM; None takes SmolLM2-135M-Instruct from its PyPI wheel.
@@ -163,17 +191,26 @@ def run(model_name: str | None = None, output: str | Path = "demo_output") -> di
     output.mkdir(parents=True, exist_ok=True)
 
     rows = []
-    steps = [("dense", 0.0)] + [(score, ratio) for score in SCORES for ratio in PRUNING_RATIOS]
-    with tqdm(steps, unit="configuration") as progress:
-        for score, ratio in progress:
-            progress.set_description(f"{score} {ratio:.0%}" if ratio else score)
-            model = dense
-            if ratio:
-                model = copy.deepcopy(dense)
-                prune(model, pruning_ratio=ratio, score=score)
-            rows.append(_measure(model, tokenizer, ids, score))
-            if (score, ratio) == SAVED:
+    batches = batches_from_text(tokenizer, _calibration_text(), CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
+    statistics = calibrate(dense, batches, gram=True)  # one pass serves every width
+    steps = [(recipe, ratio) for recipe in RECIPES for ratio in PRUNING_RATIOS]
+    with tqdm(total=1 + len(steps), unit="configuration", desc="dense") as progress:
+        rows.append(_measure(dense, tokenizer, ids, "dense"))
+        progress.update()
+        for recipe, ratio in steps:
+            progress.set_description(f"{recipe.name} {ratio:.0%}")
+            model = copy.deepcopy(dense)
+            prune(
+                model,
+                pruning_ratio=ratio,
+                score=recipe.score,
+                calibration=statistics if recipe.calibrated else None,
+                compensate=recipe.calibrated,
+            )
+            rows.append(_measure(model, tokenizer, ids, recipe.name))
+            if (recipe, ratio) == (RECOMMENDED, SAVED_RATIO):
                 _save_and_reload(model, tokenizer, ids, output / "checkpoint")
+            progress.update()
 
     hardware = records.hardware()
     record = {
@@ -194,10 +231,10 @@ def run(model_name: str | None = None, output: str | Path = "demo_output") -> di
 
 def summary(record: dict, output: str | Path) -> str:
     """The record as text for a terminal."""
-    lines = [f"{'criterion':<9}{'neurons':>8}{'ratio':>7}{'MB':>6}{'perplexity':>12}{'prefill/s':>11}{'decode/s':>10}"]
+    lines = [f"{'recipe':<12}{'neurons':>8}{'ratio':>7}{'MB':>6}{'perplexity':>12}{'prefill/s':>11}{'decode/s':>10}"]
     for row in record["rows"]:
         lines.append(
-            f"{row['score']:<9}{row['intermediate_size']:>8}{row['expansion_ratio']:>7.2f}{row['bytes'] / 1e6:>6.0f}"
+            f"{row['recipe']:<12}{row['intermediate_size']:>8}{row['expansion_ratio']:>7.2f}{row['bytes'] / 1e6:>6.0f}"
             f"{row['perplexity']:>12.1f}{row['prefill_tokens_per_second']:>11.0f}{row['decode_tokens_per_second']:>10.1f}"
         )
     lines += [

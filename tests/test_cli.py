@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import gluprune
+from gluprune.calibration import batches_from_text
 from gluprune.cli import main
 
 
@@ -62,6 +64,29 @@ def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys):
     assert described["tensor_parallel"] == {"2": False, "4": False, "8": False}
 
 
+def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsys):
+    """The command line does what the library does with the same text."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text((files("gluprune") / "data" / "demo_text.txt").read_text())
+    arguments = ["--expansion-ratio", "2", "--score", "hybrid", "--calibration", str(text), "--compensate", "--json"]
+    assert main(["prune", str(smollm2_path), "--out", str(out), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = gluprune.load(smollm2_path)
+    batches = batches_from_text(smollm2_tokenizer, text.read_text())
+    expected = gluprune.prune(model, expansion_ratio=2, score="hybrid", calibration=batches, compensate=True)
+    assert report["kept"] == {str(layer): kept.tolist() for layer, kept in expected.kept.items()}
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
+    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--dry-run"]
+    assert main(["prune", str(checkpoint), "--out", str(tmp_path / "out"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "101 -> 61 neurons in 3 layers" in printed and "nothing was written" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_info_counts(checkpoint, capsys):
     assert main(["info", str(checkpoint), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
@@ -91,6 +116,10 @@ def test_info_of_the_real_model(smollm2_path, capsys):
         (["--pruning-ratio", "0.4", "--intermediate-size", "64"], "got pruning_ratio=0.4 and intermediate_size=64"),
         (["--intermediate-size", "40"], "rounds to 0 with multiple_of=128"),
         (["--pruning-ratio", "0.4", "--score", "best"], "unknown score 'best'"),
+        (["--pruning-ratio", "0.4", "--score", "hybrid"], "score hybrid needs --calibration FILE"),
+        (["--pruning-ratio", "0.4", "--compensate"], "--compensate needs --calibration FILE"),
+        (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
+        (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without calibration only"),
         (["--pruning-ratio", "0.4", "--layers", "1,7", "--multiple-of", "1"], "layer index 7 is out of range"),
     ],
 )

@@ -81,10 +81,10 @@ def run_kernels(
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd, a tracer or a dispatch mode has to see an operation on these tensors."""
+    """Whether autograd or a dispatch mode has to see an operation on these tensors."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 @torch.library.custom_op("gluprune::glu_mlp", mutates_args=())

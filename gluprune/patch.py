@@ -182,7 +182,7 @@ def _is_fusible(mlp: nn.Module, x: torch.Tensor) -> bool:
     """Whether the fused operator computes what the MLP's modules compute for `x`, here and now."""
     if not ops.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False  # an exported program holds PyTorch's operators alone, and so runs without this package
     if type(x) not in _PLAIN or _obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
         return False

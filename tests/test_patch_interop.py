@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from gluprune import ops
@@ -355,6 +356,29 @@ def test_export(model, ids, backend, strict, tmp_path):
         assert_same(program.module()(ids), expected)
         torch.export.save(program, tmp_path / "model.pt2")
         assert_same(torch.export.load(tmp_path / "model.pt2").module()(ids), expected)
+
+
+def test_dispatch_modes_see_the_operator(model):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    patch(model, "triton")
+    with torch.no_grad(), Record():
+        mlps(model)[0](torch.randn(5, 48, device=DEVICE))
+    assert torch.ops.gluprune.glu_mlp.default in seen
+
+
+def test_a_jit_trace_holds_pytorchs_operators(model):
+    patch(model, "triton")
+    mlp = mlps(model)[0]
+    x, other = torch.randn(2, 5, 48, device=DEVICE)
+    with torch.no_grad():
+        traced = torch.jit.trace(mlp, x)
+        assert "gluprune" not in str(traced.inlined_graph)
+        assert_same(traced(other), mlp(other))
 
 
 # --- a real checkpoint ---

@@ -1,0 +1,253 @@
+"""What pruning costs in quality: perplexity over dense, method by ratio, on two kinds of text.
+
+    python -m evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
+
+calibrates once, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
+picture (`quality.png`). Rows that are in the records already are not measured again, so an interrupted run goes on where it
+stopped. No gradient step is taken anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from gluprune.calibration import Statistics, batches_from_text, calibrate
+from gluprune.checkpoint import load
+from gluprune.perplexity import perplexity
+from gluprune.pruning import prune
+from gluprune.records import Record, append, read
+from gluprune.smollm2 import NAME, cache_folder, smollm2_checkpoint
+
+
+
+@dataclass(frozen=True)
+class Method:
+    """Arguments of `prune`, and how many windows of text it is calibrated on (0: none)."""
+
+    score: str
+    compensate: bool = False
+    windows: int = 0
+
+
+RATIOS = (0.1, 0.2, 0.4, 0.6)
+METHODS = {
+    "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
+    "hybrid, re-solved on 4 times the text": Method("hybrid", compensate=True, windows=512),
+    "activation, re-solved": Method("activation", compensate=True, windows=128),
+    "MAW, re-solved": Method("maw", compensate=True, windows=128),
+    "hybrid": Method("hybrid", windows=128),
+    "MAW gate+up+down": Method("maw_gud"),
+    "MAW": Method("maw"),
+}
+WINDOW = 512  # tokens, of calibration and of evaluation
+
+
+def read_text(path: str | Path) -> str:
+    """Running text of a file: plain text, or JSON lines with `text`, `page`, or `question` and `answer`.
+
+    The ` @-@ `, ` @,@ ` and ` @.@ ` of the tokenised WikiText are written as `-`, `,` and `.` again, its `<unk>`, which
+    stands for rare words, is left out.
+
+    Raises:
+        ValueError: a JSON line without these fields.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if str(path).endswith(".jsonl"):
+        pieces = []
+        for number, line in enumerate(text.splitlines(), 1):
+            row = json.loads(line)
+            piece = "\n".join(row[name] for name in ("text", "page", "question", "answer") if name in row)
+            if not piece:
+                raise ValueError(f"{path}, line {number} has none of the fields text, page, question and answer")
+            pieces.append(piece)
+        text = "\n\n".join(pieces)
+    return re.sub(r" @([-,.])@ ", r"\1", text).replace(" <unk>", "")
+
+
+def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
+    """exp of the mean negative log-likelihood a token over windows `[1, WINDOW + 1]`; the first token is given."""
+    return math.exp(sum(math.log(perplexity(model, window[0], WINDOW)) for window in windows) / len(windows))
+
+
+class Measurements:
+    """A file of records that every figure is looked up in before it is measured."""
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self._path, self._dtype = path, dtype
+        self._known = {self._key(r.what, r.provider, r.shape): r for r in (read(path) if path.is_file() else [])}
+        self.records: list[Record] = []
+
+    @staticmethod
+    def _key(what: str, provider: str, shape: dict) -> tuple:
+        return (what, provider, *sorted(shape.items()))
+
+    def has(self, what: str, provider: str, shape: dict) -> bool:
+        """Whether a figure is known; it then counts as one of `records`."""
+        record = self._known.get(self._key(what, provider, shape))
+        self.records += [record] if record else []
+        return record is not None
+
+    def add(self, what: str, provider: str, shape: dict, unit: str, value: float) -> None:
+        self.records.append(Record.of(what, provider, shape, self._dtype, unit, [value]))
+        append(self._path, self.records[-1])
+
+
+def measure(source: str | Path, name: str, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
+    """Measure every figure that is not in `out / "quality.jsonl"` yet.
+
+    Args:
+        source: model folder or Hub id; name: as it is to stand in the records.
+        calibration: text to calibrate on; texts: name -> text to measure perplexity on.
+        windows: how many windows of `WINDOW` tokens to measure on, spread evenly over each text.
+
+    Returns:
+        The records of these settings, those of earlier runs included.
+    """
+    model, tokenizer = load(source).eval(), AutoTokenizer.from_pretrained(source)
+    measurements = Measurements(out / "quality.jsonl", model.dtype)
+    settings = {"model": name, "window": WINDOW}
+    held_out = {
+        text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1) for text, content in texts.items()
+    }
+
+    @lru_cache(maxsize=1)
+    def statistics(windows: int) -> Statistics:
+        """Collected, or read from the cache of an earlier run on the same text."""
+        batches = batches_from_text(tokenizer, calibration, windows, WINDOW)
+        digest = hashlib.sha256(torch.cat(batches).numpy().tobytes()).hexdigest()[:16]
+        path = cache_folder() / f"quality-{name}-{digest}.safetensors"
+        shape = settings | {"calibration_windows": windows}
+        if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
+            start = time.perf_counter()
+            found = calibrate(model, batches)
+            measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+        return Statistics.load(path)
+
+    rows = [("dense", Method(""), 0.0)] + [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
+    for label, method, ratio in tqdm(rows, unit="row"):
+        shape = settings | {"ratio": ratio} | ({"calibration_windows": method.windows} if method.windows else {})
+        shapes = {text: shape | {"text": text, "windows": len(held)} for text, held in held_out.items()}
+        missing = [text for text in shapes if not measurements.has("perplexity", label, shapes[text])]
+        if method.windows:
+            measurements.has("calibrate", "gluprune", settings | {"calibration_windows": method.windows})
+        if not missing:
+            measurements.has("prune", label, shape)
+            continue
+        pruned = copy.deepcopy(model)
+        if ratio:
+            calibrated = statistics(method.windows) if method.windows else None
+            start = time.perf_counter()
+            prune(
+                pruned,
+                pruning_ratio=ratio,
+                multiple_of=1,
+                score=method.score,
+                calibration=calibrated,
+                compensate=method.compensate,
+            )
+            measurements.add("prune", label, shape, "s", time.perf_counter() - start)
+        for text in missing:
+            value = windows_perplexity(pruned, held_out[text])
+            measurements.add("perplexity", label, shapes[text], "perplexity", value)
+    return measurements.records
+
+
+def table(records: list[Record]) -> str:
+    """Markdown: a table a text, perplexity and its ratio to dense, and the seconds that pruning took."""
+    settings = records[-1].shape
+    found = {(r.provider, r.shape["text"], r.shape["ratio"]): r for r in records if r.what == "perplexity"}
+    seconds = {(r.provider, r.shape["ratio"]): r.p50 for r in records if r.what == "prune"}
+    texts = list(dict.fromkeys(text for _, text, _ in found))
+    lines = [
+        f"# {settings['model']}: perplexity after pruning, without a gradient step",
+        "",
+        f"{records[-1].dtype}, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell: perplexity, and"
+        " how many times that of the dense model it is. Re-solved: `compensate=True`.",
+    ]
+    for text in texts:
+        dense = found["dense", text, 0.0]
+        lines += [
+            "",
+            f"## {text}: {dense.shape['windows']} windows, dense {dense.p50:.2f}",
+            "",
+            "| method | calibration | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " | seconds |",
+            "|---|--:|" + "--:|" * (len(RATIOS) + 1),
+        ]
+        for name, method in METHODS.items():
+            values = [found[name, text, ratio].p50 for ratio in RATIOS]
+            cells = [f"{value:.1f} ({value / dense.p50:.2f}×)" for value in values]
+            total = sum(seconds[name, ratio] for ratio in RATIOS)
+            lines.append(f"| {name} | {method.windows or '–'} | {' | '.join(cells)} | {total:.0f} |")
+    times = sorted({r.shape["calibration_windows"]: r.p50 for r in records if r.what == "calibrate"}.items())
+    lines += [
+        "",
+        f"Calibration: windows asked for. Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios"
+        " together. Calibration, once for all ratios: "
+        + ", ".join(f"{seconds:.0f} s for {windows} windows" for windows, seconds in times)
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Perplexity over dense against the pruning ratio, a panel a text."""
+    from matplotlib.figure import Figure
+
+    found = {(r.provider, r.shape["text"], r.shape["ratio"]): r.p50 for r in records if r.what == "perplexity"}
+    texts = list(dict.fromkeys(text for _, text, _ in found))
+    figure = Figure(figsize=(5.5 * len(texts), 4.6), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts):
+        for method in METHODS:
+            values = [found[method, text, ratio] / found["dense", text, 0.0] for ratio in RATIOS]
+            axes.plot([0, *RATIOS], [1, *values], marker="o", label=method)
+        axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.9, 100))
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("perplexity over dense (lower is better)")
+    figure.suptitle(f"{records[-1].shape['model']}, no gradient step")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="text to calibrate on")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="text to measure on; repeatable")
+    parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
+    parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("evals/results"), metavar="FOLDER", help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}
+        calibration = "\n\n".join(read_text(path) for path in given.calibration)
+        source, name = (given.model, Path(given.model).name) if given.model else (smollm2_checkpoint(), NAME)
+        records = measure(source, name, calibration, texts, given.windows, given.out)
+        result = table(records)
+        (given.out / "quality.md").write_text(result, encoding="utf-8")
+        plot(records, given.out / "quality.png")
+    except (ValueError, OSError) as error:
+        print(f"evals.quality: error: {error}", file=sys.stderr)
+        return 2
+    print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

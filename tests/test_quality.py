@@ -1,0 +1,100 @@
+"""The command that makes the quality table: reading text, going on after an interruption, the table."""
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from evals import quality
+from gluprune.records import read
+from tests.conftest import make_tiny_model
+
+WORDS = [f"w{number}" for number in range(60)]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Arguments of a run on a tiny model with two methods and short windows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quality, "WINDOW", 8)
+    monkeypatch.setattr(
+        quality, "METHODS", {"MAW": quality.Method("maw"), "hybrid": quality.Method("hybrid", compensate=True, windows=6)}
+    )
+    make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("calibration.txt", "one.txt", "two.txt"):
+        words = [WORDS[i] for i in torch.randint(0, 60, (80,), generator=generator)]
+        (tmp_path / name).write_text(" ".join(words))
+    texts = [f"--text={name}={tmp_path / name}.txt" for name in ("one", "two")]
+    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--model", f"{tmp_path / 'model'}", "--windows", "3"]
+    return [*fixed, *texts, "--out", f"{tmp_path / 'out'}"]
+
+
+def test_every_row_once(command, tmp_path, monkeypatch, capsys):
+    """A run that stops half-way and goes on gives the records of one run, and nothing is measured twice."""
+    out, measured = tmp_path / "out", []
+    perplexity = quality.windows_perplexity
+
+    def stops(*arguments):
+        measured.append(perplexity(*arguments))
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        return measured[-1]
+
+    monkeypatch.setattr(quality, "windows_perplexity", stops)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(command)
+    assert quality.main(command) == 0
+    assert len(measured) == 2 * (1 + 2 * 4) + 1
+    records = read(out / "quality.jsonl")
+    found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
+    methods = [("dense", 0.0)] + [(method, ratio) for method in ("MAW", "hybrid") for ratio in (0.1, 0.2, 0.4, 0.6)]
+    assert sorted(found) == sorted((*row, text) for row in methods for text in ("one", "two"))
+    table = (out / "quality.md").read_text()
+    assert table in capsys.readouterr().out
+    for record in records:
+        if record.what == "perplexity":
+            assert f"{record.p50:.1f} (" in table or record.provider == "dense"
+    assert (out / "quality.png").stat().st_size > 10_000
+    assert quality.main(command) == 0 and len(measured) == 19
+    assert (out / "quality.md").read_text() == table
+
+
+def test_perplexity_of_windows():
+    model = make_tiny_model(seed=2)
+    windows = [torch.randint(3, 64, (1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    with torch.no_grad():
+        losses = [
+            -model(window).logits[0, :-1].double().log_softmax(-1).gather(1, window[0, 1:, None]).mean() for window in windows
+        ]
+    expected = math.exp(sum(losses) / 3)
+    assert quality.windows_perplexity(model, windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_read_text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    rows = [{"page": " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert quality.read_text(path) == " = A = \n two-part , 1,000 men\n\nQ?\nA.\n\nt"
+    (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")
+    assert quality.read_text(tmp_path / "plain.txt") == "a 1.5 b"
+
+
+def test_bad_input(command, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"text": "a"}\n{"label": 3}')
+    with pytest.raises(ValueError, match="line 2 has none of the fields"):
+        quality.read_text(path)
+    assert quality.main([*command, "--text", "absent=nowhere.txt"]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert quality.main([*command, "--windows", "0"]) == 2
+    assert "windows must be at least 1" in capsys.readouterr().err
+    (tmp_path / "calibration.txt").write_text("w1 w2")
+    assert quality.main(command) == 2
+    assert "the calibration text has 2 tokens" in capsys.readouterr().err

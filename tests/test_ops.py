@@ -129,12 +129,15 @@ def test_gradients_of_first_and_second_order_in_float64(activation, bias, shape)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_gradients_equal_eager(activation):
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_equal_eager(activation, create_graph):
     operands = make_operands(77, 48, device=DEVICE)
     x = torch.randn(2, 5, 48, device=DEVICE, requires_grad=True)
     grad = torch.randn(2, 5, 48, device=DEVICE)
     leaves = (x, *operands)
-    fused = torch.autograd.grad(ops.glu_mlp(x, *operands, activation, "triton"), leaves, grad)
+    fused = torch.autograd.grad(
+        ops.glu_mlp(x, *operands, activation, "triton"), leaves, grad, create_graph=create_graph
+    )
     gate, up, down, gate_bias, up_bias, down_bias = operands
     act = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
     eager = F.linear(act(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias), down, down_bias)

@@ -2,8 +2,8 @@
 
     python -m evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
 
-calibrates once, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
-picture (`quality.png`). Rows that are in the records already are not measured again, so an interrupted run goes on where it
+calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
+picture (`quality.png`). What is in the records already is not measured again, so an interrupted run goes on where it
 stopped. No gradient step is taken anywhere.
 """
 
@@ -33,7 +33,6 @@ from gluprune.perplexity import perplexity
 from gluprune.pruning import prune
 from gluprune.records import Record, append, read
 from gluprune.smollm2 import NAME, cache_folder, smollm2_checkpoint
-
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,9 @@ class Measurements:
         append(self._path, self.records[-1])
 
 
-def measure(source: str | Path, name: str, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
+def measure(
+    source: str | Path, name: str, calibration: str, texts: dict[str, str], windows: int, out: Path
+) -> list[Record]:
     """Measure every figure that is not in `out / "quality.jsonl"` yet.
 
     Args:
@@ -123,7 +124,8 @@ def measure(source: str | Path, name: str, calibration: str, texts: dict[str, st
     measurements = Measurements(out / "quality.jsonl", model.dtype)
     settings = {"model": name, "window": WINDOW}
     held_out = {
-        text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1) for text, content in texts.items()
+        text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1)
+        for text, content in texts.items()
     }
 
     @lru_cache(maxsize=1)
@@ -141,7 +143,8 @@ def measure(source: str | Path, name: str, calibration: str, texts: dict[str, st
             found.save(path)
         return Statistics.load(path)
 
-    rows = [("dense", Method(""), 0.0)] + [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
+    rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
+    rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
         shape = settings | {"ratio": ratio} | ({"calibration_windows": method.windows} if method.windows else {})
         shapes = {text: shape | {"text": text, "windows": len(held)} for text, held in held_out.items()}
@@ -179,8 +182,10 @@ def table(records: list[Record]) -> str:
     lines = [
         f"# {settings['model']}: perplexity after pruning, without a gradient step",
         "",
-        f"{records[-1].dtype}, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell: perplexity, and"
-        " how many times that of the dense model it is. Re-solved: `compensate=True`.",
+        (
+            f"{records[-1].dtype}, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell:"
+            " perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. –: not measured."
+        ),
     ]
     for text in texts:
         dense = found["dense", text, 0.0]
@@ -192,15 +197,17 @@ def table(records: list[Record]) -> str:
             "|---|--:|" + "--:|" * (len(RATIOS) + 1),
         ]
         for name, method in METHODS.items():
-            values = [found[name, text, ratio].p50 for ratio in RATIOS]
-            cells = [f"{value:.1f} ({value / dense.p50:.2f}×)" for value in values]
-            total = sum(seconds[name, ratio] for ratio in RATIOS)
-            lines.append(f"| {name} | {method.windows or '–'} | {' | '.join(cells)} | {total:.0f} |")
+            values = [found[name, text, ratio].p50 if (name, text, ratio) in found else None for ratio in RATIOS]
+            if not any(values):
+                continue
+            cells = [f"{value:.1f} ({value / dense.p50:.2f}×)" if value else "–" for value in values]
+            total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
+            lines.append(f"| {name} | {method.windows or 'none'} | {' | '.join(cells)} | {total:.0f} |")
     times = sorted({r.shape["calibration_windows"]: r.p50 for r in records if r.what == "calibrate"}.items())
     lines += [
         "",
-        f"Calibration: windows asked for. Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios"
-        " together. Calibration, once for all ratios: "
+        f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
+        " for all ratios: "
         + ", ".join(f"{seconds:.0f} s for {windows} windows" for windows, seconds in times)
         + ".",
     ]
@@ -216,8 +223,10 @@ def plot(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(texts), 4.6), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts):
         for method in METHODS:
-            values = [found[method, text, ratio] / found["dense", text, 0.0] for ratio in RATIOS]
-            axes.plot([0, *RATIOS], [1, *values], marker="o", label=method)
+            points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
+            if points:
+                values = [value / found["dense", text, 0.0] for value in points.values()]
+                axes.plot([0, *points], [1, *values], marker="o", label=method)
         axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.9, 100))
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
@@ -229,10 +238,10 @@ def plot(records: list[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="text to calibrate on")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="text to measure on; repeatable")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("evals/results"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
         texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}

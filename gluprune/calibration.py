@@ -1,8 +1,8 @@
 """What the neurons do on real text: statistics of the inputs of `down_proj`, collected in one streaming pass.
 
-Let X `[T, I]` be the inputs of a layer's `down_proj` over all T calibration tokens, padding left out. Kept of it are the
-column norms, for the calibrated scores, and when asked for the Gram matrix `G = X^T X`, from which every least-squares
-problem on X can be solved without X (`gluprune.compensate`).
+Let X `[T, I]` be the inputs of a layer's `down_proj` over all T calibration tokens, padding left out. Kept of it are
+the column norms, for the calibrated scores, and when asked for the Gram matrix `G = X^T X`, from which every
+least-squares problem on X can be solved without X (`gluprune.compensate`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Statistics:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path} holds no calibration statistics of this version of gluprune")
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118 (a file, no dict)
                     layer, name = key.split(".")
                     layers.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except SafetensorError as error:
@@ -166,8 +166,10 @@ def calibrate_in_passes(
     """
     glus = model_glus(model)
     batches = read_batches(model, calibration)
-    passes = plan_passes([(index, glus[index].down.weight.device, 4 * glus[index].intermediate_size**2) for index in layers])
-    passes = passes if gram else [list(layers)]
+    passes = [list(layers)]
+    if gram:
+        downs = [(index, glus[index].down.weight) for index in layers]
+        passes = plan_passes([(index, down.device, 4 * down.shape[1] ** 2) for index, down in downs])
     for number, group in enumerate(passes, 1):
         label = "calibrating" if len(passes) == 1 else f"calibrating, pass {number} of {len(passes)}"
         found = _collect(model, glus, group, batches, gram, label).layers
@@ -235,9 +237,11 @@ def _read_batch(batch: object, label: str) -> tuple[torch.Tensor, torch.Tensor |
     else:
         ids, mask = batch, None
     if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"{label} must be a tensor, a dict with input_ids or a tuple (ids, mask), got {type(ids).__name__}")
+        found = type(ids).__name__
+        raise TypeError(f"{label} must be a tensor, a dict with input_ids or a tuple (ids, mask), got {found}")
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{label} must hold integer token ids of shape [B, S], got {ids.dtype} of shape {list(ids.shape)}")
+        found = f"{ids.dtype} of shape {list(ids.shape)}"
+        raise ValueError(f"{label} must hold integer token ids of shape [B, S], got {found}")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"the attention_mask of {label} must have the shape of its ids {list(ids.shape)}, got {found}")

@@ -31,8 +31,8 @@ _ATTEMPTS = ((torch.float32, 1), (torch.float64, 1), (torch.float64, 10), (torch
 def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, label: str = "down_proj") -> torch.Tensor:
     """The down projection of the kept neurons, re-solved on the calibration data.
 
-    The result, as rounded to its dtype, is checked against the plain `down[:, kept]` on the Gram matrix; where it is not
-    nearer to the whole layer's output, the plain one is returned.
+    The result, as rounded to its dtype, is checked against the plain `down[:, kept]` on the Gram matrix; where it is
+    not nearer to the whole layer's output, the plain one is returned.
 
     Args:
         down: `[H, I]`, any floating dtype.
@@ -79,7 +79,8 @@ def _solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label:
             change = torch.cholesky_solve(target.to(dtype), lower).float()
             if change.isfinite().all():
                 if number:
-                    logger.warning("%s: Gram matrix near singular, solved in %s with %d times the ridge", label, dtype, factor)
+                    message = "%s: Gram matrix near singular, solved in %s with %d times the ridge"
+                    logger.warning(message, label, dtype, factor)
                 return change
     return None
 

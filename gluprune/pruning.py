@@ -161,7 +161,7 @@ def _check_statistics(statistics: Statistics, glus: list[GLU], layers: Sequence[
                 " statistics are of the model before it is pruned"
             )
         if gram and layer.gram is None:
-            raise ValueError("compensate=True needs calibration statistics with Gram matrices: calibrate(..., gram=True)")
+            raise ValueError("compensate=True needs statistics with Gram matrices: calibrate(..., gram=True)")
 
 
 def _activations(
@@ -209,8 +209,8 @@ def prune(
         expansion_ratio: intermediate size over hidden size. Exactly one of the three targets must be given.
         pruning_ratio: share of the neurons to remove, between 0 and 1.
         intermediate_size: neurons to keep.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation" and "hybrid"; or a
-            callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation" and "hybrid"; or
+            a callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
         multiple_of: the width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
         calibration: text for the calibrated scores and for `compensate`, otherwise not looked at: an iterable of int
             tensors of token ids `[B, S]`, of dicts with `input_ids` and maybe `attention_mask` (0 is padding and left

@@ -11,14 +11,14 @@ from torch import nn
 
 from gluprune.compensate import RIDGE, replace_down, resolved_down
 
-SIZES = dict(
-    tokens=st.integers(1, 90),
-    neurons=st.integers(2, 40),
-    hidden=st.integers(1, 17),
-    share=st.floats(0, 1),
-    dead=st.integers(0, 3),
-    seed=st.integers(0, 2**31),
-)
+SIZES = {
+    "tokens": st.integers(1, 90),
+    "neurons": st.integers(2, 40),
+    "hidden": st.integers(1, 17),
+    "share": st.floats(0, 1),
+    "dead": st.integers(0, 3),
+    "seed": st.integers(0, 2**31),
+}
 
 
 def case(tokens, neurons, hidden, share, dead, seed, dtype=torch.float32):
@@ -35,7 +35,7 @@ def case(tokens, neurons, hidden, share, dead, seed, dtype=torch.float32):
 
 
 def ridge_solution(x, down, kept, ridge):
-    """argmin ||X W - X_S W'||^2 + ridge ||W' - W_S||^2 in float64, as one stacked least-squares problem: `[H, width]`."""
+    """argmin ||X W - X_S W'||^2 + ridge ||W' - W_S||^2 in float64, as one stacked problem: `[H, width]`."""
     weight = down.double().T
     rows = torch.cat([x[:, kept], ridge**0.5 * torch.eye(len(kept), dtype=torch.float64)])
     values = torch.cat([x @ weight, ridge**0.5 * weight[kept]])

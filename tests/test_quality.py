@@ -20,9 +20,8 @@ def command(tmp_path, monkeypatch):
     """Arguments of a run on a tiny model with two methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
-    monkeypatch.setattr(
-        quality, "METHODS", {"MAW": quality.Method("maw"), "hybrid": quality.Method("hybrid", compensate=True, windows=6)}
-    )
+    methods = {"MAW": quality.Method("maw"), "hybrid": quality.Method("hybrid", compensate=True, windows=6)}
+    monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
     words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -68,18 +67,20 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
 
 def test_perplexity_of_windows():
     model = make_tiny_model(seed=2)
-    windows = [torch.randint(3, 64, (1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    with torch.no_grad():
-        losses = [
-            -model(window).logits[0, :-1].double().log_softmax(-1).gather(1, window[0, 1:, None]).mean() for window in windows
-        ]
+    windows = list(torch.randint(3, 64, (3, 1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(3)))
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(window).logits[0, :-1].double()
+        losses.append(-logits.log_softmax(-1).gather(1, window[0, 1:, None]).mean())
     expected = math.exp(sum(losses) / 3)
     assert quality.windows_perplexity(model, windows) == pytest.approx(expected, rel=1e-5)
 
 
 def test_read_text(tmp_path):
     path = tmp_path / "text.jsonl"
-    rows = [{"page": " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
+    page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
+    rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert quality.read_text(path) == " = A = \n two-part , 1,000 men\n\nQ?\nA.\n\nt"
     (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")

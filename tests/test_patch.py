@@ -208,6 +208,17 @@ def test_function_transforms_run_the_modules():
         assert_same(torch.vmap(mlp)(x), mlp(x))
 
 
+@pytest.mark.parametrize("x", [torch.randn(3, 47), torch.randn(3, 48, dtype=torch.float16)], ids=["width", "dtype"])
+def test_inputs_that_do_not_fit_fail_as_they_did(x):
+    mlp, x = mlps(tiny_model(device=DEVICE))[0], x.to(DEVICE)
+    with pytest.raises(RuntimeError) as stock:
+        mlp(x)
+    patch(mlp, "triton")
+    with pytest.raises(RuntimeError) as patched:
+        mlp(x)
+    assert str(patched.value) == str(stock.value)
+
+
 # --- conversion, copies, checkpoints ---
 
 

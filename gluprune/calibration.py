@@ -149,8 +149,10 @@ def calibrate(
             not know, or NaN or Inf in the activations (names the layer).
     """
     glus = model_glus(model)
-    batches = read_batches(model, calibration)
-    return _collect(model, glus, range(len(glus)) if layers is None else layers, batches, gram, "calibrating")
+    layers = range(len(glus)) if layers is None else layers
+    if not layers or not all(index in range(len(glus)) for index in layers):
+        raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
+    return _collect(model, glus, layers, read_batches(model, calibration), gram, "calibrating")
 
 
 def calibrate_in_passes(

@@ -126,6 +126,12 @@ def test_without_gram_and_for_some_layers():
     assert torch.equal(some.layers[2].squares, every.layers[2].squares)
 
 
+@pytest.mark.parametrize("layers", [[], [0, 3], [-1]])
+def test_layers_that_are_not_there(layers):
+    with pytest.raises(ValueError, match="layers must hold indices from 0 to 2"):
+        calibrate(make_tiny_model(seed=5), random_batches(), layers=layers)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(fails):
     model = make_tiny_model(seed=6).train()

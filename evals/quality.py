@@ -47,12 +47,12 @@ class Method:
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
-    "hybrid, re-solved on 4 times the text": Method("hybrid", compensate=True, windows=512),
     "activation, re-solved": Method("activation", compensate=True, windows=128),
     "MAW, re-solved": Method("maw", compensate=True, windows=128),
     "hybrid": Method("hybrid", windows=128),
     "MAW gate+up+down": Method("maw_gud"),
     "MAW": Method("maw"),
+    "hybrid, re-solved on 4 times the text": Method("hybrid", compensate=True, windows=512),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 

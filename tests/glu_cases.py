@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-LAYOUTS = ("contiguous", "aligned rows", "odd rows", "odd start", "transposed", "expanded")
+LAYOUTS = ("contiguous", "aligned rows", "odd rows", "odd start", "transposed", "apart", "expanded")
 
 
 @dataclasses.dataclass
@@ -41,6 +41,8 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         flat = x.new_full((M * H + 1,), stranger)
         flat[1:] = x.flatten()
         return flat[1:].view(M, H)
+    if layout == "apart":
+        return torch.stack((x, torch.full_like(x, stranger)), dim=2).flatten(1)[:, ::2]
     if layout == "transposed":
         return x.t().contiguous().t()
     return x[:1].expand(M, H) if layout == "expanded" else x

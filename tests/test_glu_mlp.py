@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csrc_triton import launch
-from csrc_triton.glu import glu_mlp, plan_glu_mlp, shipped_plans
+from csrc_triton.glu import _aligned, glu_mlp, plan_glu_mlp, shipped_plans
 from csrc_triton.launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, KernelCall, Launch
 from tests.glu_cases import LAYOUTS, TOLERANCE, error, make_case
 
@@ -213,6 +213,23 @@ def test_bad_input(change, kind, message):
     case = dataclasses.replace(make_case(3, 2, 24, 7), **change)
     with pytest.raises(kind, match=message):
         glu_mlp(*case.arguments())
+
+
+@pytest.mark.parametrize("M", [1, 6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_aligned(layout, M):
+    """What the descriptors and 16-byte loads ask of x; a copy is made only where it does not hold."""
+    x = make_case(8, M, 40, 7, torch.float16, layout=layout).x
+    y = _aligned(x)
+    assert torch.equal(x, y)
+    assert y.stride(1) == 1 and y.stride(0) >= 40 and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
+    held = layout in ("contiguous", "aligned rows") or M == 1 and layout != "odd start"
+    assert (y.data_ptr() == x.data_ptr()) == held
+
+
+def test_rows_that_cannot_be_aligned_are_not_copied():
+    x = make_case(8, 6, 41, 7, torch.float16).x
+    assert _aligned(x).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("M", [0, 2])

@@ -145,6 +145,11 @@ def test_an_interruption_while_reading_ahead(source, expected, calls, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_everything_is_on_the_disk_before_it_gets_its_name(calls, source):
     """The order that survives a power cut: data, flush, rename, flush of the folder; the whole before its own rename."""
+    for (name, path), following in zip(calls, [*calls[1:], None]):
+        if name == "rename":  # a finished shard must not outlive the selection that it was made with
+            parent = Path(path).parents[1] if path.endswith("checkpoint") else Path(path).parent
+            assert following == ("fsync", str(parent))
+
     dirty = {}  # file or folder -> what was done to it since it was flushed
     for name, path in calls:
         if name == "fsync":
@@ -293,6 +298,21 @@ def test_a_folder_that_cannot_be_written(source, tmp_path):
     with pytest.raises(OSError, match="file"):
         prune_checkpoint(source, tmp_path / "file" / "out", **ARGUMENTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "folder" / "file"
+
+    def chunks(expected):
+        for number in range(3):
+            assert (path.read_bytes() if path.exists() else None) == expected
+            yield bytes([number]) * 10
+
+    files.write_file(path, chunks(None))
+    whole = b"".join(bytes([number]) * 10 for number in range(3))
+    path.write_bytes(b"old")
+    files.write_file(path, chunks(b"old"))
+    assert contents(tmp_path) == {"folder/file": whole}
 
 
 def test_saving_a_model_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -606,6 +626,83 @@ def test_headers_that_the_library_refuses_are_refused(source, tmp_path):
         both += 1
     print(f"seed {seed}: {both} accepted by both")
     assert both > 10
+
+
+def entry(begin, end, dtype="U8", shape=None):
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+HEADERS = {  # header for 10 bytes of data -> what is said about it
+    "hole": ({"a": entry(0, 4), "b": entry(6, 10)}, "tensor 'b' leaves a hole before it"),
+    "hole at the beginning": ({"a": entry(2, 10)}, "tensor 'a' leaves a hole before it"),
+    "overlap": ({"a": entry(0, 6), "b": entry(4, 10)}, "tensor 'b' overlaps the tensor before it"),
+    "the same twice": ({"a": entry(0, 10), "b": entry(0, 10)}, "tensor 'b' overlaps"),
+    "too short": ({"a": entry(0, 11)}, "is truncated: "),
+    "too long": ({"a": entry(0, 9)}, "has bytes behind its data"),
+    "nothing": ({}, "has bytes behind its data"),
+    "backwards": ({"a": entry(10, 0, shape=[0])}, "spans -10 bytes"),
+    "shape too small": ({"a": entry(0, 10, shape=[9])}, r"spans 10 bytes, but U8 \[9\] takes 9"),
+    "shape too large": ({"a": entry(0, 10, shape=[11])}, r"spans 10 bytes, but U8 \[11\] takes 11"),
+    "dtype": ({"a": entry(0, 10, "F4")}, "unknown dtype 'F4': known are F64"),
+    "no size": ({"a": entry(0, 10, shape=[-10])}, "must have a shape"),
+    "true": ({"a": entry(0, 10, shape=[10, True])}, "must have a shape"),
+    "huge sizes": ({"a": entry(0, 10, shape=[2**63, 0])}, "must have a shape"),
+    "many sizes": ({"a": entry(0, 10, shape=[10] + [1] * 8)}, "must have a shape"),
+    "offsets": ({"a": {"dtype": "U8", "shape": [10], "data_offsets": [0, 10, 10]}}, "two data_offsets"),
+    "missing key": ({"a": {"dtype": "U8", "shape": [10]}}, "exactly dtype, shape and data_offsets"),
+    "more keys": ({"a": entry(0, 10) | {"x": 1}}, "exactly dtype, shape and data_offsets"),
+    "list": ({"a": []}, "exactly dtype, shape and data_offsets"),
+    "name": ({"a" * 1025: entry(0, 10)}, "name of up to 1024"),
+    "half a character": ({"\ud800": entry(0, 10)}, "not valid JSON"),
+    "metadata": ({"__metadata__": {"x": 1}, "a": entry(0, 10)}, "__metadata__ must map strings"),
+}
+
+
+@pytest.mark.parametrize("header, message", HEADERS.values(), ids=HEADERS.keys())
+def test_bad_headers_are_told_apart(tmp_path, header, message):
+    file = tmp_path / "x.safetensors"
+    join(file, json.dumps(header).encode(), bytes(10))
+    with pytest.raises(ValueError, match=f"x.safetensors.*{message}"):
+        read_shard(file)
+
+
+def test_truncated_files_are_called_truncated(source):
+    file = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    whole, header = file.read_bytes(), len(split(file)[0])
+    for length, message in ((0, "too short"), (7, "too short"), (8, "truncated"), (header // 2, "truncated or corrupt")):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{file.name} is truncated.*{message}|{file.name} is {message}"):
+            read_shard(file)
+    for length in (header + 8, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{file.name} is truncated: {length:,} bytes"):
+            read_shard(file)
+
+
+NORM = "model.norm.weight"
+INDEXES = {  # change of the weight map -> what is said about it
+    "leads out": (lambda places: places.update({NORM: "../outside.safetensors"}), "not the name of a safetensors file"),
+    "absolute": (lambda places: places.update({NORM: "/outside.safetensors"}), "not the name of a safetensors file"),
+    "no safetensors": (lambda places: places.update({NORM: "model.bin"}), "not the name of a safetensors file"),
+    "number": (lambda places: places.update({NORM: 3}), "not the name of a safetensors file"),
+    "missing file": (lambda places: places.update({NORM: "gone.safetensors"}), "gone.safetensors"),
+    "missing tensor": (lambda places: places.update(more=places[NORM]), "names tensor 'more', which .* does not hold"),
+    "wrong file": (lambda places: places.update({NORM: min(places.values())}), f"holds tensor '{NORM}', which .* not put"),
+    "left out": (lambda places: places.pop(NORM), f"holds tensor '{NORM}', which .* does not put there"),
+    "empty": (lambda places: places.clear(), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("change, message", INDEXES.values(), ids=INDEXES.keys())
+def test_lying_indexes_are_told_apart(source, tmp_path, change, message):
+    index = json.loads((source / INDEX_FILE).read_text())
+    shutil.copy(source / index["weight_map"][NORM], tmp_path / "outside.safetensors")
+    assert index["weight_map"][NORM] != min(index["weight_map"].values())
+    change(index["weight_map"])
+    (source / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises((ValueError, OSError), match=message):
+        prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["outside.safetensors", "source"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

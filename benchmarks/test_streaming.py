@@ -1,0 +1,123 @@
+"""Pruning a checkpoint on the disk: time beside `cp` of the same folder, memory beside OptiPFair's load, prune and save.
+
+The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` says where. The disk is not identified: its
+speed shows in the time of `cp`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from benchmarks.checkpoints import CONFIGS, write_random_checkpoint
+from gluprune.records import Record
+from gluprune.shards import INDEX_FILE
+
+EXPANSION_RATIO = 2.4
+REPEATS = 3
+CASES = {
+    "llama-3.2-1b": (10**9, ["cp", "gluprune", "optipfair"], 8e9),
+    "llama-3.1-8b": (5 * 10**9, ["cp", "gluprune"], 45e9),
+}
+PROGRAMS = {
+    "gluprune": """
+        from gluprune.streaming import prune_checkpoint
+
+        prune_checkpoint(source, destination, expansion_ratio=ratio, score="maw")
+    """,
+    "optipfair": """
+        from optipfair import prune_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model = prune_model(
+            model, neuron_selection_method="PPM", pruning_percentage=None, expansion_rate=100 * ratio, expansion_divisor=128,
+            show_progress=False,
+        )
+        model.save_pretrained(destination)
+    """,
+}
+# Not getrusage: its maximum begins with that of the process that started this one.
+PROLOGUE = "import sys; source, destination, ratio = sys.argv[1], sys.argv[2], float(sys.argv[3])\n"
+EPILOGUE = "\nimport re; print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+
+
+def timed(provider, source, destination):
+    """Seconds of one command from start to end, imports included, and its peak resident memory in bytes (None for cp)."""
+    command = ["cp", "-r", source, destination]
+    if provider in PROGRAMS:
+        program = PROLOGUE + textwrap.dedent(PROGRAMS[provider]) + EPILOGUE
+        command = [sys.executable, "-c", program, source, destination, str(EXPANSION_RATIO)]
+    start = time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert run.returncode == 0, run.stderr[-2000:]
+    return seconds, 1024 * int(run.stdout.split()[-1]) if provider in PROGRAMS else None
+
+
+def mlp(folder, layer):
+    """Gate, up and down of one layer, read with the safetensors library."""
+    places = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensor = f"model.layers.{layer}.mlp.{name}.weight"
+        with safe_open(folder / places[tensor], "pt") as file:
+            yield file.get_tensor(tensor)
+
+
+def check(source, destination, layers):
+    """The correctness gate: the first and the last layer, worked out here."""
+    for layer in (0, layers - 1):
+        gate, up, down = mlp(source, layer)
+        narrow = list(mlp(destination, layer))
+        score = sum(w.amax(1).double() + w.amin(1).double().abs() for w in (gate, up))
+        kept = score.float().topk(len(narrow[0])).indices.sort().values
+        for weight, expected in zip(narrow, (gate[kept], up[kept], down[:, kept])):
+            assert torch.equal(weight, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", CASES)
+def test_prune_checkpoint(benchmark, keep, tmp_path, name):
+    """In turns, so that a busy moment of machine or disk meets all of them."""
+    shard_bytes, providers, disk_bytes = CASES[name]
+    if shutil.disk_usage(tmp_path).free < disk_bytes:
+        pytest.skip(f"needs {disk_bytes / 1e9:.0f} GB of free disk")
+    source, config = tmp_path / "source", CONFIGS[name]
+    size = write_random_checkpoint(source, config, shard_bytes)
+    seconds, peaks, written = ({provider: [] for provider in providers} for _ in range(3))
+
+    def one_round():
+        for provider in providers:
+            destination = tmp_path / provider
+            os.sync()  # nobody pays for what another left to the disk
+            took, peak = timed(provider, source, destination)
+            seconds[provider].append(took)
+            peaks[provider].append(peak)
+            written[provider] = sum(file.stat().st_size for file in destination.iterdir())
+            if provider == "gluprune":
+                check(source, destination, config.num_hidden_layers)
+            shutil.rmtree(destination)
+
+    try:
+        benchmark.pedantic(one_round, rounds=REPEATS)
+    finally:
+        shutil.rmtree(tmp_path)
+
+    shape = {"model": name, "checkpoint_bytes": size, "expansion_ratio": EXPANSION_RATIO, "cores": os.cpu_count()}
+    for provider in providers:
+        ratios = [ours / copied for ours, copied in zip(seconds[provider], seconds["cp"])]
+        measured = {("prune checkpoint", "s"): seconds[provider], ("prune checkpoint, time over cp", "1"): ratios}
+        if provider in PROGRAMS:
+            measured[("prune checkpoint, peak resident memory", "B")] = peaks[provider]
+        for (what, unit), values in measured.items():
+            own = {**shape, "bytes_written": written[provider]}
+            keep(record := Record.of(what, provider, own, torch.bfloat16, unit, values))
+            benchmark.extra_info[f"{provider}, {what}"] = f"{record.p50:.4g} {unit}"
+    assert max(peaks["gluprune"]) < 1.5e9

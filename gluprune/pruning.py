@@ -252,25 +252,35 @@ def prune(
     )
 
     original_parameters = count_parameters(model)
-    if is_calibrated or compensate:
+    calibrated = is_calibrated or compensate
+    if calibrated:
         activations = _activations(model, glus, indices, calibration, gram=compensate)
     else:
         activations = ((index, None) for index in indices)
-    kept, down = {}, {}
-    for index, found in tqdm(activations, "scoring", len(indices), unit="layer", disable=None, leave=False):
-        kept[index] = select(_score_layer(score, glus[index], index, found), width)
-        if compensate:
-            down[index] = resolved_down(glus[index].weights()[2], kept[index], found.gram, f"layer {index}")
+
+    def choices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """Layer, neurons that stay, and the re-solved down projection of each layer in turn."""
+        for index, found in activations:
+            kept = select(_score_layer(score, glus[index], index, found), width)
+            down = resolved_down(glus[index].weights()[2], kept, found.gram, f"layer {index}") if compensate else None
+            yield index, kept, down
+
+    progress = {"total": len(indices), "unit": "layer", "disable": None, "leave": False}
+    # Text runs through the whole model: all is chosen before anything is changed. Without it, a layer is narrowed while
+    # scoring has it in the cache.
+    chosen = list(tqdm(choices(), "scoring", **progress)) if calibrated else choices()
+    all_kept = {}
     with ExitStack() as undo:
-        for index in tqdm(indices, desc="narrowing", unit="layer", disable=None, leave=False):
-            narrow(glus[index], kept[index], undo)
-            if compensate:
-                replace_down(glus[index].down, down.pop(index), undo)
+        for index, kept, down in tqdm(chosen, "narrowing", **progress):
+            narrow(glus[index], kept, undo)
+            if down is not None:
+                replace_down(glus[index].down, down, undo)
+            all_kept[index] = kept
         config = model.config.get_text_config()
         undo.callback(_restore_attributes, config, dict(vars(config)))
         set_config_widths(config, [glu.intermediate_size for glu in glus])
         report = PruneReport(
-            kept=kept,
+            kept=all_kept,
             intermediate_size=width,
             original_intermediate_size=original,
             hidden_size=hidden_size,

@@ -201,7 +201,8 @@ def neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> N
     multiples of 16. Raises ValueError for other shapes, strides or devices, TypeError for other dtypes.
     """
     call, statistics = plan_neuron_scores(gate, up, down)
-    call.run()
+    with torch.cuda.device_of(gate):  # Triton launches on the current device, wherever the tensors are
+        call.run()
     return statistics
 
 

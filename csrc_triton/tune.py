@@ -27,7 +27,6 @@ from .glu import plan_glu_mlp
 from .launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, Launch
 from .reference import glu_mlp_reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}  # max |error| over max |reference|
 REPLAYS = 20
 
@@ -190,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, nargs="+", required=True, metavar="H")
     parser.add_argument("--intermediate", type=int, nargs="+", required=True, metavar="I")
     parser.add_argument("--tokens", type=int, nargs="+", default=launch.M_BUCKETS, choices=launch.M_BUCKETS)
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=list(launch.DTYPES))
     parser.add_argument("--out", type=Path, help="default: the package's table of this GPU")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: --hidden and --intermediate must be at least 1", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = DTYPES[options.dtype]
+    dtype = launch.DTYPES[options.dtype]
     gpu = torch.cuda.get_device_name(device)
     path = options.out or launch.table_path(gpu)
     if path.exists():

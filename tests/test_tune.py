@@ -136,7 +136,7 @@ def test_malformed_table_is_not_overwritten(tmp_path):
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "gpu.json"
-    assert tune.main(["--hidden", "64", "--intermediate", "100", "--dtype", "bf16", "--out", str(out)]) == 2
+    assert tune.main(["--hidden", "64", "--intermediate", "100", "--dtype", "bfloat16", "--out", str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == "error: tuning needs a CUDA device, and none is available\n"
     assert not out.exists()

@@ -128,10 +128,10 @@ def _runs_forward_of(module: nn.Module, owner: type) -> bool:
     attributes = module.__dict__
     if "forward" not in attributes:
         return True
-    hook = attributes.get("_hf_hook")
-    # On models split over devices accelerate wraps every module, only to move its inputs to where they are already.
-    harmless = type(hook) is AlignDevicesHook and not hook.offload
-    return getattr(attributes["_old_forward" if harmless else "forward"], "__func__", None) is owner.forward
+    # accelerate wraps every module of a model that is split over devices, only to move its inputs to where they are already
+    # (or, to offload, to bring weights from the meta device, where an MLP finds them too).
+    wrapped = type(attributes.get("_hf_hook")) is AlignDevicesHook
+    return getattr(attributes["_old_forward" if wrapped else "forward"], "__func__", None) is owner.forward
 
 
 def _obstacle(mlp: nn.Module) -> str | None:

@@ -368,6 +368,7 @@ def test_idempotent_and_switching_backends(kernel_calls):
     assert kernel_calls == ["cublas"] * 2
     patch(model, "torch")
     assert torch.equal(logits(model, ids), expected) and not any(entry.fused for entry in fusion_status(model))
+    assert not any(storage.is_view(parameter) for parameter in model.parameters())
     assert snapshot(unpatch(model)) == before
 
 
@@ -530,6 +531,7 @@ def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
     expected = logits(model, ids)
     patch(model, "triton")
     assert [entry.reason for entry in fusion_status(model)] == ["", "its forward was replaced"]
+    assert type(mlps(model)[1]) is LlamaMLP
     assert_same(logits(model, ids), expected)
 
     monkeypatch.setattr(LlamaMLP, "forward", OwnMLP.forward)

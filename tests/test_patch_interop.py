@@ -239,6 +239,7 @@ def test_offloading(model, ids, tmp_path, place, fused, patch_first):
     if not patch_first:
         patch(model, "triton")
     assert [entry.fused for entry in fusion_status(model)] == fused
+    assert all("offloaded" in reason for reason in reasons(model) if reason)
     assert_same(logits(model, ids), expected)
     assert_same(logits(unpatch(model), ids), expected)
     remove_hook_from_module(model, recurse=True)

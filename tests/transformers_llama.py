@@ -111,6 +111,8 @@ def run_tests(folder, backend, expression, record):
         target = record.with_name("test_modeling_llama.py")
         target.write_text("from __main__ import LlamaModelTest\n")
     results = Outcomes()
+    settings = record.with_name("pytest.ini")
+    settings.write_text("[pytest]\n")
     options = [
         "-q",
         "--no-header",
@@ -118,7 +120,7 @@ def run_tests(folder, backend, expression, record):
         "-p",
         "no:cacheprovider",
         f"--rootdir={target.parent}",
-        f"-c{os.devnull}",
+        f"-c{settings}",
     ]
     pytest.main([str(target), *options, *(["-k", expression] if expression else [])], plugins=[results])
     record.write_text(json.dumps(results.outcomes))

@@ -19,6 +19,9 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Tests that must fail patched, and why.
+EXPECTED = {"test_load_contiguous_weights": "the rows of a down projection of a padded width have gaps between them"}
+
 LLAMA_TESTS = Path("tests/models/llama/test_modeling_llama.py")
 COMMON_TESTS = Path("tests/test_modeling_common.py")
 
@@ -149,9 +152,12 @@ def main():
             outcomes[run] = json.loads(record.read_text())
     stock, patched = outcomes["stock"], outcomes[arguments.backend]
     passed = [name for name, outcome in stock.items() if outcome == "passed"]
-    worse = [name for name in passed if patched.get(name) != "passed"]
-    print(f"{len(passed)} of {len(stock)} tests pass stock; {len(passed) - len(worse)} of these pass patched")
-    print(*(f"fails patched: {name}" for name in worse), sep="\n")
+    lost = [name for name in passed if patched.get(name) != "passed"]
+    worse = [name for name in lost if name.rpartition("::")[2] not in EXPECTED]
+    print(f"{len(passed)} of {len(stock)} tests pass stock; {len(passed) - len(lost)} of these pass patched")
+    for name in lost:
+        reason = EXPECTED.get(name.rpartition("::")[2])
+        print(f"fails patched: {name}" + (f" (expected: {reason})" if reason else ""))
     return 1 if worse or not passed else 0
 
 

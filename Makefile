@@ -5,19 +5,19 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test kernels clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-demo
 	$(BIN)/gluprune demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
 # Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
-kernels: $(VENV)/installed
+kernels: $(VENV)/installed-demo
 	$(BIN)/python -m csrc_triton.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+$(VENV)/installed-%: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:

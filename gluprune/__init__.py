@@ -1,7 +1,7 @@
 """Width pruning for the GLU MLPs of Llama-type models, and a fused forward that makes the narrower model faster."""
 
 from gluprune.checkpoint import load, save
-from gluprune.patch import patch, patch_llama, unpatch, unpatch_llama
+from gluprune.patching import patch, patch_llama, unpatch, unpatch_llama
 from gluprune.pruning import PruneReport, prune
 
 __version__ = "0.1.0"

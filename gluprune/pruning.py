@@ -289,4 +289,6 @@ def prune(
             score=score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__),
         )
         undo.pop_all()
+    for index in indices:  # a patched MLP moves its new weights into aligned storage when its mode is set
+        glus[index].mlp.train(glus[index].mlp.training)
     return report

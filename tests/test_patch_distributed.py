@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from gluprune import ops
-from gluprune.patch import fusion_status, patch, unpatch
+from gluprune.patching import fusion_status, patch, unpatch
 from tests.tiny_models import logits, mlps, tiny_model, token_ids
 
 pytestmark = pytest.mark.skipif(not ops.INTERPRETED, reason="runs on the CPU")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from gluprune import ops
-from gluprune.patch import fusion_status, patch, unpatch
+from gluprune.patching import fusion_status, patch, unpatch
 from tests.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, token_ids
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -75,7 +75,7 @@ def patch_every_model(backend):
     from transformers.activations import ACT2FN
     from transformers.models.llama import modeling_llama
 
-    from gluprune.patch import FusedGLU, patch
+    from gluprune.patching import FusedGLU, patch
 
     build_mlp, build_model = modeling_llama.LlamaMLP.__init__, modeling_llama.LlamaPreTrainedModel.post_init
 

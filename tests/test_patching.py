@@ -8,9 +8,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import gluprune
 from gluprune import ops, storage
 from gluprune.families import FAMILIES
-from gluprune.patch import FusedGLU, fusion_status, patch, patch_llama, unpatch, unpatch_llama
+from gluprune.patching import FusedGLU, fusion_status, patch, patch_llama, unpatch, unpatch_llama
 from tests.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, tiny_width, token_ids
 
 # Logits are of order one; kernels and PyTorch add the same products in another order.
@@ -563,3 +564,14 @@ def test_failure_in_the_middle_changes_nothing(monkeypatch):
 
 def test_the_llama_names_are_the_general_ones():
     assert patch_llama is patch and unpatch_llama is unpatch
+
+
+def test_prune_after_patch_stays_fused():
+    """Narrowing gives a patched model new weights; they are aligned again without another call of `patch`."""
+    model = tiny_model(device=DEVICE)
+    reference = tiny_model(device=DEVICE)
+    patch(model, backend="triton")
+    gluprune.prune(model, pruning_ratio=0.3, multiple_of=1)
+    gluprune.prune(reference, pruning_ratio=0.3, multiple_of=1)
+    assert all(entry.fused for entry in fusion_status(model))
+    torch.testing.assert_close(logits(model, token_ids()), logits(reference, token_ids()), rtol=1e-4, atol=1e-4)

@@ -84,12 +84,15 @@ def test_time(benchmark, keep, name):
 
 
 MEMORY_SCRIPT = """
-import logging, resource, sys
+import logging, sys
 from benchmarks.test_prune import MODELS, PROVIDERS
 
 logging.disable(logging.INFO)
 model = MODELS[sys.argv[1]]()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process alone: getrusage would tell its parent's, if that is larger
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
 before = peak()
 PROVIDERS[sys.argv[2]](model)
 print(peak() - before)

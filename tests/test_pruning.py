@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_no_second_copy_stays(tiny_model):
 
 
 MEMORY_SCRIPT = """
-import resource, sys, torch, gluprune
+import sys, torch, gluprune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 config = LlamaConfig(hidden_size=1024, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=8, vocab_size=64)
@@ -135,18 +136,22 @@ model.to_empty(device="cpu")
 for parameter in model.parameters():
     for rows in parameter.data.split(64):
         rows.normal_()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process alone: getrusage would tell its parent's, if that is larger
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
 before = peak()
 gluprune.prune(model, pruning_ratio=0.5, multiple_of=1, score=sys.argv[1])
 print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("score", ["maw", "vow"])
 def test_memory_above_the_model_stays_under_two_layers(score):
     """Peak resident memory of a process that prunes, above that of the same process with the model loaded."""
     result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, score], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 2 * 3 * 1024 * 8192 * 2
+    assert 0 < int(result.stdout) < 2 * 3 * 1024 * 8192 * 2
 
 
 def test_prune_twice_and_layer_by_layer(tiny_model):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gluprune.checkpoint import build_empty, layer_widths, read_config
 from gluprune.families import model_glus
+from gluprune.patching import fusion_prospect
 from gluprune.pruning import count_parameters
 
 TENSOR_PARALLEL_RANKS = (2, 4, 8)
@@ -20,6 +22,7 @@ class ModelInfo:
     aligned_to: the largest power of two, up to 128, that divides every width. Below 8 rows of down_proj start off the
         16-byte boundary in bf16 and plain matrix libraries fall to slow kernels.
     tensor_parallel: ranks -> whether every width divides over them.
+    fusible: MLPs that `patch_llama` fuses on a GPU; not_fusible: reason -> number of those that it leaves.
     """
 
     model_type: str
@@ -33,6 +36,8 @@ class ModelInfo:
     dtype: str
     aligned_to: int
     tensor_parallel: dict[int, bool]
+    fusible: int
+    not_fusible: dict[str, int]
 
     @property
     def expansion_ratios(self) -> list[float]:
@@ -51,6 +56,9 @@ class ModelInfo:
         aligned = f"every width is a multiple of {self.aligned_to}"
         if self.aligned_to < 8:
             aligned += " (unaligned: slow without gluprune.patch_llama)"
+        fused = f"{self.fusible} of {self.layers} MLPs by gluprune.patch_llama on a GPU"
+        for reason, count in self.not_fusible.items():
+            fused += f"; {count} x {reason}"
         return "\n".join(
             [
                 f"type             {self.model_type}, {self.layers} layers, hidden size {self.hidden_size}",
@@ -59,6 +67,7 @@ class ModelInfo:
                 f"bytes            {self.bytes:,}, of these {self.mlp_bytes:,} in MLPs ({self.dtype})",
                 f"alignment        {aligned}",
                 f"tensor parallel  {ranks}",
+                f"fused            {fused}",
             ]
         )
 
@@ -73,6 +82,7 @@ def info(path: str | Path) -> ModelInfo:
     model = build_empty(config)
     glus = model_glus(model)
     widths = layer_widths(config)
+    prospect = fusion_prospect(model)
     mlp_parameters = sum(p.numel() for glu in glus for projection in glu.projections.values() for p in projection.parameters())
     parameters = count_parameters(model)
     item_size = model.dtype.itemsize
@@ -88,4 +98,6 @@ def info(path: str | Path) -> ModelInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
         tensor_parallel={ranks: all(width % ranks == 0 for width in widths) for ranks in TENSOR_PARALLEL_RANKS},
+        fusible=sum(entry.fused for entry in prospect),
+        not_fusible=dict(Counter(entry.reason for entry in prospect if not entry.fused)),
     )

@@ -162,8 +162,13 @@ def _obstacle(mlp: nn.Module) -> str | None:
             return "the weights differ in dtype, device or kind"
     if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
         return "the weights' shapes do not fit together"
-    if family.packed and gate.shape[0] % storage.ALIGNMENT:
-        return f"the packed projection's width {gate.shape[0]} is no multiple of {storage.ALIGNMENT}"
+    return _unfit_width(family, gate.shape[0])
+
+
+def _unfit_width(family: Family, width: int) -> str | None:
+    """Why an MLP of a family cannot be aligned at a width; None if it can."""
+    if family.packed and width % storage.ALIGNMENT:
+        return f"the packed projection's width {width} is no multiple of {storage.ALIGNMENT}"
     return None
 
 
@@ -367,6 +372,19 @@ def fusion_status(model: nn.Module) -> list[MLPStatus]:
         reason = _why_not_fused(mlp)
         status.append(MLPStatus(name, fused=not reason, reason=reason))
     return status
+
+
+def fusion_prospect(model: nn.Module) -> list[MLPStatus]:
+    """For every GLU MLP of a supported family, in order: whether `patch` would fuse it where kernels run, and why not.
+
+    Looks at classes and shapes alone, so that a model on the meta device will do.
+    """
+    prospect = []
+    for name, mlp in _find_glus(model):
+        family = _FAMILY_OF_CLASS[_glu_class(mlp).__name__]
+        reason = _why_left(mlp) or _unfit_width(family, getattr(mlp, family.down).in_features) or ""
+        prospect.append(MLPStatus(name, fused=not reason, reason=reason))
+    return prospect
 
 
 def _why_not_fused(mlp: nn.Module) -> str:

@@ -106,6 +106,24 @@ def test_info_of_the_real_model(smollm2_path, capsys):
     assert "1536 neurons, expansion ratio 2.667" in text
     assert "every width is a multiple of 128" in text
     assert "2: yes, 4: yes, 8: yes" in text
+    assert "30 of 30 MLPs by gluprune.patch_llama on a GPU" in text
+
+
+@pytest.mark.parametrize("width, fusible", [(128, 3), (101, 0)])
+def test_info_says_what_can_be_fused(tiny_model, tmp_path, capsys, width, fusible):
+    gluprune.save(tiny_model("phi3", intermediate_size=width), tmp_path / "packed")
+    assert main(["info", str(tmp_path / "packed"), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    reason = "the packed projection's width 101 is no multiple of 128"
+    assert described["fusible"] == fusible
+    assert described["not_fusible"] == ({} if fusible else {reason: 3})
+
+
+def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys):
+    gluprune.save(tiny_model(hidden_act="relu"), tmp_path / "relu")
+    assert main(["info", str(tmp_path / "relu")]) == 0
+    text = capsys.readouterr().out
+    assert "0 of 3 MLPs" in text and "3 x activation ReLU is not supported" in text
 
 
 @pytest.mark.parametrize(

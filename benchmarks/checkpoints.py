@@ -1,4 +1,4 @@
-"""Random checkpoints of real models' shapes, written straight to the disk: `python benchmarks/checkpoints.py NAME FOLDER`."""
+"""Random checkpoints of real models' shapes, straight to the disk: `python -m benchmarks.checkpoints --help`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes: int, seed: int = 0) -> int:
-    """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), holding one piece in memory.
+    """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), piece by piece.
 
     The weights are taken from a pool of 2**26 normal numbers (standard deviation 0.02), each tensor from another place.
 

@@ -1,7 +1,7 @@
-"""Pruning a checkpoint on the disk: time beside `cp` of the same folder, memory beside OptiPFair's load, prune and save.
+"""Pruning a checkpoint on the disk: time beside `cp` of the same folder, memory beside OptiPFair's load, prune, save.
 
-The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` says where. The disk is not identified: its
-speed shows in the time of `cp`.
+The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` says where. The disk is not identified:
+its speed shows in the time of `cp`.
 """
 
 import json
@@ -40,8 +40,8 @@ PROGRAMS = {
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(source)
         model = prune_model(
-            model, neuron_selection_method="PPM", pruning_percentage=None, expansion_rate=100 * ratio, expansion_divisor=128,
-            show_progress=False,
+            model, neuron_selection_method="PPM", pruning_percentage=None, expansion_rate=100 * ratio,
+            expansion_divisor=128, show_progress=False,
         )
         model.save_pretrained(destination)
     """,

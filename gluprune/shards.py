@@ -156,7 +156,7 @@ def read_shard(file: Path) -> Shard:
         if length > size - 8:
             raise ValueError(f"{file} is truncated or corrupt: a header of {length:,} bytes in a file of {size:,}")
         if length > MAX_JSON_BYTES:
-            raise ValueError(f"{file} has a header of {length:,} bytes, more than the {MAX_JSON_BYTES:,} expected at most")
+            raise ValueError(f"{file} has a header of {length:,} bytes: at most {MAX_JSON_BYTES:,} are expected")
         text = stream.read(length)
     if not text.startswith(b"{"):
         raise ValueError(f"the header of {file} must begin with a brace, found {text[:8]!r}")
@@ -193,20 +193,24 @@ def read_checkpoint(folder: Path) -> list[Shard]:
         return [read_shard(folder / SINGLE_FILE)]
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
-        raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: only safetensors checkpoints can be pruned")
+        wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
+        raise ValueError(f"{folder} holds {wanted}: only safetensors checkpoints can be pruned")
     weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no weight_map from tensors to files")
     for name, file in weight_map.items():
         # The name is used in the output too, so it must not lead out of the folder.
-        if not isinstance(file, str) or file != Path(file).name or not file.isprintable() or not file.endswith(".safetensors"):
-            raise ValueError(f"{index_file} puts tensor {_short(name)} into {_short(file)}, not the name of a safetensors file")
+        is_plain = isinstance(file, str) and file == Path(file).name and file.isprintable()
+        if not is_plain or not file.endswith(".safetensors"):
+            place = f"tensor {_short(name)} into {_short(file)}"
+            raise ValueError(f"{index_file} puts {place}, not the name of a safetensors file")
 
     shards = [read_shard(folder / file) for file in sorted(set(weight_map.values()))]
     for shard in shards:
         for tensor in shard.tensors:
             if weight_map.get(tensor.name) != shard.file.name:
-                raise ValueError(f"{shard.file} holds tensor {_short(tensor.name)}, which {index_file} does not put there")
+                label = f"tensor {_short(tensor.name)}"
+                raise ValueError(f"{shard.file} holds {label}, which {index_file} does not put there")
     stored = {tensor.name for shard in shards for tensor in shard.tensors}
     for name, file in weight_map.items():
         if name not in stored:

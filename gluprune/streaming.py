@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,14 +224,17 @@ def _mlp_tensors(folder: Path, tensors: list[StoredTensor], family: Family) -> l
         prefixes[match["prefix"]] = tensor
         layers.setdefault(int(match["layer"]), {})[match["name"]] = tensor
     if len(prefixes) > 1:
-        raise ValueError(f"{folder} holds several stacks of layers: {', '.join(repr(t.name) for t in prefixes.values())}")
+        examples = ", ".join(repr(tensor.name) for tensor in prefixes.values())
+        raise ValueError(f"{folder} holds several stacks of layers: {examples}")
     for index in range(len(layers)):
         if index not in layers:
             raise ValueError(f"{folder}: layer {max(layers)} has MLP tensors, but layer {index} has none")
     return [layers[index] for index in range(len(layers))]
 
 
-def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], family: Family, hidden_size: int, width: int):
+def _check_mlp(
+    folder: Path, layer: int, tensors: dict[str, StoredTensor], family: Family, hidden_size: int, width: int
+) -> None:
     """Every projection is there, with the shape that the config gives it."""
     rows = 2 * width if family.packed else width
     expected = {family.gate: (rows, hidden_size), family.up: (rows, hidden_size), family.down: (hidden_size, width)}
@@ -275,7 +279,8 @@ def _read_configs(folder: Path, tensor_count: int) -> tuple[dict, PreTrainedConf
     # Before transformers sees the number: some configs build a list of that length.
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 <= layers <= tensor_count:
-        raise ValueError(f"{file} says num_hidden_layers={str(layers)[:40]}, the checkpoint holds {tensor_count} tensors")
+        told = f"num_hidden_layers={str(layers)[:40]}"
+        raise ValueError(f"{file} says {told}, the checkpoint holds {tensor_count} tensors")
     try:
         config = read_config(folder)
     except Exception as error:  # a corrupt config can make transformers raise anything
@@ -391,7 +396,7 @@ class _Selector:
 
     What was read to score a layer is held until the next layer is scored: its tensors are usually due at once.
 
-    held: stored tensors in memory, by name.
+    buffer: what is read to score a layer; held: the stored tensors in it, by name.
     """
 
     def __init__(self, plan: _Plan, folder: Path):
@@ -401,7 +406,7 @@ class _Selector:
         if _reads_down(plan.report.score):
             self._names.append(family.down)
         sizes = [sum(_aligned(tensor.nbytes) for tensor in self._scored(layer)) for layer in plan.report.layers]
-        self._buffer = torch.empty(max(sizes), dtype=torch.uint8)
+        self.buffer = torch.empty(max(sizes), dtype=torch.uint8)
         self.held: dict[str, torch.Tensor] = {}
 
     def _scored(self, layer: int) -> list[StoredTensor]:
@@ -413,7 +418,7 @@ class _Selector:
         if file.is_file():
             return torch.tensor(json.loads(file.read_text()))
         self.held.clear()
-        rest = self._buffer
+        rest = self.buffer
         for stored in self._scored(layer):
             self.held[stored.name] = _view(rest, stored.dtype, stored.shape)
             _read(stored, self.held[stored.name])
@@ -449,14 +454,20 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _ahead(items: Iterator, depth: int = 4) -> Iterator:
-    """The items of an iterator that a thread advances, up to `depth` items ahead: reading goes on while writing."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        due = deque(thread.submit(next, items, end) for _ in range(depth))
-        while (item := due.popleft().result()) is not end:
-            due.append(thread.submit(next, items, end))
-            yield item
+def _ahead(items: Iterator, depth: int) -> Iterator:
+    """The items of an iterator that a thread advances, up to `depth` items ahead: reading goes on while writing.
+
+    In that thread torch works alone: helpers that wait for one another would contend with the writing for the cores.
+    """
+    end, torch_threads = object(), torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+            due = deque(thread.submit(next, items, end) for _ in range(depth))
+            while (item := due.popleft().result()) is not end:
+                due.append(thread.submit(next, items, end))
+                yield item
+    finally:
+        torch.set_num_threads(torch_threads)  # the number for threads to come
 
 
 def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
@@ -466,9 +477,12 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     needed, free = sum(shard.nbytes for shard in unfinished), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, {free:,} are free", str(folder.parent.parent))
+    # Far enough ahead to write one layer while the next is scored; None ends a shard.
+    depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
+    chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth)
     with tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False) as progress:
         for shard in unfinished:
-            files.write_file(folder / shard.name, _ahead(shard.chunks(selector)), progress.update)
+            files.write_file(folder / shard.name, iter(chunks.__next__, None), progress.update)
     for name, content in plan.documents.items():
         files.write_file(folder / name, [content])
     for name in plan.copied:
@@ -504,9 +518,10 @@ def prune_checkpoint(
     """Prune a safetensors checkpoint on the disk into a new one, without building the model.
 
     Every tensor equals, byte for byte, what `load`, `prune` with the same arguments and `save` give. Shards keep their
-    names; tokenizer, chat template and other files are copied, weights of other formats are not. Memory: the projections
-    of one layer that the score reads, and a few blocks of 2 MiB. The destination appears when everything is on the disk. After a
-    failure, finished shards wait for `resume` in a hidden folder `.<destination>.<key>.partial` beside it.
+    names; tokenizer, chat template and other files are copied, weights of other formats are not. Memory: the
+    projections of one layer that the score reads, and half of that again for output on its way. The destination appears
+    when everything is on the disk. After a failure, finished shards wait for `resume` in a hidden folder
+    `.<destination>.<key>.partial` beside it.
 
     Args:
         source: a model folder, or a Hub id, which is downloaded first. It is never written to.
@@ -522,7 +537,8 @@ def prune_checkpoint(
         OSError: a file cannot be read or written (a full disk, say); the message names it.
     """
     if not isinstance(score, str) or score not in STATIC_SCORES:
-        raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {', '.join(STATIC_SCORES)}")
+        allowed = ", ".join(STATIC_SCORES)
+        raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {allowed}")
     target = Path(destination).resolve()
     if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
         raise ValueError(f"output folder {destination} must lie outside the source {source}")

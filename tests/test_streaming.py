@@ -434,7 +434,11 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
     link.unlink()
     refused("neither a model folder nor a Hub id", source=llama / "config.json")
     refused("neither a model folder nor a Hub id", source=tmp_path / "nothing")
-    monkeypatch.setattr(streaming, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("off\nline")))
+
+    def offline(*_, **__):
+        raise RuntimeError("off\nline")
+
+    monkeypatch.setattr(streaming, "snapshot_download", offline)
     refused("some/model is neither a model folder nor a reachable Hub id: off$", source="some/model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -475,6 +479,6 @@ def test_memory_stays_below_one_layer_and_a_few_blocks(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     maw, maw_gud = map(int, run.stdout.split()[-2:])
-    print(f"{maw / 1e6:.0f} and {maw_gud / 1e6:.0f} MB for {size / 1e6:.0f} MB, one layer's MLP has {layer / 1e6:.0f} MB")
+    print(f"{maw / 1e6:.0f} and {maw_gud / 1e6:.0f} MB for {size / 1e6:.0f} MB, one MLP has {layer / 1e6:.0f} MB")
     assert 2 / 3 * layer * 0.9 < maw < 2 / 3 * layer + 40e6
     assert layer * 0.9 < maw_gud < layer + 40e6

@@ -88,7 +88,7 @@ class FaultyCalls:
 def in_order(patch):
     """Small blocks, and none read ahead, so that the same calls come in the same order."""
     patch.setattr(streaming, "_BLOCK_BYTES", 700)
-    patch.setattr(streaming, "_ahead", lambda items: items)
+    patch.setattr(streaming, "_ahead", lambda items, depth: items)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_an_interruption_while_reading_ahead(source, expected, calls, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_everything_is_on_the_disk_before_it_gets_its_name(calls, source):
-    """The order that survives a power cut: data, flush, rename, flush of the folder; the whole before its own rename."""
+    """The order that survives a power cut: data, flush, rename, flush of the folder; then the same for the whole."""
     for (name, path), following in zip(calls, [*calls[1:], None]):
         if name == "rename":  # a finished shard must not outlive the selection that it was made with
             parent = Path(path).parents[1] if path.endswith("checkpoint") else Path(path).parent
@@ -415,8 +415,8 @@ def test_kill_at_any_moment(source, tmp_path):
 # ------------------------------------------------------------------ files that lie
 
 ODD_VALUES = [
-    None, True, -1, 0, 1, 3, 2**31, 2**62, 2**63, 2**64, 10**400, 1.5, "", "F32", "BF16", "F4", "\ud800", "../x", [], [0],
-    [1, 2], [2**40, 2**40], [-1, -1], [[]], {}, {"dtype": "BF16"}, "x" * 5000,
+    None, True, -1, 0, 1, 3, 2**31, 2**62, 2**63, 2**64, 10**400, 1.5, "", "F32", "BF16", "F4", "\ud800", "../x", [],
+    [0], [1, 2], [2**40, 2**40], [-1, -1], [[]], {}, {"dtype": "BF16"}, "x" * 5000,
 ]  # fmt: skip
 
 
@@ -449,7 +449,8 @@ def odd_place(rng, document):
     if action == 0:
         del parent[key]
     elif action == 1 and isinstance(parent, dict):
-        parent[rng.choice(["x", "__metadata__", key + "x", "model.layers.7.mlp.up_proj.weight", "\udfff"])] = parent[key]
+        names = ["x", "__metadata__", key + "x", "model.layers.7.mlp.up_proj.weight", "\udfff"]
+        parent[rng.choice(names)] = parent[key]
     elif action == 2 and isinstance(parent[key], int):
         parent[key] += rng.choice([-8, -2, -1, 1, 2, 8, 10**6])
     else:
@@ -480,9 +481,11 @@ def lie_about_length(rng, file):
 
 def raw_header(rng, file):
     text = rng.choice([
-        b"", b"null", b"[]", b"{}", b"{", b"[" * 10**5, b'{"a":' * 10**5, b'{"a":' + b"[" * 10**5, b" {}", b"\xff\xfe{}",
+        b"", b"null", b"[]", b"{}", b"{", b"[" * 10**5, b'{"a":' * 10**5, b'{"a":' + b"[" * 10**5, b" {}",
+        b"\xff\xfe{}",
         b'{"a": ' + b"9" * 5000 + b"}", b'{"a":{"dtype":"BF16","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,0]}}',
-        b'{"a":{"dtype":"U8","shape":[0,' + b"9" * 4000 + b'],"data_offsets":[0,0]}}', b'{"a": NaN}', b'{"__metadata__": []}',
+        b'{"a":{"dtype":"U8","shape":[0,' + b"9" * 4000 + b'],"data_offsets":[0,0]}}', b'{"a": NaN}',
+        b'{"__metadata__": []}',
         b'{"__metadata__": {"a": 1}}', b'{"__metadata__": {"\\ud800": "\\ud800"}}', b'{"a": 1, "a": 1}',
     ])  # fmt: skip
     join(file, text, rng.choice([b"", split(file)[1]]))
@@ -501,7 +504,7 @@ def change_index(rng, file):
     elif action == 3:
         del places[rng.choice(names)]
     else:
-        lies = ["../source.safetensors", "/etc/passwd", "a/b.safetensors", "no.safetensors", ".safetensors", "\0.safetensors"]
+        lies = ["../source.safetensors", "/etc/passwd", "a/b.safetensors", "no.safetensors", "", "\0.safetensors"]
         places[rng.choice(names)] = rng.choice(lies)
     file.write_text(json.dumps(index))
 
@@ -669,7 +672,8 @@ def test_bad_headers_are_told_apart(tmp_path, header, message):
 def test_truncated_files_are_called_truncated(source):
     file = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     whole, header = file.read_bytes(), len(split(file)[0])
-    for length, message in ((0, "too short"), (7, "too short"), (8, "truncated"), (header // 2, "truncated or corrupt")):
+    cuts = ((0, "too short"), (7, "too short"), (8, "truncated"), (header // 2, "truncated or corrupt"))
+    for length, message in cuts:
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=f"{file.name} is truncated.*{message}|{file.name} is {message}"):
             read_shard(file)
@@ -687,7 +691,7 @@ INDEXES = {  # change of the weight map -> what is said about it
     "number": (lambda places: places.update({NORM: 3}), "not the name of a safetensors file"),
     "missing file": (lambda places: places.update({NORM: "gone.safetensors"}), "gone.safetensors"),
     "missing tensor": (lambda places: places.update(more=places[NORM]), "names tensor 'more', which .* does not hold"),
-    "wrong file": (lambda places: places.update({NORM: min(places.values())}), f"holds tensor '{NORM}', which .* not put"),
+    "wrong file": (lambda places: places.update({NORM: min(places.values())}), f"holds tensor '{NORM}', which .* not"),
     "left out": (lambda places: places.pop(NORM), f"holds tensor '{NORM}', which .* does not put there"),
     "empty": (lambda places: places.clear(), "has no weight_map"),
 }

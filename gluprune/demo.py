@@ -49,7 +49,7 @@ RECIPES = (
 RECOMMENDED = RECIPES[-1]
 SAVED_RATIO = 0.2  # of the recommended recipe, whose checkpoint is written
 QUESTION = "Name three things that live in the sea."
-PROMPT_TOKENS, NEW_TOKENS = 256, 24
+PROMPT_TOKENS, NEW_TOKENS, SAMPLE_TOKENS = 256, 16, 24
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _sample(model, tokenizer) -> str:
     else:
         prompt = tokenizer(QUESTION, return_tensors="pt")
     prompt = prompt.to(model.device)
-    output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
     return tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -135,11 +135,13 @@ def _plot(rows: list[Row], name: str, hardware: str, path: Path) -> None:
     dense = rows[0]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     quality, speed = figure.subplots(1, 2)
+    quality.set_yscale("log")
     for recipe in RECIPES:
         points = [dense] + [row for row in rows if row.recipe == recipe.name]
         quality.plot([r.expansion_ratio for r in points], [r.perplexity for r in points], marker="o", label=recipe.label)
+    quality.set_ylim(top=quality.get_ylim()[1] * 30)  # room for the legend
     quality.axhline(dense.perplexity, color="grey", linestyle=":", label="dense")
-    quality.set(yscale="log", ylabel="perplexity (lower is better)", title="Quality: the recipe decides")
+    quality.set(ylabel="perplexity (lower is better)", title="Quality: the recipe decides")
     points = [dense] + [row for row in rows if row.recipe == RECOMMENDED.name]
     ratios = [r.expansion_ratio for r in points]
     for label, values in {
@@ -153,7 +155,7 @@ def _plot(rows: list[Row], name: str, hardware: str, path: Path) -> None:
         axes.set_xlabel("expansion ratio (intermediate size / hidden size)")
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper left", fontsize="small")
     figure.suptitle(f"{name}, narrowed — {hardware}")
     figure.savefig(path, dpi=120)
 

@@ -16,6 +16,8 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -460,13 +462,14 @@ def _ahead(items: Iterator, depth: int) -> Iterator:
     In that thread torch works alone: helpers that wait for one another would contend with the writing for the cores.
     """
     end, torch_threads = object(), torch.get_num_threads()
+    thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
-            due = deque(thread.submit(next, items, end) for _ in range(depth))
-            while (item := due.popleft().result()) is not end:
-                due.append(thread.submit(next, items, end))
-                yield item
+        due = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := due.popleft().result()) is not end:
+            due.append(thread.submit(next, items, end))
+            yield item
     finally:
+        thread.shutdown(cancel_futures=True)
         torch.set_num_threads(torch_threads)  # the number for threads to come
 
 
@@ -480,9 +483,10 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     # Far enough ahead to write one layer while the next is scored; None ends a shard.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth)
-    with tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False) as progress:
+    # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
+    with closing(chunks), tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for shard in unfinished:
-            files.write_file(folder / shard.name, iter(chunks.__next__, None), progress.update)
+            files.write_file(folder / shard.name, iter(chunks.__next__, None), bar.update)
     for name, content in plan.documents.items():
         files.write_file(folder / name, [content])
     for name in plan.copied:

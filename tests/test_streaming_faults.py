@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,15 +67,17 @@ class FaultyCalls:
     """Counts the calls of `files.write`, `files.fsync` and `files.rename` and makes one of them fail."""
 
     def __init__(self, patch, fail_at=None, error=None):
-        self.log = []
+        self.log, self.lock = [], threading.Lock()
         for name in ("write", "fsync", "rename"):
             patch.setattr(files, name, self.wrap(name, getattr(os, name), fail_at, error))
 
     def wrap(self, name, call, fail_at, error):
         def faulty(*arguments):
             place = arguments[0]
-            self.log.append((name, os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)))
-            if len(self.log) == fail_at:
+            with self.lock:
+                self.log.append((name, os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else str(place)))
+                number = len(self.log)
+            if number == fail_at:
                 if name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])  # a full disk takes a part
                 raise error

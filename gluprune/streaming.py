@@ -484,7 +484,8 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth)
     # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
-    with closing(chunks), tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
+    with closing(chunks), bar:
         for shard in unfinished:
             files.write_file(folder / shard.name, iter(chunks.__next__, None), bar.update)
     for name, content in plan.documents.items():

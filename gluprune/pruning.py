@@ -114,7 +114,7 @@ def _check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) ->
             last = current
 
 
-def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
+def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     layers = list(layers)
@@ -130,7 +130,7 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     return sorted(layers)
 
 
-def _score_layer(
+def score_layer(
     score: str | Score, glu: GLU, index: int, activations: LayerStatistics | None = None
 ) -> torch.Tensor:
     weights = glu.weights()
@@ -236,7 +236,7 @@ def prune(
         what = f"score={score!r}" if is_calibrated else "compensate=True"
         raise ValueError(f"{what} needs calibration data: give calibration=")
     glus = model_glus(model)
-    indices = _check_layers(layers, len(glus))
+    indices = check_layers(layers, len(glus))
     _check_prunable(model, glus, indices)
     before = {glus[index].intermediate_size for index in indices}
     if len(before) > 1:
@@ -261,7 +261,7 @@ def prune(
     def choices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Layer, neurons that stay, and the re-solved down projection of each layer in turn."""
         for index, found in activations:
-            kept = select(_score_layer(score, glus[index], index, found), width)
+            kept = select(score_layer(score, glus[index], index, found), width)
             down = resolved_down(glus[index].weights()[2], kept, found.gram, f"layer {index}") if compensate else None
             yield index, kept, down
 

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,7 +32,7 @@ from gluprune import files
 from gluprune.checkpoint import check_destination, complete_folder, layer_widths, read_config
 from gluprune.families import Family, family_of
 from gluprune.narrow import set_config_widths
-from gluprune.pruning import PruneReport, _check_layers, _score_layer
+from gluprune.pruning import PruneReport, check_layers, score_layer
 from gluprune.scores import STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
 from gluprune.shards import DTYPES, INDEX_FILE, Shard, StoredTensor, encode_header, read_checkpoint, read_json_object
@@ -342,7 +341,7 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
     for index, mlp in enumerate(mlps):
         _check_mlp(folder, index, mlp, family, hidden_size, widths[index])
 
-    indices = _check_layers(layers, len(mlps))
+    indices = check_layers(layers, len(mlps))
     before = {widths[index] for index in indices}
     if len(before) > 1:
         raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
@@ -426,7 +425,7 @@ class _Selector:
             _read(stored, self.held[stored.name])
             rest = rest[_aligned(stored.nbytes) :]
         weights = _Weights.of(self._plan.family, list(self.held.values()))
-        kept = select(_score_layer(self._plan.report.score, weights, layer), self._plan.report.intermediate_size)
+        kept = select(score_layer(self._plan.report.score, weights, layer), self._plan.report.intermediate_size)
         files.write_file(file, [json.dumps(kept.tolist()).encode()])
         return kept
 

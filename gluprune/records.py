@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import torch
 
-VERSIONED = ("gluprune", "torch", "triton", "transformers", "optipfair")
+VERSIONED = (
+    *("gluprune", "torch", "triton", "transformers", "lm-eval", "nvidia-ml-py"),
+    *("optipfair", "liger-kernel", "flash-swiglu-mlp"),
+)
 
 
 def hardware() -> str:
@@ -28,6 +32,13 @@ def hardware() -> str:
         names = (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
         name = next(names, name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where there is none."""
+    told = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", told.read_text()) if told.is_file() else None
+    return found.group() if found else None
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +69,12 @@ def commit() -> str | None:
 class Record:
     """One figure: what was measured, on what, by whom, and its spread.
 
-    what: name of the measurement; shape: its sizes; provider: who did the work; unit: of p20, p50 and p80.
+    what: name of the measurement; shape: its sizes; provider: who did the work.
+    unit: of p20, p50, p80 and floor. The percentiles are None where the provider refused the shape.
+    nbytes, flops: bytes that must be moved and operations that must be done, at the least.
+    floor: the least p50 that the ceilings measured in the same run allow for them.
+    method: how it was measured, where there is more than one way (energy, above all).
+    refusal: the words in which the provider refused the shape.
     """
 
     what: str
@@ -66,18 +82,38 @@ class Record:
     shape: dict[str, int | float | str]
     dtype: str
     unit: str
-    p20: float
-    p50: float
-    p80: float
+    p20: float | None
+    p50: float | None
+    p80: float | None
     repeats: int
+    nbytes: int | None = None
+    flops: int | None = None
+    floor: float | None = None
+    method: str | None = None
+    refusal: str | None = None
     hardware: str = field(default_factory=hardware)
+    driver: str | None = field(default_factory=driver)
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=commit)
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
+    @property
+    def share_of_floor(self) -> float | None:
+        """How near the figure comes to the least that is possible: 1 is there; None where either is not known."""
+        return self.floor / self.p50 if self.floor and self.p50 else None
+
     @classmethod
-    def of(cls, what: str, provider: str, shape: dict, dtype: torch.dtype, unit: str, values: Sequence[float]) -> Record:
-        """The record of repeated measurements.
+    def of(
+        cls,
+        what: str,
+        provider: str,
+        shape: dict,
+        dtype: torch.dtype,
+        unit: str,
+        values: Sequence[float],
+        **details: int | float | str | None,
+    ) -> Record:
+        """The record of repeated measurements; `details` are the optional fields.
 
         Raises:
             ValueError: no value.
@@ -86,7 +122,18 @@ class Record:
             raise ValueError(f"{what} by {provider}: nothing was measured")
         deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [*values] * 9
         p20, p50, p80 = deciles[1], deciles[4], deciles[7]
-        return cls(what, provider, dict(shape), str(dtype).removeprefix("torch."), unit, p20, p50, p80, len(values))
+        return cls(what, provider, dict(shape), _name(dtype), unit, p20, p50, p80, len(values), **details)
+
+    @classmethod
+    def refused(
+        cls, what: str, provider: str, shape: dict, dtype: torch.dtype, unit: str, words: str
+    ) -> Record:
+        """The record of a provider that does not take the shape, in its own words."""
+        return cls(what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, refusal=words)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def append(path: str | Path, record: Record) -> None:

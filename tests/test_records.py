@@ -1,6 +1,7 @@
 """Records: the spread of what was measured, one JSON line each, nothing made up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_append_and_read(tmp_path):
         records.append(path, record)
     assert len(path.read_text().splitlines()) == 2
     assert records.read(path) == written
+
+
+def test_floor_and_refusal(tmp_path):
+    """Half of the floor's speed is a share of one half; a refusal has words and no figure; both survive the file."""
+    slow = records.Record.of("copy", "torch", {}, torch.float32, "s", [4.0], nbytes=10, flops=20, floor=2.0, method="clock")
+    assert slow.share_of_floor == 0.5
+    refused = records.Record.refused("mlp", "peer", {"I": 7373}, torch.bfloat16, "s", "not a multiple of 8")
+    assert (refused.p20, refused.p50, refused.p80, refused.repeats) == (None, None, None, 0)
+    assert refused.share_of_floor is None and refused.dtype == "bfloat16"
+    for record in (slow, refused):
+        records.append(tmp_path / "records.jsonl", record)
+    assert records.read(tmp_path / "records.jsonl") == [slow, refused]
+
+
+def test_committed_records_can_be_read():
+    """Those of earlier versions too."""
+    root = Path(__file__).parent.parent
+    for path in [*root.glob("benchmarks/results/*.jsonl"), *root.glob("evals/results/*.jsonl")]:
+        if path.name != "kernels_aot.jsonl":  # of the ahead-of-time check, which has lines of its own
+            assert records.read(path), path
 
 
 @pytest.mark.parametrize("line", ["{", '{"what": "copy"}', "[1]"])

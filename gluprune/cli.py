@@ -1,4 +1,4 @@
-"""The command line: `gluprune prune | info | demo`."""
+"""The command line: `gluprune prune | info | report | demo`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,24 @@ def _info(arguments: argparse.Namespace) -> None:
     print(json.dumps(description.to_dict()) if arguments.json else description)
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from gluprune import report
+
+    if arguments.compare and (arguments.paths or arguments.out):
+        raise ValueError("--compare takes OLD and NEW alone")
+    if arguments.compare:
+        from gluprune.compare import compare
+
+        comparison = compare(*(report.read_all([path]) for path in arguments.compare))
+        print(json.dumps(comparison.to_dict()) if arguments.json else comparison)
+        return 1 if comparison.regressions else 0
+    records = report.read_all(arguments.paths)
+    first = Path(arguments.paths[0])
+    written = report.write(records, arguments.out or (first if first.is_dir() else first.parent))
+    print(json.dumps({"report": str(written), "records": len(records)}) if arguments.json else written)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from gluprune.demo import run, summary
 
@@ -116,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", help="model folder or Hub id")
     info.set_defaults(run=_info)
 
+    report = commands.add_parser(
+        "report",
+        help="tables and plots from records",
+        description="Tables and plots from records of measurements, or what got worse between two runs.",
+    )
+    report.add_argument("paths", nargs="*", metavar="PATH", help="file of records, or folder of such files (*.jsonl)")
+    report.add_argument("--out", metavar="FOLDER", help="where to write (default: beside the first PATH)")
+    report.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="two files or folders: tell what changed by more than its spread; exit code 1 if anything got worse",
+    )
+    report.set_defaults(run=_report)
+
     demo = commands.add_parser(
         "demo",
         help="narrow a small real model and look at the result",
@@ -125,20 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, info, demo):
+    for command in (prune, info, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after one clear line on bad input."""
+    """Run one command. Returns what it returns (0 for None), or 2 after one clear line on bad input."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.run(parsed)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return parsed.run(parsed) or 0
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"gluprune {parsed.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

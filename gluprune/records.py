@@ -102,6 +102,17 @@ class Record:
         """How near the figure comes to the least that is possible: 1 is there; None where either is not known."""
         return self.floor / self.p50 if self.floor and self.p50 else None
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better: rates are, as their unit tells ("tokens/s"); times, joules and bytes are not."""
+        return self.unit.endswith("/s")
+
+    @property
+    def key(self) -> tuple:
+        """What two measurements of the same figure have in common."""
+        shape = tuple(sorted(self.shape.items()))
+        return self.what, self.provider, shape, self.dtype, self.unit, self.method, self.hardware
+
     @classmethod
     def of(
         cls,

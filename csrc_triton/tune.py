@@ -1,7 +1,8 @@
 """Offline tuner: `python -m csrc_triton.tune --hidden 2048 --intermediate 8192 6554` writes `tuned/<gpu>.json`.
 
-For each shape and M bucket it tries every path and every valid configuration, refuses what computes a wrong result, and
-times the rest by CUDA-graph replay over more weights than the L2 holds. Nothing here runs while a model runs.
+For each shape and M bucket it tries every path in question and every valid configuration, refuses what computes a wrong
+result, and times the rest by CUDA-graph replay over more weights than the L2 holds. All kernels are compiled beforehand
+on all cores, since compiling takes far longer than timing. Nothing here runs while a model runs.
 """
 
 from __future__ import annotations
@@ -11,27 +12,37 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 
 from . import launch
+from .aot import Compilation
 from .glu import plan_glu_mlp
-from .launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, Launch
+from .launch import DownGemv, DownSplitK, GateUpGemv, GateUpSwap, GateUpTile, GateUpTma, KernelCall, Launch
 from .reference import glu_mlp_reference
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}  # max |error| over max |reference|
-REPLAYS = 20
+REPLAYS = 10
 
 
 # --- the search, independent of any device ---
+
+
+def paths(M: int) -> list[str]:
+    """The paths in question for `M` tokens: cuBLAS, and those whose tiles are not mostly empty and read no weight thrice."""
+    spans = {"gemv": (1, 1), "decode": (1, 16), "small": (17, 256), "prefill": (64, math.inf), "cublas": (1, math.inf)}
+    return [path for path in launch.PATHS if spans[path][0] <= M <= spans[path][1]]
 
 
 def variants(half: str, path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> list:
@@ -89,14 +100,72 @@ def search(
             result.timed[decision] = time(decision)
         return result.timed[decision]
 
-    for path in launch.PATHS:
-        if path == "gemv" and M != 1:
-            continue
+    for path in paths(M):
         best = launch.heuristic(path, M, H, IP, dtype, sm)
         for half in ("gate_up", "down"):
             configs = variants(half, path, M, H, IP, dtype, sm)
             best = min([best, *(dataclasses.replace(best, **{half: config}) for config in configs)], key=measure)
     return result
+
+
+def launches(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Iterator[Launch]:
+    """Launches that together hold every configuration that `search` may try."""
+    for path in paths(M):
+        start = launch.heuristic(path, M, H, IP, dtype, sm)
+        yield start
+        for half in ("gate_up", "down"):
+            for config in variants(half, path, M, H, IP, dtype, sm):
+                yield dataclasses.replace(start, **{half: config})
+
+
+# --- compiling ---
+
+
+class Point(NamedTuple):
+    """One launch of one shape: M tokens, hidden size H, I neurons."""
+
+    M: int
+    H: int
+    I: int
+    dtype: torch.dtype
+    sm: int
+    decision: Launch
+
+    def compilations(self) -> list[Compilation]:
+        """What its kernels compile to, planned on meta tensors: no device, no memory."""
+        IP = triton.cdiv(self.I, launch.PAD) * launch.PAD
+        x, gate_up, down = (
+            torch.empty(shape, dtype=self.dtype, device="meta")
+            for shape in ((self.M, self.H), (2, IP, self.H), (self.H, IP))
+        )
+        plan = plan_glu_mlp(x, gate_up, down, self.I, "silu", None, None, None, self.decision, self.sm)
+        return [Compilation.of(call, self.sm) for call in plan.calls if isinstance(call, KernelCall)]
+
+    def compile(self) -> int:
+        """Put its kernels into Triton's cache on the disk. Returns how many do not compile; the search refuses those."""
+        failed = 0
+        for compilation in self.compilations():
+            try:
+                triton.compile(compilation.source, target=compilation.target, options=compilation.options.__dict__)
+            except Exception:  # noqa: BLE001 - a compiler raises anything
+                failed += 1
+        return failed
+
+
+def distinct(points: Iterable[Point]) -> list[Point]:
+    """One point of those that launch the same kernels: no kernel is specialised on M, nor on I beyond its padding."""
+    return list({(point.H, point.dtype, point.sm, point.decision): point for point in points}.values())
+
+
+def precompile(points: list[Point], workers: int) -> None:
+    """Compile the kernels of all points in `workers` processes, with progress on stderr."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit a CUDA context that it cannot use
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        failed = 0
+        for done, failures in enumerate(pool.map(Point.compile, points, chunksize=4), 1):
+            failed += failures
+            print(f"\rcompiled {done} of {len(points)}, {failed} refused", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
 
 
 # --- the device ---
@@ -208,7 +277,15 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    for H, I, M in itertools.product(options.hidden, options.intermediate, options.tokens):
+    shapes = list(itertools.product(options.hidden, options.intermediate, options.tokens))
+    sm = launch.compute_capability(device)
+    points = (
+        Point(M, H, I, dtype, sm, decision)
+        for H, I, M in shapes
+        for decision in launches(M, H, triton.cdiv(I, launch.PAD) * launch.PAD, dtype, sm)
+    )
+    precompile(distinct(points), os.cpu_count() or 1)
+    for H, I, M in shapes:
         IP = triton.cdiv(I, launch.PAD) * launch.PAD
         bench = Bench(M, H, I, dtype, device)
         found = search(M, H, IP, dtype, bench.sm, bench.check, bench.time)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from csrc_triton import launch, tune
 from csrc_triton.launch import GateUpGemv, GateUpTma, Launch, heuristic, is_valid
 from csrc_triton.tune import search, variants
+from tests.test_aot import run_without_interpreter
 
 BF16 = torch.bfloat16
 SHAPE = dict(H=2048, IP=6656, dtype=BF16)
@@ -42,7 +43,7 @@ def test_variants_are_valid_distinct_and_of_the_path(path, M, sm):
 def test_search_finds_a_planted_best(data):
     """Where the two halves cost independently of each other, the search is exact within a path and over paths."""
     M = data.draw(st.sampled_from((1, 4, 64, 512)))
-    path = data.draw(st.sampled_from([p for p in launch.PATHS if p != "gemv" or M == 1]))
+    path = data.draw(st.sampled_from(tune.paths(M)))
     gate_up, down = (data.draw(st.sampled_from(configs)) if configs else None for configs in halves(path, M))
     start = heuristic(path, M, *SHAPE.values(), 90)
     best = Launch(path, gate_up or start.gate_up, down or start.down)
@@ -54,14 +55,66 @@ def test_search_finds_a_planted_best(data):
     assert search(M, **SHAPE, sm=90, check=yes, time=time).best == (best, 10.0)
 
 
-def test_search_tries_every_path():
+@pytest.mark.parametrize(
+    "M, paths",
+    [
+        (1, ["gemv", "decode", "cublas"]),
+        (16, ["decode", "cublas"]),
+        (32, ["small", "cublas"]),
+        (64, ["small", "prefill", "cublas"]),
+        (256, ["small", "prefill", "cublas"]),
+        (512, ["prefill", "cublas"]),
+        (8192, ["prefill", "cublas"]),
+    ],
+)
+def test_search_tries_every_path_in_question_once(M, paths):
     tried = []
-    search(1, **SHAPE, sm=90, check=yes, time=lambda decision: tried.append(decision) or 1.0)
-    assert {decision.path for decision in tried} == set(launch.PATHS)
+    search(M, **SHAPE, sm=90, check=yes, time=lambda decision: tried.append(decision) or 1.0)
+    assert list(dict.fromkeys(decision.path for decision in tried)) == paths
     assert len(tried) == len(set(tried)), "nothing is timed twice"
-    tried.clear()
-    search(2, **SHAPE, sm=90, check=yes, time=lambda decision: tried.append(decision) or 1.0)
-    assert {decision.path for decision in tried} == set(launch.PATHS) - {"gemv"}
+
+
+@pytest.mark.parametrize("M", launch.M_BUCKETS)
+def test_every_configuration_of_the_search_is_compiled_beforehand(M):
+    ahead = set(tune.launches(M, *SHAPE.values(), 90))
+    halves_ahead = {d.gate_up for d in ahead} | {d.down for d in ahead}
+    found = search(M, **SHAPE, sm=90, check=yes, time=lambda decision: hash(decision) % 1000 + 1.0)
+    assert {half for decision in found.timed for half in (decision.gate_up, decision.down)} <= halves_ahead
+
+
+PRECOMPILE = """
+import itertools, sys, torch
+from pathlib import Path
+from csrc_triton import tune
+
+def cubins():
+    return {path: path.stat().st_mtime_ns for path in Path(sys.argv[1]).rglob("*.cubin")}
+
+if __name__ == "__main__":
+    # Odd and even widths, few tokens and many: all of what they launch must come from one point of each kind.
+    points = [
+        tune.Point(M, 256, I, torch.float16, 90, decision)
+        for M, I in itertools.product((1, 2, 100), (300, 384))
+        for decision in itertools.islice(tune.launches(M, 256, 384, torch.float16, 90), 0, None, 100)
+    ]
+    distinct = tune.distinct(points)
+    assert len(distinct) < len(points)
+    tune.precompile(distinct, 2)
+    compiled = cubins()
+    keys = {compilation.key for point in points for compilation in point.compilations()}
+    assert len(compiled) == len(keys), (len(compiled), len(keys))
+    assert not any(point.compile() for point in points)
+    assert cubins() == compiled, "something was compiled again"
+    print("kernels:", len(keys))
+"""
+
+
+def test_precompiled_kernels_are_those_of_the_launches(tmp_path):
+    script, cache = tmp_path / "script.py", tmp_path / "cache"
+    script.write_text(PRECOMPILE)
+    done = run_without_interpreter(script, cache, TRITON_CACHE_DIR=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 5 and "0 refused" in done.stderr
 
 
 def test_wrong_results_are_never_timed():

@@ -1,0 +1,287 @@
+"""Energy of a piece of work: NVML on a GPU, RAPL on a CPU, and "not measured" where neither can be read, never 0.
+
+    meter = find_meter(model.device)
+    idle = meter.idle(seconds=10)
+    energy, runs = meter.repeat(work, seconds=5)
+    energy.joules / runs, energy.above(idle), energy.method
+
+Counters tick every few milliseconds (RAPL) to a tenth of a second (NVML), so that windows last seconds: `repeat` runs the
+work until one is full. The work must wait for its own kernels. NVML counts a whole GPU, whoever uses it, and its power
+lags by up to a second; RAPL counts whole processor packages.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import pynvml
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+SAMPLING_INTERVAL = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What one window used.
+
+    joules: all that the device used; None: not measured.
+    seconds: length of the window.
+    method: how it was measured, or why it was not.
+    cross_check: joules by a second method, where there is one.
+    """
+
+    joules: float | None
+    seconds: float
+    method: str
+    cross_check: float | None = None
+
+    def above(self, idle: Energy) -> float | None:
+        """Joules beyond what the device uses at rest in the same time; None where either was not measured."""
+        if self.joules is None or idle.joules is None:
+            return None
+        return self.joules - idle.joules / idle.seconds * self.seconds
+
+
+class Source(Protocol):
+    """Where a meter reads.
+
+    shortest_window: seconds that a window must last for the source's resolution; None where there is nothing to read.
+    settling: seconds of work before a window, until readings have caught up with it.
+    """
+
+    shortest_window: float | None
+    settling: float
+
+    def start(self) -> None: ...
+
+    def stop(self) -> tuple[float | None, str, float | None]:
+        """Joules since `start`, the method, and joules by a second method."""
+
+
+class Meter:
+    """Measures the energy of windows of work on one device."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    @contextmanager
+    def window(self) -> Iterator[Window]:
+        """Measure a block; the window holds the energy after it."""
+        window = Window()
+        self.source.start()
+        start = time.perf_counter()
+        try:
+            yield window
+        finally:
+            seconds = time.perf_counter() - start
+            joules, method, cross_check = self.source.stop()
+            shortest = self.source.shortest_window
+            if shortest is not None and seconds < shortest:
+                joules, cross_check = None, None
+                method = f"not measured: a window of {seconds:.3g} s is too short, {shortest:g} s are needed"
+            window.energy = Energy(joules, seconds, method, cross_check)
+
+    def idle(self, seconds: float = 10.0) -> Energy:
+        """Measure the device at rest: nothing must run on it."""
+        with self.window() as window:
+            if self.source.shortest_window is not None:
+                time.sleep(seconds)
+        return window.energy
+
+    def repeat(self, work: Callable[[], object], seconds: float = 5.0) -> tuple[Energy, int]:
+        """Repeat `work` for a window of at least `seconds`, after enough of it for the readings to settle.
+
+        Returns:
+            The energy of the window, and how often the work was done in it: 0 where nothing can be read anyway.
+        """
+        if self.source.shortest_window is None:
+            with self.window() as window:
+                pass
+            return window.energy, 0
+        _repeat_for(work, self.source.settling)
+        with self.window() as window:
+            runs = _repeat_for(work, max(seconds, self.source.shortest_window))
+        return window.energy, runs
+
+
+class Window:
+    """A measured block of code."""
+
+    energy: Energy
+
+
+def _repeat_for(work: Callable[[], object], seconds: float) -> int:
+    end, runs = time.perf_counter() + seconds, 0
+    while runs == 0 or time.perf_counter() < end:
+        work()
+        runs += 1
+    return runs
+
+
+class Unmetered:
+    """Nothing to read, and why."""
+
+    shortest_window = None
+    settling = 0.0
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> tuple[None, str, None]:
+        return None, f"not measured: {self.reason}", None
+
+
+class RaplPackages:
+    """The processor packages' energy counters of Linux' powercap, which wrap at a range of their own."""
+
+    shortest_window = 0.05
+    settling = 0.0
+
+    def __init__(self, domains: Sequence[Path]):
+        self.domains = domains
+        self.ranges = [int((domain / "max_energy_range_uj").read_text()) for domain in domains]
+
+    def _read(self) -> list[int]:
+        return [int((domain / "energy_uj").read_text()) for domain in self.domains]
+
+    def start(self) -> None:
+        self.before = self._read()
+
+    def stop(self) -> tuple[float | None, str, None]:
+        moved = [(after - before) % span for before, after, span in zip(self.before, self._read(), self.ranges)]
+        if not all(moved):
+            return None, "not measured: a RAPL package counter stood still", None
+        return sum(moved) / 1e6, f"RAPL, {len(moved)} processor package{'s' * (len(moved) > 1)}", None
+
+
+class NvmlDevice:
+    """One GPU: its total-energy counter, and beside it sampled power, which takes over where the counter fails."""
+
+    shortest_window = 1.0
+    settling = 1.0
+
+    def __init__(self, nvml, handle, note: str = ""):
+        """`nvml`: the module `pynvml`, or what answers like it. `note` is added to the method."""
+        self.nvml, self.handle, self.note = nvml, handle, note
+
+    def _counter(self) -> float | None:
+        try:
+            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
+        except self.nvml.NVMLError:
+            return None
+
+    def _sample(self) -> None:
+        try:
+            watts = self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1e3
+            self.samples.append((time.perf_counter(), watts))
+        except self.nvml.NVMLError as error:
+            self.lost = str(error)
+            self.done.set()
+
+    def _keep_sampling(self) -> None:
+        while not self.done.wait(SAMPLING_INTERVAL):
+            self._sample()
+
+    def start(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        self.lost: str | None = None
+        self.done = threading.Event()
+        self._sample()
+        self.thread = threading.Thread(target=self._keep_sampling, daemon=True)
+        self.thread.start()
+        self.before = self._counter()
+
+    def stop(self) -> tuple[float | None, str, float | None]:
+        after = self._counter()
+        self.done.set()
+        self.thread.join()
+        if self.lost is None:
+            self._sample()
+        sampled = integrate(self.samples) if self.lost is None else None
+        counted, complaint = _counted(self.before, after, sampled)
+        if counted is not None:
+            return counted, "NVML total-energy counter" + self.note, sampled
+        if sampled is not None:
+            return sampled, f"NVML power sampled every {1e3 * SAMPLING_INTERVAL:.0f} ms ({complaint}){self.note}", None
+        return None, f"not measured: {complaint}, and NVML gives no power ({self.lost})", None
+
+
+def _counted(before: float | None, after: float | None, sampled: float | None) -> tuple[float | None, str]:
+    """Joules between two readings of a counter (also in joules), or why they tell nothing."""
+    if before is None or after is None:
+        return None, "NVML has no energy counter here"
+    if after == before:
+        return None, "the energy counter stood still"
+    # Lower than before: a counter of 32 bits (of millijoules) has wrapped, or the driver was loaded anew. Power tells.
+    joules = after - before if after > before else after - before + 2**32 / 1e3
+    if sampled is None:
+        return (joules, "") if after > before else (None, "the energy counter went backwards")
+    if not 0.5 < joules / sampled < 2:
+        return None, f"the energy counter told {joules:.4g} J"
+    return joules, ""
+
+
+def integrate(samples: Sequence[tuple[float, float]]) -> float:
+    """Joules under samples of (seconds, watts), by the trapezoid rule."""
+    return sum((later - earlier) * (low + high) / 2 for (earlier, low), (later, high) in pairwise(samples))
+
+
+def find_meter(device: torch.device) -> Meter:
+    """The meter of a device. There always is one; where nothing can be read, it says why in every `Energy.method`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return Meter(_nvml_source(device, pynvml))
+    if device.type == "cpu":
+        return Meter(_rapl_source(POWERCAP))
+    return Meter(Unmetered(f"there is no energy counter known for {device.type} devices"))
+
+
+def _nvml_source(device: torch.device, nvml) -> Source:
+    """NVML's view of the device that torch uses.
+
+    NVML numbers all GPUs of the machine in the order of the bus; torch numbers those that CUDA_VISIBLE_DEVICES leaves, in
+    the order given there or the fastest first. The UUID that the CUDA driver tells is the same in every numbering and under
+    every mask.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-").removeprefix("MIG-")
+    try:
+        nvml.nvmlInit()
+        handle, is_slice = _handle(nvml, uuid)
+    except nvml.NVMLError as error:
+        return Unmetered(f"NVML cannot be asked about GPU {uuid}: {error}")
+    return NvmlDevice(nvml, handle, " of the whole GPU, of which a MIG slice was used" if is_slice else "")
+
+
+def _handle(nvml, uuid: str) -> tuple[object, bool]:
+    """The handle of the GPU with a UUID, and whether the UUID is that of a slice of it (which has no counter of its own)."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), False
+    except nvml.NVMLError:
+        instance = nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+        return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance), True
+
+
+def _rapl_source(root: Path) -> Source:
+    """Domains `intel-rapl:N` (AMD's too) that are packages: other domains are parts of these or hold them."""
+    packages = [
+        domain for domain in sorted(root.glob("intel-rapl:*")) if (domain / "name").read_text().startswith("package")
+    ]
+    if not packages:
+        return Unmetered("this machine shows no RAPL counter of a processor package")
+    try:
+        source = RaplPackages(packages)
+        source.start()
+    except OSError as error:
+        return Unmetered(f"RAPL cannot be read: {error.strerror} ({Path(error.filename).name})")
+    return source

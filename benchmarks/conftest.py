@@ -1,6 +1,6 @@
 """Which shapes a benchmark run measures, and where its records, tables and plots go.
 
-pytest benchmarks/ --benchmark-only [--shapes NAME] [--records FOLDER]
+pytest benchmarks/ --benchmark-only [--shapes NAME] [--records FOLDER] [-k PART]
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import ceilings as ceilings_of_the_machine
 from benchmarks.shapes import SETS
 from gluprune import records, report
 
@@ -28,10 +29,34 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_generate_tests(metafunc):
+    """Cases of the chosen set: `case` and `training_case` (model, H, I, M), `score_case` (model, H, I)."""
+    shapes = SETS[metafunc.config.getoption("--shapes")]
+    for name, tokens in (("case", shapes.tokens), ("training_case", shapes.training_tokens)):
+        if name in metafunc.fixturenames:
+            cases = shapes.cases(tokens)
+            metafunc.parametrize(name, cases, ids=[f"{model}-M{M:04}-I{I}" for model, _, I, M in cases])
+    if "score_case" in metafunc.fixturenames:
+        cases = [case[:3] for case in shapes.cases((1,))]
+        metafunc.parametrize("score_case", cases, ids=[f"{model}-I{I}" for model, _, I in cases])
+
+
 @pytest.fixture(scope="session")
 def shapes(request):
     """The chosen set of shapes."""
     return SETS[request.config.getoption("--shapes")]
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceilings(request, shapes, device):
+    """What copies and large matrix products reach, measured once a run and before whatever asks for it."""
+    path = request.config.getoption("--records") / "ceilings.jsonl"
+    return ceilings_of_the_machine.measure(device, shapes.dtype, lambda record: records.append(path, record))
 
 
 @pytest.fixture
@@ -39,6 +64,16 @@ def keep(request):
     """A function that keeps a record in the file of the running module."""
     name = Path(request.node.path).stem.removeprefix("test_")
     return lambda record: records.append(request.config.getoption("--records") / f"{name}.jsonl", record)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Whole checkpoints of real sizes belong to the full set."""
+    name = config.getoption("--shapes")
+    if not SETS[name].is_large:
+        skip = pytest.mark.skip(reason=f"not in the {name} set of shapes")
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(skip)
 
 
 def pytest_sessionfinish(session):

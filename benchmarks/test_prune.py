@@ -41,9 +41,10 @@ def random_model(config, dtype=torch.bfloat16):
     return model
 
 
+LARGE = "random weights of Llama-3.2-1B's shapes"
 MODELS = {
     "SmolLM2-135M-Instruct": lambda: AutoModelForCausalLM.from_pretrained(smollm2_checkpoint()),
-    "random weights of Llama-3.2-1B's shapes": lambda: random_model(LLAMA_3_2_1B),
+    LARGE: lambda: random_model(LLAMA_3_2_1B),
 }
 PROVIDERS = {
     "gluprune": lambda model: gluprune.prune(model, pruning_ratio=PERCENT / 100, score="maw", multiple_of=1),
@@ -59,7 +60,7 @@ def timed(provider, model):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", pytest.param(LARGE, marks=pytest.mark.large)])
 def test_time(benchmark, keep, name):
     """Side by side in one run, in turns, after one warm-up; a new copy of the model each time."""
     logging.disable(logging.INFO)
@@ -99,9 +100,10 @@ print(peak() - before)
 """
 
 
+@pytest.mark.large
 def test_memory(benchmark, keep):
     """Peak resident memory above the model itself, each provider in a process of its own."""
-    name = "random weights of Llama-3.2-1B's shapes"
+    name = LARGE
     config = LLAMA_3_2_1B
     layer = 3 * config.hidden_size * config.intermediate_size * 2
 

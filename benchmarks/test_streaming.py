@@ -89,6 +89,7 @@ def check(source, destination, layers):
             assert torch.equal(weight, expected)
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_prune_checkpoint(benchmark, keep, tmp_path, name):

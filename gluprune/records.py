@@ -137,10 +137,19 @@ class Record:
 
     @classmethod
     def refused(
-        cls, what: str, provider: str, shape: dict, dtype: torch.dtype, unit: str, words: str
+        cls,
+        what: str,
+        provider: str,
+        shape: dict,
+        dtype: torch.dtype,
+        unit: str,
+        words: str,
+        method: str | None = None,
     ) -> Record:
         """The record of a provider that does not take the shape, in its own words."""
-        return cls(what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, refusal=words)
+        return cls(
+            what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, method=method, refusal=words
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,8 @@
+"""Copy bandwidth and the rate of a large matrix product. Whatever needs them in the same run measures them first."""
+
+
+def test_ceilings(benchmark, request):
+    ceilings = benchmark.pedantic(request.getfixturevalue, args=("ceilings",), rounds=1)
+    benchmark.extra_info["copy, GB/s"] = ceilings.bandwidth / 1e9
+    benchmark.extra_info["GEMM, TFLOP/s"] = ceilings.rate / 1e12
+    assert ceilings.bandwidth > 0 and ceilings.rate > 0

@@ -1,0 +1,45 @@
+"""Scores of all neurons of a model's shapes, one layer after the other; first of all the same scores.
+
+On CUDA gluprune's are one kernel launch a layer; on a CPU they are PyTorch's operations, in an order that spares memory.
+"""
+
+import torch
+
+from benchmarks import timing
+from benchmarks.test_mlp import random_layers
+from gluprune.records import Record
+from gluprune.scores import static_score
+
+SCORES = ("maw", "maw_gud")
+
+
+def plain(name, gate, up, down):
+    """The formula of arXiv 2512.22671 as one would write it down."""
+    parts = [(gate, 1), (up, 1), (down, 0)][: 3 if name == "maw_gud" else 2]
+    return sum(weight.float().amax(dim) + weight.float().amin(dim).abs() for weight, dim in parts)
+
+
+def measure(name, score_case, device, shapes, ceilings, keep):
+    model, H, I = score_case
+    dtype, method = shapes.dtype, timing.method(device)
+    nbytes = (3 if name == "maw_gud" else 2) * H * I * dtype.itemsize
+    count = timing.layers_past_the_cache(nbytes, timing.last_level_cache(device))
+    layers = random_layers(count, H, I, dtype, device)
+    providers = {"plain PyTorch": plain, "gluprune": static_score}
+    assert torch.equal(plain(name, *layers[0]), static_score(name, *layers[0]))
+    passes = {
+        provider: timing.prepare([lambda layer=layer, score=score: score(name, *layer) for layer in layers], device)
+        for provider, score in providers.items()
+    }
+    for provider, times in timing.in_turns(passes, shapes.repeats).items():
+        shape = {"model": model, "score": name, "H": H, "I": I}
+        sizes = {"nbytes": nbytes, "floor": ceilings.floor(nbytes, 0), "method": method}
+        keep(Record.of("scores", provider, shape, dtype, "s", times, **sizes))
+
+
+def test_scores(benchmark, score_case, device, shapes, ceilings, keep):
+    def all_scores():
+        for name in SCORES:
+            measure(name, score_case, device, shapes, ceilings, keep)
+
+    benchmark.pedantic(all_scores, rounds=1)

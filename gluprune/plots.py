@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gluprune.records import Record
 from gluprune.storage import ALIGNMENT
+
 _SCALES = {
     "s": ((1.0, "s"), (1e3, "ms"), (1e6, "µs")),
     "B": ((1e-9, "GB"), (1e-6, "MB"), (1e-3, "kB"), (1.0, "B")),

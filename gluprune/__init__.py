@@ -1,9 +1,30 @@
 """Width pruning for the GLU MLPs of Llama-type models, and a fused forward that makes the narrower model faster."""
 
-from gluprune.checkpoint import load, save
-from gluprune.patching import patch, patch_llama, unpatch, unpatch_llama
-from gluprune.pruning import PruneReport, prune
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gluprune.checkpoint import load, save
+    from gluprune.patching import patch, patch_llama, unpatch, unpatch_llama
+    from gluprune.pruning import PruneReport, prune
 
 __version__ = "0.1.0"
 
 __all__ = ["PruneReport", "load", "patch", "patch_llama", "prune", "save", "unpatch", "unpatch_llama"]
+
+# Imported when asked for: transformers takes seconds, which a command that needs no model should not wait for.
+_MODULES = {
+    **dict.fromkeys(("load", "save"), "checkpoint"),
+    **dict.fromkeys(("patch", "patch_llama", "unpatch", "unpatch_llama"), "patching"),
+    **dict.fromkeys(("PruneReport", "prune"), "pruning"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,79 +1,15 @@
-"""Save and load whole checkpoints: written under a temporary name, renamed when complete."""
+"""Save and load whole checkpoints: a saved one appears only when it is complete."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gluprune import files
 from gluprune.families import family_of, model_glus
+from gluprune.files import complete_folder
 from gluprune.narrow import resize, set_config_widths
-
-
-def check_destination(destination: str | Path) -> Path:
-    """The destination as a path, if a checkpoint may be written there.
-
-    Raises:
-        ValueError: it exists and is not an empty folder.
-    """
-    destination = Path(destination)
-    if destination.exists() and not destination.is_dir():
-        raise ValueError(f"output {destination} exists and is not a folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise ValueError(f"output folder {destination} exists and is not empty")
-    return destination
-
-
-@contextmanager
-def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes the destination's name when the block ends well and all is on the disk.
-
-    At every moment the destination is either absent (or the empty folder it was) or complete. Until then the folder
-    lies in a work folder beside the destination; what the block writes there outside the folder never reaches the
-    destination.
-
-    Args:
-        destination: a folder that does not exist or is empty.
-        key: names what is being written. With a key, finished files outlive an interruption and an OSError, for a later
-            call to go on with.
-        resume: find what an earlier call with this key left, instead of an empty folder.
-
-    Raises:
-        ValueError: the destination exists and is not empty, or another process is writing the same.
-        OSError: names the file or folder that could not be written.
-    """
-    destination = check_destination(destination).absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{destination.name}.", ".partial"
-    if key is None:
-        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=destination.parent))
-    else:
-        work = destination.with_name(prefix + key + suffix)
-        work.mkdir(exist_ok=True)
-    with files.locked(work):
-        if not resume:
-            for left in work.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        folder = work / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        try:
-            yield folder
-            files.sync_tree(folder)
-            files.rename(folder, destination)
-        except BaseException as error:
-            # A ValueError (a corrupt source, say) would come again; a full disk or a keystroke would not.
-            is_final = key is None or isinstance(error, ValueError)
-            if is_final or not any(path.is_file() for path in work.rglob("*")):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work)
-        files.sync(destination.parent)
 
 
 def save(model: PreTrainedModel, destination: str | Path, tokenizer=None) -> Path:

@@ -43,7 +43,8 @@ def _prune_in_memory(arguments: argparse.Namespace, options: dict):
     from transformers import AutoTokenizer
 
     from gluprune.calibration import batches_from_text
-    from gluprune.checkpoint import check_destination, load, save
+    from gluprune.checkpoint import load, save
+    from gluprune.files import check_destination
     from gluprune.pruning import prune
 
     check_destination(arguments.out)

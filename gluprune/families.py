@@ -71,15 +71,20 @@ REFUSED: dict[str, str] = {
 
 
 def family_of(config) -> Family:
-    """The table entry for a transformers config.
+    """The table entry for a transformers config; of a composite model the text config counts.
 
-    Args:
-        config: a `PreTrainedConfig`; of a composite model the text config counts.
+    Raises:
+        ValueError: see `family_of_type`.
+    """
+    return family_of_type(config.get_text_config().model_type)
+
+
+def family_of_type(model_type: str) -> Family:
+    """The table entry for a `model_type`.
 
     Raises:
         ValueError: the model type is not in the table; the message says why where the reason is known.
     """
-    model_type = config.get_text_config().model_type
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     reason = REFUSED.get(model_type)

@@ -92,19 +92,21 @@ def resize(glu: GLU, width: int) -> None:
         glu.mlp.intermediate_size = width
 
 
-def set_config_widths(config, widths: list[int]) -> None:
-    """Write the widths of all layers into a transformers config.
+def width_entries(widths: list[int]) -> dict[str, object]:
+    """What a config says about the widths of all layers: `intermediate_size` and `per_layer_config`.
 
-    One width goes to `intermediate_size`. Several go to `per_layer_config`, the transformers form for layers that
-    differ, with the largest as the global value; `gluprune.load` reads it, stock Llama classes refuse to build it.
+    One width is the `intermediate_size`. Of several the largest is, and `per_layer_config`, the transformers form for
+    layers that differ (otherwise None), has the others; `gluprune.load` reads it, stock Llama classes refuse to build it.
 
     Args:
-        config: the text config; changed in place.
         widths: intermediate size of every layer, in order.
     """
+    others = {index: {"intermediate_size": width} for index, width in enumerate(widths) if width != max(widths)}
+    return {"intermediate_size": max(widths), "per_layer_config": others or None}
+
+
+def set_config_widths(config, widths: list[int]) -> None:
+    """Write the widths of all layers into a transformers (text) config, which is changed in place."""
     config.per_layer_config = None  # lifts the guard that hides `intermediate_size` while layers differ
-    config.intermediate_size = max(widths)
-    if len(set(widths)) > 1:
-        config.per_layer_config = {
-            index: {"intermediate_size": width} for index, width in enumerate(widths) if width != max(widths)
-        }
+    for key, value in width_entries(widths).items():
+        setattr(config, key, value)

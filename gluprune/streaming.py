@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,14 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
 
 from gluprune import files
-from gluprune.checkpoint import check_destination, complete_folder, layer_widths, read_config
-from gluprune.families import Family, family_of
-from gluprune.narrow import set_config_widths
+from gluprune.families import Family, family_of_type
+from gluprune.files import check_destination, complete_folder
+from gluprune.narrow import width_entries
 from gluprune.pruning import PruneReport, check_layers, score_layer
 from gluprune.scores import STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
@@ -88,20 +86,18 @@ def _view(buffer: torch.Tensor, dtype: str, shape: Sequence[int]) -> torch.Tenso
     return buffer[: math.prod(shape) * DTYPES[dtype].itemsize].view(DTYPES[dtype]).view(shape)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def _read(tensor: StoredTensor, into: torch.Tensor, first_byte: int = 0) -> None:
-    """Fill a contiguous tensor with the stored bytes from `first_byte` on."""
-    rest = _bytes_of(into)
+def _read(tensor: StoredTensor, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Fill contiguous tensors with the stored bytes, one block after the other; each comes out when it is full."""
     with open(tensor.file, "rb", buffering=0) as file:
-        file.seek(tensor.offset + first_byte)
-        while rest.nbytes:
-            count = file.readinto(rest)
-            if not count:
-                raise ValueError(f"{tensor.file} ends within tensor {tensor.name!r}")
-            rest = rest[count:]
+        file.seek(tensor.offset)
+        for block in blocks:
+            rest = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+            while rest.nbytes:
+                count = file.readinto(rest)
+                if not count:
+                    raise ValueError(f"{tensor.file} ends within tensor {tensor.name!r}")
+                rest = rest[count:]
+            yield block
 
 
 def _reads_down(score: str) -> bool:
@@ -127,9 +123,8 @@ class _OutputTensor:
         """The data in order, block by block."""
         stored = self.stored
         if self.layer is None:
-            for start in range(0, stored.nbytes, _BLOCK_BYTES):
-                block = torch.empty(min(_BLOCK_BYTES, stored.nbytes - start), dtype=torch.uint8)
-                _read(stored, block, start)
+            sizes = (min(_BLOCK_BYTES, stored.nbytes - start) for start in range(0, stored.nbytes, _BLOCK_BYTES))
+            for block in _read(stored, (torch.empty(size, dtype=torch.uint8) for size in sizes)):
                 yield block.numpy()
             return
 
@@ -140,21 +135,20 @@ class _OutputTensor:
         indices = np.concatenate([kept + run * run_length for run in range(runs)])
         rows, row_bytes = stored.shape[0], stored.nbytes // stored.shape[0]
         block_rows = max(1, _BLOCK_BYTES // row_bytes)
-        held = selector.held.get(stored.name)
-        buffer = torch.empty(0 if held is not None else min(block_rows, rows) * row_bytes, dtype=torch.uint8)
-        for start in range(0, rows, block_rows):
-            end = min(start + block_rows, rows)
-            if held is None:
-                block = _view(buffer, stored.dtype, (end - start, *stored.shape[1:]))
-                _read(stored, block, start * row_bytes)
-            else:
-                block = held[start:end]
+        starts = range(0, rows, block_rows)
+        if (held := selector.held.get(stored.name)) is not None:
+            blocks = iter(held.split(block_rows))
+        else:
+            buffer = torch.empty(min(block_rows, rows) * row_bytes, dtype=torch.uint8)
+            shapes = ((min(block_rows, rows - start), *stored.shape[1:]) for start in starts)
+            blocks = _read(stored, (_view(buffer, stored.dtype, shape) for shape in shapes))
+        for block, start in zip(blocks, starts):
             # numpy's take is twice as fast as torch's indexing here, and leaves the other cores to the writing thread.
             entries = block.view(_SAME_SIZE[stored.itemsize]).numpy()
             if self.dim == 1:
                 yield entries.take(indices, axis=1)
             else:
-                first, last = np.searchsorted(indices, (start, end))
+                first, last = np.searchsorted(indices, (start, start + len(block)))
                 yield entries.take(indices[first:last] - start, axis=0)
 
 
@@ -267,8 +261,26 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _read_configs(folder: Path, tensor_count: int) -> tuple[dict, PreTrainedConfig]:
-    """The config as the JSON that it is, and as transformers reads it.
+@dataclass(frozen=True)
+class _Config:
+    """What is asked of a model's config.
+
+    widths: intermediate size of every layer.
+    tied: whether the head is the embedding.
+    """
+
+    family: Family
+    hidden_size: int
+    widths: list[int]
+    tied: bool
+
+
+# The JSON types of what `_Config` is made from.
+_CONFIG_ENTRIES = {"hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "tie_word_embeddings": bool}
+
+
+def _read_config(folder: Path, tensor_count: int) -> tuple[dict, _Config]:
+    """The config as the JSON that it is, and what it says.
 
     Raises:
         ValueError: it is missing or unusable, of a composite model, or names more layers than there are tensors.
@@ -279,27 +291,32 @@ def _read_configs(folder: Path, tensor_count: int) -> tuple[dict, PreTrainedConf
     raw = read_json_object(file)
     # Before transformers sees the number: some configs build a list of that length.
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and not 0 <= layers <= tensor_count:
+    if isinstance(layers, int) and not 0 < layers <= tensor_count:
         told = f"num_hidden_layers={str(layers)[:40]}"
         raise ValueError(f"{file} says {told}, the checkpoint holds {tensor_count} tensors")
+    if "text_config" in raw:
+        raise ValueError(f"{file}: model type {raw.get('model_type')!r} is composite: only text models can be pruned")
+    is_plain = all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
+    if isinstance(raw.get("model_type"), str) and is_plain and raw.get("per_layer_config") is None:
+        family = family_of_type(raw["model_type"])
+        widths = [raw["intermediate_size"]] * layers
+        return raw, _Config(family, raw["hidden_size"], widths, raw["tie_word_embeddings"])
+
+    # Only where the JSON leaves defaults to transformers, or layers differ: importing it takes as long as importing torch.
+    from gluprune.checkpoint import layer_widths, read_config
+
     try:
         config = read_config(folder)
     except Exception as error:  # a corrupt config can make transformers raise anything
         raise ValueError(f"{file} is no usable config: {_first_line(error)}") from error
-    if config.get_text_config() is not config:
-        raise ValueError(f"{file}: model type {config.model_type!r} is composite: only text models can be pruned")
-    return raw, config
+    family = family_of_type(config.model_type)
+    return raw, _Config(family, config.hidden_size, layer_widths(config), config.tie_word_embeddings)
 
 
-def _pruned_config(raw: dict, config: PreTrainedConfig, widths: list[int]) -> dict:
+def _pruned_config(raw: dict, widths: list[int]) -> dict:
     """The source's config with new widths and otherwise as it is, so that it loads wherever the source loads."""
-    set_config_widths(config, widths)
-    changed, result = config.to_dict(), dict(raw)
-    for key in ("intermediate_size", "per_layer_config"):
-        result.pop(key, None)
-        if changed.get(key) is not None:
-            result[key] = changed[key]
-    return result
+    entries = {**raw, **width_entries(widths)}
+    return {key: value for key, value in entries.items() if key != "per_layer_config" or value is not None}
 
 
 def _other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
@@ -332,12 +349,11 @@ def _json_bytes(document: dict) -> bytes:
 def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: dict) -> _Plan:
     sources = read_checkpoint(folder)
     stored = [tensor for shard in sources for tensor in shard.tensors]
-    raw_config, config = _read_configs(folder, len(stored))
-    family, hidden_size = family_of(config), config.hidden_size
+    raw_config, config = _read_config(folder, len(stored))
+    family, hidden_size, widths = config.family, config.hidden_size, list(config.widths)
     mlps = _mlp_tensors(folder, stored, family)
-    if len(mlps) != config.num_hidden_layers:
-        raise ValueError(f"{folder} holds the MLPs of {len(mlps)} layers, its config says {config.num_hidden_layers}")
-    widths = layer_widths(config)
+    if len(mlps) != len(widths):
+        raise ValueError(f"{folder} holds the MLPs of {len(mlps)} layers, its config says {len(widths)}")
     for index, mlp in enumerate(mlps):
         _check_mlp(folder, index, mlp, family, hidden_size, widths[index])
 
@@ -362,9 +378,9 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
 
     outputs = [(shard.name, tensor) for shard in shards for tensor in shard.tensors]
     # A checkpoint may hold the tied head beside the embedding; it is one parameter nevertheless.
-    counted = [t for _, t in outputs if not (config.tie_word_embeddings and t.stored.name == "lm_head.weight")]
+    counted = [t for _, t in outputs if not (config.tied and t.stored.name == "lm_head.weight")]
     parameters = sum(math.prod(tensor.shape) for tensor in counted)
-    documents = {"config.json": _json_bytes(_pruned_config(raw_config, config, widths))}
+    documents = {"config.json": _json_bytes(_pruned_config(raw_config, widths))}
     if len(shards) > 1 or shards[0].name != "model.safetensors":
         metadata = {"total_parameters": parameters, "total_size": sum(tensor.nbytes for _, tensor in outputs)}
         weight_map = {tensor.stored.name: name for name, tensor in sorted(outputs, key=lambda o: o[1].stored.name)}
@@ -421,8 +437,7 @@ class _Selector:
         self.held.clear()
         rest = self.buffer
         for stored in self._scored(layer):
-            self.held[stored.name] = _view(rest, stored.dtype, stored.shape)
-            _read(stored, self.held[stored.name])
+            (self.held[stored.name],) = _read(stored, [_view(rest, stored.dtype, stored.shape)])
             rest = rest[_aligned(stored.nbytes) :]
         weights = _Weights.of(self._plan.family, list(self.held.values()))
         kept = select(score_layer(self._plan.report.score, weights, layer), self._plan.report.intermediate_size)
@@ -500,6 +515,8 @@ def _local_folder(source: str | Path) -> Path:
         return Path(source).absolute()
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise ValueError(f"{source} is neither a model folder nor a Hub id")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(str(source), allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED))
     except Exception as error:  # the Hub client passes on errors of many kinds

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -352,7 +353,7 @@ def test_hub_id_is_downloaded_without_other_formats(llama, tmp_path, monkeypatch
         asked.update(patterns, name=name)
         return str(llama)
 
-    monkeypatch.setattr(streaming, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     prune_checkpoint("somebody/model", tmp_path / "out", intermediate_size=20, multiple_of=1)
     assert (tmp_path / "out" / SINGLE_FILE).exists()
     assert asked["name"] == "somebody/model"
@@ -438,7 +439,7 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise RuntimeError("off\nline")
 
-    monkeypatch.setattr(streaming, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     refused("some/model is neither a model folder nor a reachable Hub id: off$", source="some/model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gluprune import files, shards, streaming
-from gluprune.checkpoint import complete_folder, save
+from gluprune.checkpoint import save
+from gluprune.files import complete_folder
 from gluprune.shards import INDEX_FILE, SINGLE_FILE, read_shard
 from gluprune.streaming import prune_checkpoint
 

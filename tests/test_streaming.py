@@ -448,6 +448,32 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "llama"]
 
 
+def test_transformers_is_not_imported(llama, tmp_path):
+    """It takes longer than pruning a small checkpoint."""
+    script = """
+        import sys
+        from gluprune.cli import main
+
+        assert main(sys.argv[1:]) == 0 and "transformers" not in sys.modules
+    """
+    arguments = ["prune", llama, "--out", tmp_path / "out", "--pruning-ratio", "0.5", "--multiple-of", "1"]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], check=True)
+
+
+@pytest.mark.parametrize("layers", [None, [0]])
+def test_entries_that_the_config_leaves_to_transformers(llama, tmp_path, layers):
+    """The same with defaults left out, which only the config class knows."""
+    arguments = dict(intermediate_size=20, multiple_of=1, layers=layers)
+    told = prune_checkpoint(llama, tmp_path / "expected", **arguments)
+    file = llama / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"}))
+    report = prune_checkpoint(llama, tmp_path / "out", **arguments)
+    assert report.to_dict()["kept"] == told.to_dict()["kept"] and report.parameters == told.parameters
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    assert_same_config(tmp_path / "out", tmp_path / "expected")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_one_layer_and_a_few_blocks(tmp_path):
     """Peak resident memory of a process that prunes 380 MB, above what the imports take."""

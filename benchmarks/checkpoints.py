@@ -9,47 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from gluprune.checkpoint import build_empty
 from gluprune.files import write_file
+from gluprune.random_models import CONFIGS
 from gluprune.shards import INDEX_FILE, SINGLE_FILE, encode_header
-
-_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_COMMON = {
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-    "architectures": ["LlamaForCausalLM"],
-}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama-3.2-1b": LlamaConfig(
-        **_COMMON,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        head_dim=64,
-        tie_word_embeddings=True,
-        rope_parameters={**_ROPE, "factor": 32.0},
-    ),
-    "llama-3.1-8b": LlamaConfig(
-        **_COMMON,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        rope_parameters={**_ROPE, "factor": 8.0},
-    ),
-}
-
 
 def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes: int, seed: int = 0) -> int:
     """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), piece by piece.

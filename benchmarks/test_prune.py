@@ -9,42 +9,20 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import gluprune
+from gluprune.random_models import CONFIGS, random_model
 from gluprune.records import Record
 from gluprune.smollm2 import smollm2_checkpoint
 
 optipfair = pytest.importorskip("optipfair")
 
 PERCENT = 40
-LLAMA_3_2_1B = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128256,
-    tie_word_embeddings=True,
-)
-
-
-def random_model(config, dtype=torch.bfloat16):
-    """Random weights without ever holding more than the model."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        for rows in parameter.data.split(256):
-            rows.normal_(0, 0.02)
-    return model
-
-
 LARGE = "random weights of Llama-3.2-1B's shapes"
 MODELS = {
     "SmolLM2-135M-Instruct": lambda: AutoModelForCausalLM.from_pretrained(smollm2_checkpoint()),
-    LARGE: lambda: random_model(LLAMA_3_2_1B),
+    LARGE: lambda: random_model("llama-3.2-1b"),
 }
 PROVIDERS = {
     "gluprune": lambda model: gluprune.prune(model, pruning_ratio=PERCENT / 100, score="maw", multiple_of=1),
@@ -104,7 +82,7 @@ print(peak() - before)
 def test_memory(benchmark, keep):
     """Peak resident memory above the model itself, each provider in a process of its own."""
     name = LARGE
-    config = LLAMA_3_2_1B
+    config = CONFIGS["llama-3.2-1b"]
     layer = 3 * config.hidden_size * config.intermediate_size * 2
 
     def measure(provider):

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.checkpoints import CONFIGS, write_random_checkpoint
+from benchmarks.checkpoints import write_random_checkpoint
+from gluprune.random_models import CONFIGS
 from gluprune.records import Record
 from gluprune.shards import INDEX_FILE
 

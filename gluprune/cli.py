@@ -1,8 +1,9 @@
-"""The command line: `gluprune prune | info | report | demo`."""
+"""The command line: `gluprune prune | info | bench | report | demo`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,46 @@ def _info(arguments: argparse.Namespace) -> None:
 
     description = info(arguments.model)
     print(json.dumps(description.to_dict()) if arguments.json else description)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from gluprune import bench, records, report
+    from gluprune.checkpoint import load
+    from gluprune.random_models import random_model
+
+    if (arguments.model is None) == (arguments.random is None):
+        raise ValueError("give exactly one of MODEL and --random NAME")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} cannot be had: torch finds no CUDA device")
+    plan = bench.plan_of(
+        arguments.preset,
+        device,
+        ratios=arguments.pruning_ratio,
+        decodings=arguments.decoding,
+        batches=arguments.batch,
+        prompts=arguments.prompt,
+        new_tokens=arguments.new_tokens,
+    )
+    bench.check(plan, device)
+    if arguments.random:
+        dense, name = random_model(arguments.random), f"{arguments.random}, random weights"
+    else:
+        dense, name = load(arguments.model).eval(), Path(arguments.model).name
+    path, made = Path(arguments.out) / "model.jsonl", []
+
+    def keep(record: records.Record) -> None:
+        records.append(path, record)
+        made.append(record)
+
+    bench.bench(dense, name, plan, device, keep)
+    written = report.write(report.read_all([path]), arguments.out)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(record) for record in made]))
+    else:
+        print(bench.table(made), "", f"{path}: the records", f"{written}: tables and plots", sep="\n")
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -135,6 +176,34 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", help="model folder or Hub id")
     info.set_defaults(run=_info)
 
+    bench = commands.add_parser(
+        "bench",
+        help="latency, memory and energy of a model at several widths",
+        description="Measure a model dense, pruned to the study's exact width and to the nearest multiple of 128, patched and"
+        " not: TTFT, TPOT, TTLT, tokens/s, peak memory and J/token at forced length.",
+    )
+    bench.add_argument("model", nargs="?", help="model folder or Hub id")
+    bench.add_argument("--random", metavar="NAME", help="random weights of the shapes of llama-3.2-1b, llama-3.2-3b, ...")
+    bench.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+    bench.add_argument(
+        "--pruning-ratio", type=float, nargs="+", metavar="P", help="shares of the neurons to remove (default: 0.4)"
+    )
+    bench.add_argument(
+        "--decoding",
+        nargs="+",
+        choices=("generate", "compiled", "graph"),
+        help="plain generate, a compiled step, a CUDA graph of the step (default: all that the device has)",
+    )
+    bench.add_argument("--preset", choices=("paper",), help="the study's workloads, widths, seeds and idle calibration")
+    shape = bench.add_argument_group("without a preset")
+    shape.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="default: 1 8")
+    shape.add_argument("--prompt", type=int, nargs="+", default=[128, 1024], metavar="N", help="tokens (default: 128 1024)")
+    shape.add_argument("--new-tokens", type=int, default=64, metavar="N", help="forced length (default: %(default)s)")
+    bench.add_argument(
+        "--out", default="bench_output", metavar="FOLDER", help="records are appended there (default: %(default)s)"
+    )
+    bench.set_defaults(run=_bench)
+
     report = commands.add_parser(
         "report",
         help="tables and plots from records",
@@ -159,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, info, report, demo):
+    for command in (prune, info, bench, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 

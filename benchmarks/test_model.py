@@ -35,11 +35,11 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)
-def dense(name):
+def dense(name, dtype):
     """The model in memory, one at a time, and what the records call it."""
     if name == NAME:
-        return load(smollm2_checkpoint()).eval(), NAME
-    return random_model(name), f"{name}, random weights"
+        return load(smollm2_checkpoint(), dtype=dtype).eval(), NAME
+    return random_model(name, dtype), f"{name}, random weights"
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def meter(set_name):
     return calibrated_meter(DEVICE, PLANS[set_name][0])
 
 
-def test_generation(benchmark, request, keep, name, width):
+def test_generation(benchmark, request, shapes, keep, name, width):
     set_name = request.config.getoption("--shapes")
     plan, _ = PLANS[set_name]
     if DEVICE.type != "cuda" and "graph" in plan.decodings:
@@ -55,7 +55,7 @@ def test_generation(benchmark, request, keep, name, width):
     made = []
 
     def measure():
-        for records in bench_width(*dense(name), width, plan, DEVICE, *meter(set_name)):
+        for records in bench_width(*dense(name, shapes.dtype), width, plan, DEVICE, *meter(set_name)):
             made.extend(records)
 
     benchmark.pedantic(measure, rounds=1)

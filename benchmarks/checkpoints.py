@@ -16,6 +16,7 @@ from gluprune.files import write_file
 from gluprune.random_models import CONFIGS
 from gluprune.shards import INDEX_FILE, SINGLE_FILE, encode_header
 
+
 def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes: int, seed: int = 0) -> int:
     """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), piece by piece.
 

@@ -25,7 +25,10 @@ PLANS = {
         {name: all_widths(CONFIGS[name].intermediate_size) for name in ("llama-3.2-1b", "llama-3.2-3b")},
     ),
     "reduced": (Plan((Workload(1, 128, 24),), ("generate",), repeats=9), {NAME: all_widths(1536)}),
-    "tiny": (Plan((Workload(1, 8, 2),), ("generate",), repeats=1, energy_seconds=1, idle_seconds=1), {NAME: [1536, 615]}),
+    "tiny": (
+        Plan((Workload(1, 8, 2),), ("generate",), repeats=1, energy_seconds=1, idle_seconds=1),
+        {NAME: [1536, 615]},
+    ),
 }
 
 

@@ -73,7 +73,9 @@ class Plan:
 _STUDIED = (("hellaswag", 98, 20), ("mmlu", 24, 50), ("ifeval", 42, 150))
 PAPER = Plan(
     workloads=tuple(
-        Workload(batch, prompt, new_tokens, f"{name} b{batch}") for batch in (1, 8) for name, prompt, new_tokens in _STUDIED
+        Workload(batch, prompt, new_tokens, f"{name} b{batch}")
+        for batch in (1, 8)
+        for name, prompt, new_tokens in _STUDIED
     ),
     decodings=("generate",),
     ratios=PAPER_RATIOS,
@@ -200,7 +202,13 @@ def measure(
 
 
 def _energy(
-    generator: Generator, prompt: torch.Tensor, common: tuple, workload: Workload, plan: Plan, meter: Meter, idle: Energy
+    generator: Generator,
+    prompt: torch.Tensor,
+    common: tuple,
+    workload: Workload,
+    plan: Plan,
+    meter: Meter,
+    idle: Energy,
 ) -> Iterator[Record]:
     """Joules of whole generations, a token, gross and above idle; and those of the prefill alone."""
     whole, runs = meter.repeat(lambda: generator(prompt, workload.new_tokens, _nothing).cpu(), plan.energy_seconds)
@@ -284,7 +292,9 @@ def table(records: Sequence[Record]) -> str:
         shape = record.shape
         place = shape.get("workload", f"batch {shape['batch']}, {shape['prompt']}+{shape['new tokens']} tokens")
         rows.setdefault((shape["I"], record.provider, shape["decoding"], place), {})[record.what] = record
-    head = f"{'neurons':>8}  {'provider':<13}{'decoding':<10}{'workload':<26}" + "".join(f"{name:>11}" for name in columns)
+    head = f"{'neurons':>8}  {'provider':<13}{'decoding':<10}{'workload':<26}" + "".join(
+        f"{name:>11}" for name in columns
+    )
     lines, words = [head], []
     for (width, provider, decoding, place), row in rows.items():
         cells = []
@@ -292,7 +302,9 @@ def table(records: Sequence[Record]) -> str:
             value = row[what].p50 if what in row else None
             cells.append("–" if value is None else plots.number(value * scale))
         lines.append(f"{width:>8}  {provider:<13}{decoding:<10}{place:<26}" + "".join(f"{cell:>11}" for cell in cells))
-        words += [f"{record.what.removeprefix('generation: ')}: {record.refusal}" for record in row.values() if record.refusal]
+        words += [
+            f"{record.what.removeprefix('generation: ')}: {record.refusal}" for record in row.values() if record.refusal
+        ]
     return "\n".join([*lines, *(["", *dict.fromkeys(words)] if words else [])])
 
 

@@ -26,7 +26,9 @@ def _prune(arguments: argparse.Namespace) -> None:
         from gluprune.streaming import prune_checkpoint
 
         if arguments.compensate or arguments.score in CALIBRATED_SCORES:
-            raise ValueError(f"{'--compensate' if arguments.compensate else f'score {arguments.score}'} needs --calibration FILE")
+            raise ValueError(
+                f"{'--compensate' if arguments.compensate else f'score {arguments.score}'} needs --calibration FILE"
+            )
         report = prune_checkpoint(
             arguments.source, arguments.out, **options, dry_run=arguments.dry_run, resume=arguments.resume
         )
@@ -108,8 +110,16 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from gluprune import report
 
-    if arguments.compare and (arguments.paths or arguments.out):
+    if arguments.compare and (arguments.paths or arguments.out or arguments.published):
         raise ValueError("--compare takes OLD and NEW alone")
+    if arguments.published and arguments.paths:
+        raise ValueError("--published takes no PATH: its figures come with gluprune")
+    if arguments.published:
+        from gluprune import published
+
+        written = published.write(arguments.out or "published_output")
+        print(json.dumps({"report": str(written)}) if arguments.json else written)
+        return 0
     if arguments.compare:
         from gluprune.compare import compare
 
@@ -142,7 +152,9 @@ def _layer_list(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gluprune", description="Width pruning for the GLU MLPs of Llama-type models.")
+    parser = argparse.ArgumentParser(
+        prog="gluprune", description="Width pruning for the GLU MLPs of Llama-type models."
+    )
     parser.add_argument("--version", action="version", version=f"gluprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -158,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         default="maw",
         help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid (default: %(default)s)",
     )
-    prune.add_argument("--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)")
+    prune.add_argument(
+        "--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)"
+    )
     prune.add_argument("--layers", type=_layer_list, metavar="LIST", help="only these, such as 0,2,5-7 (default: all)")
     calibrated = prune.add_argument_group("with calibration the whole model is loaded; without, one layer at a time")
     calibrated.add_argument("--calibration", metavar="FILE", help="text to calibrate on, as UTF-8")
@@ -183,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
         " not: TTFT, TPOT, TTLT, tokens/s, peak memory and J/token at forced length.",
     )
     bench.add_argument("model", nargs="?", help="model folder or Hub id")
-    bench.add_argument("--random", metavar="NAME", help="random weights of the shapes of llama-3.2-1b, llama-3.2-3b, ...")
+    bench.add_argument(
+        "--random", metavar="NAME", help="random weights of the shapes of llama-3.2-1b, llama-3.2-3b, ..."
+    )
     bench.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
     bench.add_argument(
         "--pruning-ratio", type=float, nargs="+", metavar="P", help="shares of the neurons to remove (default: 0.4)"
@@ -197,7 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--preset", choices=("paper",), help="the study's workloads, widths, seeds and idle calibration")
     shape = bench.add_argument_group("without a preset")
     shape.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="default: 1 8")
-    shape.add_argument("--prompt", type=int, nargs="+", default=[128, 1024], metavar="N", help="tokens (default: 128 1024)")
+    shape.add_argument(
+        "--prompt", type=int, nargs="+", default=[128, 1024], metavar="N", help="tokens (default: 128 1024)"
+    )
     shape.add_argument("--new-tokens", type=int, default=64, metavar="N", help="forced length (default: %(default)s)")
     bench.add_argument(
         "--out", default="bench_output", metavar="FOLDER", help="records are appended there (default: %(default)s)"
@@ -210,7 +228,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Tables and plots from records of measurements, or what got worse between two runs.",
     )
     report.add_argument("paths", nargs="*", metavar="PATH", help="file of records, or folder of such files (*.jsonl)")
-    report.add_argument("--out", metavar="FOLDER", help="where to write (default: beside the first PATH)")
+    report.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where to write (default: beside the first PATH; published_output with --published)",
+    )
+    report.add_argument(
+        "--published",
+        action="store_true",
+        help="explain the published latencies and energies of arXiv 2512.22671: output length, time and joules per token",
+    )
     report.add_argument(
         "--compare",
         nargs=2,

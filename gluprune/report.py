@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from gluprune import plots
+from gluprune import explain, plots
 from gluprune.files import write_file
 from gluprune.records import Record, read
 
@@ -211,6 +211,7 @@ def _suffix(count: int) -> str:
 SECTIONS: tuple[Callable[[Sequence[Record], Path], str], ...] = (
     _conditions,
     _wins,
+    explain.section,
     _widths,
     _rooflines,
     _measurements,

@@ -8,7 +8,6 @@ import functools
 import statistics
 
 import pytest
-import torch
 
 from benchmarks.shapes import all_widths
 from gluprune.bench import Plan, Workload, bench_width, calibrated_meter
@@ -16,7 +15,6 @@ from gluprune.checkpoint import load
 from gluprune.random_models import CONFIGS, random_model
 from gluprune.smollm2 import NAME, smollm2_checkpoint
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DECODINGS = ("generate", "compiled", "graph")
 # By set of shapes: the plan, and the widths of each model.
 PLANS = {
@@ -45,20 +43,24 @@ def dense(name, dtype):
     return random_model(name, dtype), f"{name}, random weights"
 
 
-@functools.cache
-def meter(set_name):
-    return calibrated_meter(DEVICE, PLANS[set_name][0])
+@pytest.fixture(scope="module")
+def plan(request):
+    return PLANS[request.config.getoption("--shapes")][0]
 
 
-def test_generation(benchmark, request, shapes, keep, name, width):
-    set_name = request.config.getoption("--shapes")
-    plan, _ = PLANS[set_name]
-    if DEVICE.type != "cuda" and "graph" in plan.decodings:
+@pytest.fixture(scope="module")
+def meter_and_idle(device, plan):
+    """Measured once, before anything runs."""
+    return calibrated_meter(device, plan)
+
+
+def test_generation(benchmark, shapes, device, plan, meter_and_idle, keep, name, width):
+    if device.type != "cuda" and "graph" in plan.decodings:
         pytest.skip("the full set of model benchmarks needs a CUDA device")
     made = []
 
     def measure():
-        for records in bench_width(*dense(name, shapes.dtype), width, plan, DEVICE, *meter(set_name)):
+        for records in bench_width(*dense(name, shapes.dtype), width, plan, device, *meter_and_idle):
             made.extend(records)
 
     benchmark.pedantic(measure, rounds=1)

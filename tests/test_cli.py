@@ -26,7 +26,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["info"], ["report"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["info"], ["bench"], ["report"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gluprune
 from gluprune.families import FAMILIES
@@ -86,6 +87,33 @@ def assert_same_tokens(model, generator):
 def test_the_static_step_gives_the_tokens_of_generate(tiny_model, family):
     model = tiny_model(family, seed=3, **({"sliding_window": None} if family in ("mistral", "phi3") else {}))
     assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))
+
+
+class HostTraffic(TorchDispatchMode):
+    """Notes what waits for a GPU or copies from Python's memory: neither may be in a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in {f"aten::{op}" for op in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh")}:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_the_static_step_can_be_captured(tiny_model, family):
+    prompt = torch.ones(2, 9, dtype=torch.long)
+    model = tiny_model(family, **({"sliding_window": None} if family == "phi3" else {}))
+    generator = StaticGenerator(model, prompt, NEW_TOKENS, lambda step: step)
+    with torch.no_grad(), HostTraffic() as traffic:
+        assert generator.position.item() == 0 and traffic.seen == ["aten::_local_scalar_dense"]  # it would show
+        generator._prefill(prompt)
+        traffic.seen.clear()
+        generator.run_step()
+    assert not traffic.seen
 
 
 def test_end_of_sequence_is_never_chosen(tiny_model):

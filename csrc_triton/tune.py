@@ -17,10 +17,11 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from .reference import glu_mlp_reference
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}  # max |error| over max |reference|
 REPLAYS = 10
+HALVES = ("gate_up", "down")
 
 
 # --- the search, independent of any device ---
@@ -83,9 +85,11 @@ def search(
     sm: int,
     check: Callable[[Launch], bool],
     time: Callable[[Launch], float],
+    halves: Sequence[str] = HALVES,
 ) -> Search:
     """Per path: the gate_up variants beside the heuristic's down, then the down variants beside the best gate_up.
 
+    Of the halves that are not in `halves` the heuristic's configurations alone are tried.
     `check` tells whether a launch computes the right result, `time` its microseconds; only what passes is timed.
     """
     result = Search()
@@ -102,18 +106,21 @@ def search(
 
     for path in paths(M):
         best = launch.heuristic(path, M, H, IP, dtype, sm)
-        for half in ("gate_up", "down"):
+        measure(best)
+        for half in halves:
             configs = variants(half, path, M, H, IP, dtype, sm)
             best = min([best, *(dataclasses.replace(best, **{half: config}) for config in configs)], key=measure)
     return result
 
 
-def launches(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Iterator[Launch]:
+def launches(
+    M: int, H: int, IP: int, dtype: torch.dtype, sm: int, halves: Sequence[str] = HALVES
+) -> Iterator[Launch]:
     """Launches that together hold every configuration that `search` may try."""
     for path in paths(M):
         start = launch.heuristic(path, M, H, IP, dtype, sm)
         yield start
-        for half in ("gate_up", "down"):
+        for half in halves:
             for config in variants(half, path, M, H, IP, dtype, sm):
                 yield dataclasses.replace(start, **{half: config})
 
@@ -172,12 +179,16 @@ def precompile(points: list[Point], workers: int) -> None:
 
 
 class Bench:
-    """Weights of enough layers to exceed the L2 threefold, and at least four, for one shape on one CUDA device."""
+    """Weights of enough layers to exceed the L2 threefold, and at least four, for one shape on one device.
+
+    The CPU serves Triton's interpreter: everything runs, and its times mean nothing.
+    """
 
     def __init__(self, M: int, H: int, I: int, dtype: torch.dtype, device: torch.device):
         IP = triton.cdiv(I, launch.PAD) * launch.PAD
         layer_bytes = 3 * H * IP * dtype.itemsize
-        layers = max(4, triton.cdiv(3 * torch.cuda.get_device_properties(device).L2_cache_size, layer_bytes))
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        layers = max(4, triton.cdiv(3 * cache, layer_bytes))
         generator = torch.Generator(device).manual_seed(0)
 
         def weights(*shape: int) -> torch.Tensor:
@@ -210,6 +221,11 @@ class Bench:
     def time(self, decision: Launch) -> float:
         """Median microseconds of one MLP: a graph runs layer after layer, so that none finds its weights in the L2."""
         plans = [self.plan(layer, decision) for layer in range(len(self.layers))]
+        if self.x.device.type == "cpu":
+            start = perf_counter()
+            for plan in plans:
+                plan.run()
+            return (perf_counter() - start) * 1e6 / len(plans)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compile and let cuBLAS take its workspace before the capture
@@ -260,35 +276,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=launch.M_BUCKETS, choices=launch.M_BUCKETS)
     parser.add_argument("--dtype", default="bfloat16", choices=list(launch.DTYPES))
     parser.add_argument("--out", type=Path, help="default: the package's table of this GPU")
+    parser.add_argument(
+        "--paths-only", action="store_true", help="choose the path alone, with the heuristics' configurations: takes seconds"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out shapes that the table has")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in Triton's interpreter, needs --out"
+    )
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    interpreted = options.device == "cpu"
+    if interpreted and not (triton.knobs.runtime.interpret and options.out):
+        print("error: --device cpu needs TRITON_INTERPRET=1 and --out", file=sys.stderr)
+        return 2
+    if not interpreted and not torch.cuda.is_available():
         print("error: tuning needs a CUDA device, and none is available", file=sys.stderr)
         return 2
     if min(options.hidden + options.intermediate) < 1:
         print("error: --hidden and --intermediate must be at least 1", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if interpreted else torch.device("cuda", torch.cuda.current_device())
     dtype = launch.DTYPES[options.dtype]
-    gpu = torch.cuda.get_device_name(device)
+    gpu = "Triton's interpreter" if interpreted else torch.cuda.get_device_name(device)
     path = options.out or launch.table_path(gpu)
+    known: Iterable[launch.TableKey] = ()
     if path.exists():
         try:
-            launch.load_table(path)
+            table = launch.load_table(path)
+            known = table if options.resume else ()
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    shapes = list(itertools.product(options.hidden, options.intermediate, options.tokens))
     sm = launch.compute_capability(device)
-    points = (
-        Point(M, H, I, dtype, sm, decision)
-        for H, I, M in shapes
-        for decision in launches(M, H, triton.cdiv(I, launch.PAD) * launch.PAD, dtype, sm)
-    )
-    precompile(distinct(points), os.cpu_count() or 1)
-    for H, I, M in shapes:
-        IP = triton.cdiv(I, launch.PAD) * launch.PAD
+    halves = () if options.paths_only else HALVES
+    grid = itertools.product(options.hidden, options.intermediate, options.tokens)
+    shapes = [(H, I, triton.cdiv(I, launch.PAD) * launch.PAD, M) for H, I, M in grid]
+    shapes = [shape for shape in shapes if (sm, shape[0], shape[2], shape[3], dtype) not in known]
+    points = (Point(M, H, I, dtype, sm, d) for H, I, IP, M in shapes for d in launches(M, H, IP, dtype, sm, halves))
+    if not interpreted:
+        precompile(distinct(points), os.cpu_count() or 1)
+    for H, I, IP, M in shapes:
         bench = Bench(M, H, I, dtype, device)
-        found = search(M, H, IP, dtype, bench.sm, bench.check, bench.time)
+        found = search(M, H, IP, dtype, bench.sm, bench.check, bench.time, halves)
         if found.best is None:
             print(f"H {H}, I {I}, M {M}: no configuration computes the right result", file=sys.stderr)
             continue

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,6 +201,32 @@ def test_bad_arguments(arguments):
     with pytest.raises(SystemExit) as stop:
         tune.main(arguments)
     assert stop.value.code == 2
+
+
+def test_paths_only_tries_the_heuristics_alone():
+    for M in (1, 64, 512):
+        tried = []
+        search(M, **SHAPE, sm=90, check=yes, time=lambda d, tried=tried: tried.append(d) or 1.0, halves=())
+        assert tried == [heuristic(path, M, *SHAPE.values(), 90) for path in tune.paths(M)]
+        assert tried == list(tune.launches(M, *SHAPE.values(), 90, ()))
+
+
+ARGUMENTS = ["--device", "cpu", "--paths-only", "--hidden", "64", "--intermediate", "100", "--dtype", "float16"]
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
+def test_rehearsal_in_the_interpreter(tmp_path, capsys):
+    """The whole way without a GPU: every path runs, is checked, is written, and is left out when resumed."""
+    out = tmp_path / "table.json"
+    assert tune.main([*ARGUMENTS, "--out", str(out), "--tokens", "1", "64"]) == 0
+    assert {key[3] for key in launch.load_table(out)} == {1, 64}
+    told = capsys.readouterr().out
+    assert told.count("0 refused") == 2 and told.count("3 timed") == 2  # gemv, decode, cublas; small, prefill, cublas
+    assert tune.main([*ARGUMENTS, "--out", str(out), "--tokens", "1", "8", "--resume"]) == 0
+    assert {key[3] for key in launch.load_table(out)} == {1, 8, 64}
+    assert "M 1:" not in capsys.readouterr().out
+    assert tune.main(ARGUMENTS) == 2
+    assert capsys.readouterr().err == "error: --device cpu needs TRITON_INTERPRET=1 and --out\n"
 
 
 @pytest.mark.cuda

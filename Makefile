@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test kernels clean
+.PHONY: demo test kernels gpu clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gluprune demo
@@ -14,6 +14,11 @@ test: $(VENV)/installed-test
 # Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
 kernels: $(VENV)/installed-demo
 	$(BIN)/python -m csrc_triton.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
+
+# Tests, ceilings, tuner and benchmarks on a GPU, in parts and resumable: `make gpu ARGS="--minutes 28"` (benchmarks/GPU.md).
+# With the Python at hand if there is no virtual environment: a machine with a GPU may have no network.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 $(VENV)/installed-%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

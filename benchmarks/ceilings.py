@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import timing
+from benchmarks.shapes import ShapeSet
 from gluprune.records import Record
 
 REPEATS = 20
-# Bytes of the tensor that is copied (far above any cache), and the side of the square matrices.
-SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 28, 2048)}
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Ceilings:
         return max(nbytes / self.bandwidth, flops / self.rate)
 
 
-def measure(device: torch.device, dtype: torch.dtype, keep: Callable[[Record], None]) -> Ceilings:
+def measure(device: torch.device, shapes: ShapeSet, keep: Callable[[Record], None]) -> Ceilings:
     """Measure both, keep their records, and return what the medians say."""
-    nbytes, n = SIZES[device.type]
+    dtype, nbytes, n = shapes.dtype, shapes.copied_bytes, shapes.gemm_size
     source = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -27,6 +27,38 @@ def pytest_addoption(parser):
         default="full" if torch.cuda.is_available() else "reduced",
         help="set of shapes to measure (default here: %(default)s)",
     )
+    parser.addoption(
+        "--resume", action="store_true", help="leave out what an earlier run with --resume and these records has finished"
+    )
+
+
+class Resumption:
+    """Keeps the names of finished benchmarks beside their records, and deselects them the next time."""
+
+    def __init__(self, path):
+        self.path = path
+        self.finished = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+
+    def pytest_collection_modifyitems(self, config, items):
+        left_out = [item for item in items if item.nodeid in self.finished]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in self.finished]
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(f"{report.nodeid}\n")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.finished:
+            session.exitstatus = pytest.ExitCode.OK  # all of them were finished before
+
+
+def pytest_configure(config):
+    if config.getoption("--resume"):
+        config.pluginmanager.register(Resumption(config.getoption("--records") / "finished.txt"))
 
 
 def pytest_generate_tests(metafunc):
@@ -56,7 +88,7 @@ def device():
 def ceilings(request, shapes, device):
     """What copies and large matrix products reach, measured once a run and before whatever asks for it."""
     path = request.config.getoption("--records") / "ceilings.jsonl"
-    return ceilings_of_the_machine.measure(device, shapes.dtype, lambda record: records.append(path, record))
+    return ceilings_of_the_machine.measure(device, shapes, lambda record: records.append(path, record))
 
 
 @pytest.fixture

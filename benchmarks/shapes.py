@@ -37,6 +37,7 @@ class ShapeSet:
     models: name -> hidden size and intermediate sizes.
     tokens: M of the forward; training_tokens: M of the forward with backward.
     repeats: of each provider and shape.
+    copied_bytes, gemm_size: of the copy and the square matrix product that tell the ceilings.
     is_large: whether benchmarks marked `large` run: whole checkpoints of real sizes (45 GB on the disk, minutes each).
     """
 
@@ -45,6 +46,8 @@ class ShapeSet:
     tokens: tuple[int, ...]
     training_tokens: tuple[int, ...]
     repeats: int
+    copied_bytes: int
+    gemm_size: int
     is_large: bool = False
 
     def cases(self, tokens: tuple[int, ...]) -> list[tuple[str, int, int, int]]:
@@ -60,6 +63,8 @@ SETS = {
         tokens=_TOKENS,
         training_tokens=_TOKENS,
         repeats=30,
+        copied_bytes=1 << 30,
+        gemm_size=8192,
         is_large=True,
     ),
     # What two cores of a CPU can do in minutes. In float32, since few CPUs have arithmetic in bfloat16.
@@ -69,6 +74,8 @@ SETS = {
         tokens=(1, 128),
         training_tokens=(128,),
         repeats=5,
+        copied_bytes=1 << 28,
+        gemm_size=2048,
     ),
     # Shows that every step runs; no figure of these sizes means anything.
     "tiny": ShapeSet(
@@ -77,5 +84,7 @@ SETS = {
         tokens=(1, 16),
         training_tokens=(16,),
         repeats=3,
+        copied_bytes=1 << 20,
+        gemm_size=128,
     ),
 }

@@ -279,7 +279,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--paths-only", action="store_true", help="choose the path alone, with the heuristics' configurations: takes seconds"
     )
-    parser.add_argument("--resume", action="store_true", help="leave out shapes that the table has")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in Triton's interpreter, needs --out"
     )
@@ -298,11 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     dtype = launch.DTYPES[options.dtype]
     gpu = "Triton's interpreter" if interpreted else torch.cuda.get_device_name(device)
     path = options.out or launch.table_path(gpu)
-    known: Iterable[launch.TableKey] = ()
     if path.exists():
         try:
-            table = launch.load_table(path)
-            known = table if options.resume else ()
+            launch.load_table(path)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -310,7 +307,6 @@ def main(argv: list[str] | None = None) -> int:
     halves = () if options.paths_only else HALVES
     grid = itertools.product(options.hidden, options.intermediate, options.tokens)
     shapes = [(H, I, triton.cdiv(I, launch.PAD) * launch.PAD, M) for H, I, M in grid]
-    shapes = [shape for shape in shapes if (sm, shape[0], shape[2], shape[3], dtype) not in known]
     points = (Point(M, H, I, dtype, sm, d) for H, I, IP, M in shapes for d in launches(M, H, IP, dtype, sm, halves))
     if not interpreted:
         precompile(distinct(points), os.cpu_count() or 1)

@@ -1,0 +1,313 @@
+"""Half an hour of a GPU, spent well: `make gpu`, or `python -m benchmarks.gpu --help`.
+
+Runs the steps below in order, the most valuable first: tests, ceilings, tuner, kernel benchmarks beside the peers, model
+benchmarks with energy. Every step is a process of its own and ends within its limit; what it has measured by then is kept.
+A second call goes on where the first stopped. Everything lies in one folder that can be carried home. `--rehearse` takes
+the same way on a CPU, in Triton's interpreter, with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.shapes import MODELS, all_widths, paper_widths
+
+ROOT = Path(__file__).parent.parent
+PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+REQUIRED = ("torch", "triton", "transformers", "accelerate", "matplotlib", "pynvml", "pytest", "pytest_benchmark", "tqdm")
+OPTIONAL = {
+    "liger_kernel": "both of Liger's MLPs are recorded as refusing",
+    "flash_swiglu_mlp": "its MLP is recorded as refusing",
+    "optipfair": "pruning beside it is left out",
+    "hypothesis": "the tests that use it cannot be collected",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    arguments: of `python -m`; {records} stands for the step's own folder of records, {tuned} for the table to be written.
+    minutes: after which it is stopped.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    minutes: float
+
+
+def _tests(name: str, *arguments: str, minutes: float) -> Step:
+    return Step(name, (*PYTEST, *arguments), minutes)
+
+
+def _benchmarks(name: str, files: str, select: str | None = None, minutes: float = 8) -> Step:
+    chosen = ("-k", select) if select else ()
+    options = ("--benchmark-only", "--resume", "--records", "{records}")
+    return Step(name, (*PYTEST, *files.split(), *options, *chosen), minutes)
+
+
+def _tuner(name: str, model: str, widths: Sequence[int], tokens: Sequence[int], *options: str, minutes: float) -> Step:
+    sizes = ("--hidden", str(MODELS[model][0]), "--intermediate", *map(str, widths), "--tokens", *map(str, tokens))
+    return Step(name, ("csrc_triton.tune", *sizes, "--out", "{tuned}", *options), minutes)
+
+
+def steps() -> list[Step]:
+    """What runs on a GPU, in order; about half an hour up to the scores, some hours to the end."""
+    small, large, huge = MODELS
+    tokens = (1, 2048, 16, 128, 8192, 8, 64, 512)
+    widths = {name: all_widths(dense) for name, (_, dense) in MODELS.items()}
+    exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}  # padded, they cover most others
+
+    def tune(name: str, M: int) -> Step:
+        return _tuner(f"tune-{name}-M{M:04}", name, exact[name], (M,), minutes=4)
+
+    def mlp(part: str, name: str, M: int) -> Step:
+        return _benchmarks(f"{part}-{name}-M{M:04}", "benchmarks/test_mlp.py", f"{part} and {name} and M{M:04}")
+
+    def model(name: str, width: int) -> Step:
+        return _benchmarks(f"model-{name}-{width}", "benchmarks/test_model.py", f"{name} and {width}", minutes=5)
+
+    kernels = ("test_glu_kernels", "test_glu_mlp", "test_neuron_scores", "test_ops")
+    listed = [
+        _tests("tests-kernels", *(f"tests/{name}.py" for name in kernels), minutes=5),
+        _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
+        _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
+        # The path alone first, for every shape in seconds: from then on the chooser falls back to cuBLAS rather than lose.
+        *(_tuner(f"paths-{name}", name, widths[name], sorted(tokens), "--paths-only", minutes=3) for name in (small, large)),
+        *(step for M in tokens[:2] for step in (tune(small, M), mlp("forward", small, M))),
+        *(model(small, width) for width in (8192, 4916, 4864)),
+        _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
+        # Then the whole grid, part by part.
+        *(step for M in tokens[2:] for step in (tune(small, M), mlp("forward", small, M))),
+        *(step for M in tokens for step in (tune(large, M), mlp("forward", large, M))),
+        *(model(name, width) for name in (small, large) for width in widths[name]),
+        *(mlp("backward", name, M) for name in (small, large) for M in tokens),
+        *(tune(huge, M) for M in tokens),
+        _tests("tests-patching", "tests/test_patching.py", "tests/test_patch_interop.py", minutes=8),
+    ]
+    unique: dict[str, Step] = {}
+    for step in listed:
+        unique.setdefault(step.name, step)
+    return list(unique.values())
+
+
+def rehearsal() -> list[Step]:
+    """The same kinds of steps on tiny shapes, for a CPU and the interpreter."""
+    tiny = ("--shapes", "tiny")
+    tuner = ("--hidden", "64", "--intermediate", "153", "256", "--dtype", "float16", "--device", "cpu", "--paths-only")
+    picked = [
+        _tests("tests-kernels", "tests/test_glu_mlp.py", "-k", "test_bad or test_no_tokens or same_bits", minutes=5),
+        _tests("tests-cuda", "-m", "cuda", "tests/test_glu_mlp.py", minutes=2),
+        _benchmarks("ceilings", "benchmarks/test_ceilings.py", minutes=2),
+        Step("paths-tiny", ("csrc_triton.tune", *tuner, "--tokens", "1", "16", "64", "--out", "{tuned}"), minutes=5),
+        _benchmarks("mlp-tiny-M0001", "benchmarks/test_mlp.py", "forward and M0001 and I153", minutes=5),
+        _benchmarks("scores", "benchmarks/test_scores.py", minutes=3),
+        _benchmarks("backward-tiny-M0016", "benchmarks/test_mlp.py", "backward and I153", minutes=5),
+        _benchmarks("model-tiny-615", "benchmarks/test_model.py", "615", minutes=8),
+    ]
+    return [
+        dataclasses.replace(step, arguments=step.arguments + tiny) if "--records" in step.arguments else step
+        for step in picked
+    ]
+
+
+# --- running ---
+
+
+@dataclass
+class Outcome:
+    """How a step went: "done", "failed" (its exit code is not 0), or "stopped" at its limit."""
+
+    status: str
+    code: int | None
+    seconds: float
+    last_line: str
+
+
+def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run one command from the root of the tree, its output in `log`; stop it, and what it started, after `seconds`."""
+    start = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        output.write(f"\n$ {shlex.join(command)}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+        except BaseException as stopped:
+            for number in (signal.SIGINT, signal.SIGKILL):  # an interrupted pytest still writes its report
+                try:
+                    os.killpg(process.pid, number)
+                    process.wait(20)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+                except ProcessLookupError:
+                    break
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
+            code = None
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    status = "stopped" if code is None else "failed" if code else "done"
+    return Outcome(status, code, round(time.monotonic() - start, 1), lines[-1][:200])
+
+
+class State:
+    """Outcomes by step in `state.json`; steps that are done are not run again."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self.outcomes = {name: Outcome(**outcome) for name, outcome in known.items()}
+
+    def is_done(self, step: Step) -> bool:
+        return step.name in self.outcomes and self.outcomes[step.name].status == "done"
+
+    def add(self, step: Step, outcome: Outcome) -> None:
+        self.outcomes[step.name] = outcome
+        content = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(unfinished, self._path)
+
+
+def run(
+    todo: Sequence[Step],
+    out: Path,
+    tuned: Path,
+    seconds: float,
+    environment: dict[str, str],
+    tell: Callable[[str], object] = functools.partial(print, flush=True),
+    clock: Callable[[], float] = time.monotonic,
+) -> State:
+    """Run the steps that are not done, as long as there is time; the last one gets what is left."""
+    state, start = State(out / "state.json"), clock()
+    for number, step in enumerate(todo, 1):
+        left = seconds - (clock() - start)
+        label = f"[{number}/{len(todo)}] {step.name}"
+        if state.is_done(step):
+            tell(f"{label}: done before")
+            continue
+        if left < 30:
+            tell(f"{label}: no time left; call again to go on")
+            break
+        tell(f"{label} (at most {min(step.minutes, left / 60):.1f} min)")
+        places = {"{records}": str(out / "records" / step.name), "{tuned}": str(tuned)}
+        command = [sys.executable, "-m", *(places.get(argument, argument) for argument in step.arguments)]
+        outcome = execute(command, out / "logs" / f"{step.name}.log", min(step.minutes * 60, left), environment)
+        state.add(step, outcome)
+        tell(f"    {outcome.status} after {outcome.seconds:.0f} s: {outcome.last_line}")
+        if tuned.is_file():
+            (out / "tuned").mkdir(exist_ok=True)
+            shutil.copy(tuned, out / "tuned")
+    return state
+
+
+def summarize(todo: Sequence[Step], state: State, out: Path, absent: dict[str, str]) -> str:
+    """The report of all records, and a summary of the steps, in the folder."""
+    from gluprune import report
+
+    folders = [folder for folder in sorted((out / "records").glob("*")) if any(folder.glob("*.jsonl"))]
+    lines = ["# GPU run", ""]
+    lines += [f"- not installed: {name}; {consequence}" for name, consequence in absent.items()]
+    lines += ["", "| step | outcome | seconds | last line |", "|---|---|--:|---|"]
+    for step in todo:
+        outcome = state.outcomes.get(step.name)
+        row = (outcome.status, f"{outcome.seconds:.0f}", outcome.last_line.replace("|", "/")) if outcome else ("not run", "–", "–")
+        lines.append(f"| {step.name} | {' | '.join(row)} |")
+    if folders:
+        path = report.write(report.read_all(folders), out)
+        lines += ["", f"Tables and plots: [{path.name}]({path.name})"]
+    text = "\n".join(lines) + "\n"
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__.split("\n\n")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu_output"), metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=28, help="for everything (default: %(default)s)")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="carried wheels: installed into the output folder")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter, with tiny shapes")
+    parser.add_argument("--list", action="store_true", help="name the steps and their limits, run nothing")
+    options = parser.parse_args(arguments)
+    todo = rehearsal() if options.rehearse else steps()
+    if options.list:
+        print("\n".join(f"{step.name}: at most {step.minutes:g} min: {shlex.join(step.arguments)}" for step in todo))
+        return 0
+
+    def refuse(words: str) -> int:
+        print(f"benchmarks.gpu: error: {words}", file=sys.stderr)
+        return 2
+
+    if options.steps:
+        by_name = {step.name: step for step in todo}
+        if unknown := [name for name in options.steps if name not in by_name]:
+            return refuse(f"unknown step {unknown[0]!r}: --list names them")
+        todo = [by_name[name] for name in options.steps]
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if options.wheels:
+        peers = out / "peers"
+        wheels = [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))]
+        if not wheels:
+            return refuse(f"{options.wheels} holds no wheel")
+        offline = ("install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(peers))
+        if subprocess.run([sys.executable, "-m", "pip", *offline, *wheels], check=False).returncode:
+            return refuse(f"the wheels in {options.wheels} cannot be installed")
+        paths.append(str(peers))
+        sys.path.append(str(peers))
+        importlib.invalidate_caches()
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if missing := [module for module in REQUIRED if not _installed(module)]:
+        return refuse(f"not installed: {', '.join(missing)}; carry their wheels and give their folder as --wheels")
+    absent = {module: consequence for module, consequence in OPTIONAL.items() if not _installed(module)}
+    for name, consequence in absent.items():
+        print(f"not installed: {name}; {consequence}")
+
+    if options.rehearse:
+        environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+        tuned = out / "interpreter.json"
+    else:
+        import torch
+
+        from csrc_triton.launch import table_path
+
+        if not torch.cuda.is_available():
+            return refuse("no CUDA device is available; --rehearse shows the way without one")
+        tuned = table_path(torch.cuda.get_device_name())
+    state = run(todo, out, tuned, options.minutes * 60, environment)
+    print(summarize(todo, state, out, absent))
+    print(f"everything is in {out}")
+    return 0 if all(state.is_done(step) for step in todo) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

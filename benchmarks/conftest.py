@@ -28,7 +28,9 @@ def pytest_addoption(parser):
         help="set of shapes to measure (default here: %(default)s)",
     )
     parser.addoption(
-        "--resume", action="store_true", help="leave out what an earlier run with --resume and these records has finished"
+        "--resume",
+        action="store_true",
+        help="leave out what an earlier run with --resume and these records has finished",
     )
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from gluprune.bench import PAPER_RATIOS
+from gluprune.random_models import CONFIGS
 from gluprune.storage import ALIGNMENT
 
 # Hidden size and intermediate size.
-MODELS = {"llama-3.2-1b": (2048, 8192), "llama-3.2-3b": (3072, 8192), "llama-3.1-8b": (4096, 14336)}
-# The study (arXiv 2512.22671) removes these shares of the neurons.
-PAPER_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+MODELS = {name: (config.hidden_size, config.intermediate_size) for name, config in CONFIGS.items()}
 
 
 def paper_widths(dense: int) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ SETS = {
         dtype=torch.float32,
         models={"llama-3.2-1b": (2048, (8192, 7424, 7373, 4916, 4864))},
         tokens=(1, 128),
-        training_tokens=(128,),
+        training_tokens=(16,),
         repeats=5,
         copied_bytes=1 << 28,
         gemm_size=2048,

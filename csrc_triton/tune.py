@@ -113,9 +113,7 @@ def search(
     return result
 
 
-def launches(
-    M: int, H: int, IP: int, dtype: torch.dtype, sm: int, halves: Sequence[str] = HALVES
-) -> Iterator[Launch]:
+def launches(M: int, H: int, IP: int, dtype: torch.dtype, sm: int, halves: Sequence[str] = HALVES) -> Iterator[Launch]:
     """Launches that together hold every configuration that `search` may try."""
     for path in paths(M):
         start = launch.heuristic(path, M, H, IP, dtype, sm)
@@ -277,10 +275,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=list(launch.DTYPES))
     parser.add_argument("--out", type=Path, help="default: the package's table of this GPU")
     parser.add_argument(
-        "--paths-only", action="store_true", help="choose the path alone, with the heuristics' configurations: takes seconds"
+        "--paths-only",
+        action="store_true",
+        help="choose the path alone, with the heuristics' configurations: takes seconds",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal in Triton's interpreter, needs --out"
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a rehearsal in Triton's interpreter, needs --out",
     )
     options = parser.parse_args(argv)
     interpreted = options.device == "cpu"

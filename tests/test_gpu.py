@@ -137,4 +137,6 @@ def test_rehearsal(tmp_path):
     assert "| scores | done |" in (tmp_path / "summary.md").read_text()
     assert "## scores" in (tmp_path / "report.md").read_text()
     finished = (tmp_path / "records" / "scores" / "finished.txt").read_text().split()
-    assert len(finished) == 2 and all(line.startswith("benchmarks/test_scores.py::test_scores[tiny-I") for line in finished)
+    assert len(finished) == 2 and all(
+        line.startswith("benchmarks/test_scores.py::test_scores[tiny-I") for line in finished
+    )

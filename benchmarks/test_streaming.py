@@ -1,7 +1,8 @@
 """Pruning a checkpoint on the disk: time beside `cp` of the same folder, memory beside OptiPFair's load, prune, save.
 
 The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` says where. The disk is not identified:
-its speed shows in the time of `cp`.
+its speed shows in the time of `cp`. What gluprune writes is flushed to the disk within its time; `cp` and OptiPFair leave
+up to some GB of theirs in memory for the kernel to write later.
 """
 
 import json
@@ -22,7 +23,7 @@ from gluprune.records import Record
 from gluprune.shards import INDEX_FILE
 
 EXPANSION_RATIO = 2.4
-REPEATS = 3
+REPEATS = 5
 CASES = {
     "llama-3.2-1b": (10**9, ["cp", "gluprune", "optipfair"], 8e9),
     "llama-3.1-8b": (5 * 10**9, ["cp", "gluprune"], 45e9),

@@ -104,14 +104,20 @@ class Statistics:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path, layers: Sequence[int] | None = None) -> Statistics:
         """Read what `save` wrote; the tensors come to the CPU.
+
+        The file is mapped into memory, and read from the disk as far as the tensors are looked at.
+
+        Args:
+            path: the file.
+            layers: read those of these layers that are there; None means all.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not one that `save` wrote.
         """
-        layers: dict[int, dict[str, torch.Tensor]] = {}
+        found: dict[int, dict[str, torch.Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -119,10 +125,11 @@ class Statistics:
                     raise ValueError(f"{path} holds no calibration statistics of this version of gluprune")
                 for key in file.keys():  # noqa: SIM118 (a file, no dict)
                     layer, name = key.split(".")
-                    layers.setdefault(int(layer), {})[name] = file.get_tensor(key)
+                    if layers is None or int(layer) in layers:
+                        found.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{path} is no complete safetensors file: {error}") from None
-        return cls({layer: LayerStatistics(**layers[layer]) for layer in sorted(layers)}, int(metadata["tokens"]))
+        return cls({layer: LayerStatistics(**found[layer]) for layer in sorted(found)}, int(metadata["tokens"]))
 
 
 def calibrate(

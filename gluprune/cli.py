@@ -1,4 +1,4 @@
-"""The command line: `gluprune prune | info | bench | report | demo`."""
+"""The command line: `gluprune prune | calibrate | info | bench | report | demo`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ def _prune(arguments: argparse.Namespace) -> None:
         from gluprune.scores import CALIBRATED_SCORES
         from gluprune.streaming import prune_checkpoint
 
-        if arguments.compensate or arguments.score in CALIBRATED_SCORES:
-            raise ValueError(
-                f"{'--compensate' if arguments.compensate else f'score {arguments.score}'} needs --calibration FILE"
-            )
+        if arguments.statistics is None and (arguments.compensate or arguments.score in CALIBRATED_SCORES):
+            what = "--compensate" if arguments.compensate else f"score {arguments.score}"
+            raise ValueError(f"{what} needs --calibration FILE or --statistics FILE")
         report = prune_checkpoint(
-            arguments.source, arguments.out, **options, dry_run=arguments.dry_run, resume=arguments.resume
+            arguments.source,
+            arguments.out,
+            **options,
+            statistics=arguments.statistics,
+            compensate=arguments.compensate,
+            dry_run=arguments.dry_run,
+            resume=arguments.resume,
         )
     else:
-        if arguments.dry_run or arguments.resume:
-            raise ValueError("--dry-run and --resume work without calibration only, on the shards themselves")
+        if arguments.dry_run or arguments.resume or arguments.statistics:
+            raise ValueError("--dry-run, --resume and --statistics work without --calibration only, on the shards")
         report = _prune_in_memory(arguments, options)
     if arguments.json:
         print(json.dumps(report.to_dict()))
@@ -42,22 +47,43 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(report, "dry run: nothing was written" if arguments.dry_run else arguments.out, sep="\n")
 
 
-def _prune_in_memory(arguments: argparse.Namespace, options: dict):
+def _calibration(source: str, text_file: str):
+    """The model, its tokenizer, and batches of the text."""
     from transformers import AutoTokenizer
 
     from gluprune.calibration import batches_from_text
-    from gluprune.checkpoint import load, save
+    from gluprune.checkpoint import load
+
+    text = Path(text_file).read_text(encoding="utf-8")
+    model = load(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return model, tokenizer, batches_from_text(tokenizer, text)
+
+
+def _prune_in_memory(arguments: argparse.Namespace, options: dict):
+    from gluprune.checkpoint import save
     from gluprune.files import check_destination
     from gluprune.pruning import prune
 
     check_destination(arguments.out)
-    text = Path(arguments.calibration).read_text(encoding="utf-8")
-    model = load(arguments.source)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    batches = batches_from_text(tokenizer, text)
+    model, tokenizer, batches = _calibration(arguments.source, arguments.calibration)
     report = prune(model, **options, calibration=batches, compensate=arguments.compensate)
     save(model, arguments.out, tokenizer)
     return report
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from gluprune.calibration import calibrate
+
+    out = Path(arguments.out)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} must be a new file in a folder that exists")
+    model, _, batches = _calibration(arguments.model, arguments.text)
+    statistics = calibrate(model, batches, gram=arguments.gram)
+    statistics.save(out)
+    told = {"layers": len(statistics.layers), "tokens": statistics.tokens, "gram": arguments.gram, "file": str(out)}
+    text = f"{out}: statistics of {told['layers']} layers on {told['tokens']:,} tokens, {out.stat().st_size:,} bytes"
+    print(json.dumps(told) if arguments.json else text)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -174,13 +200,29 @@ def _parser() -> argparse.ArgumentParser:
         "--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)"
     )
     prune.add_argument("--layers", type=_layer_list, metavar="LIST", help="only these, such as 0,2,5-7 (default: all)")
-    calibrated = prune.add_argument_group("with calibration the whole model is loaded; without, one layer at a time")
-    calibrated.add_argument("--calibration", metavar="FILE", help="text to calibrate on, as UTF-8")
+    calibrated = prune.add_argument_group("calibration")
+    calibrated.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on; loads the whole model")
+    calibrated.add_argument("--statistics", metavar="FILE", help="what `gluprune calibrate` wrote, instead of a text")
     calibrated.add_argument("--compensate", action="store_true", help="re-solve down_proj on the calibration text")
-    streamed = prune.add_argument_group("without calibration")
+    streamed = prune.add_argument_group("without --calibration, one layer at a time is in memory")
     streamed.add_argument("--dry-run", action="store_true", help="say what would come out, write nothing")
     streamed.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     prune.set_defaults(run=_prune)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="write the statistics of a calibration text",
+        description="Run a text through a model once and write what its neurons did, for `prune --statistics`.",
+    )
+    calibrate.add_argument("model", help="model folder or Hub id")
+    calibrate.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="where to write; must not exist")
+    calibrate.add_argument(
+        "--gram",
+        action="store_true",
+        help="with the Gram matrices that --compensate needs: 4 bytes a pair of neurons, all layers in memory at once",
+    )
+    calibrate.set_defaults(run=_calibrate)
 
     info = commands.add_parser(
         "info",
@@ -255,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, info, bench, report, demo):
+    for command in (prune, calibrate, info, bench, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 

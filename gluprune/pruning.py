@@ -150,14 +150,19 @@ def score_layer(
     return values
 
 
-def _check_statistics(statistics: Statistics, glus: list[GLU], layers: Sequence[int], gram: bool) -> None:
+def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequence[int], gram: bool) -> None:
+    """The statistics are of the model whose layers have these widths.
+
+    Raises:
+        ValueError: a layer is missing or has another width, or `gram` is asked for and missing.
+    """
     for index in layers:
         if index not in statistics.layers:
             raise ValueError(f"the calibration statistics have no layer {index}: they have {list(statistics.layers)}")
-        layer, neurons = statistics.layers[index], glus[index].intermediate_size
-        if len(layer.squares) != neurons:
+        layer = statistics.layers[index]
+        if len(layer.squares) != widths[index]:
             raise ValueError(
-                f"layer {index} has {neurons} neurons, its calibration statistics are of {len(layer.squares)}:"
+                f"layer {index} has {widths[index]} neurons, its calibration statistics are of {len(layer.squares)}:"
                 " statistics are of the model before it is pruned"
             )
         if gram and layer.gram is None:
@@ -170,7 +175,7 @@ def _activations(
     if not isinstance(calibration, Statistics):
         yield from calibrate_in_passes(model, calibration, gram=gram, layers=layers)
         return
-    _check_statistics(calibration, glus, layers, gram)
+    check_statistics(calibration, [glu.intermediate_size for glu in glus], layers, gram)
     for index in layers:
         yield index, calibration.layers[index].to(glus[index].down.weight.device)
 

@@ -1,7 +1,8 @@
 """Prune a checkpoint on the disk, tensor by tensor, without building the model: memory for one layer's MLP is enough.
 
 The shards are copied one after the other, block by block, and MLP tensors are narrowed on the way. A layer is scored
-when the first of its tensors is due. What comes out equals pruning in memory and saving.
+when the first of its tensors is due. What comes out equals pruning in memory and saving. Scores that need calibration
+data, and the re-solved down projection, take it from the file of a pass that was made before.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import torch
 from tqdm.auto import tqdm
 
 from gluprune import files
+from gluprune.calibration import LayerStatistics, Statistics
+from gluprune.compensate import resolved_down
 from gluprune.families import Family, family_of_type
 from gluprune.files import check_destination, complete_folder
 from gluprune.narrow import width_entries
-from gluprune.pruning import PruneReport, check_layers, score_layer
-from gluprune.scores import STATIC_SCORES, static_score
+from gluprune.pruning import PruneReport, check_layers, check_statistics, score_layer
+from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
 from gluprune.shards import DTYPES, INDEX_FILE, Shard, StoredTensor, encode_header, read_checkpoint, read_json_object
 
@@ -102,18 +105,24 @@ def _read(tensor: StoredTensor, blocks: Iterable[torch.Tensor]) -> Iterator[torc
 
 def _reads_down(score: str) -> bool:
     """Whether a score depends on the down projection: if so, NaN there comes through."""
+    if score in CALIBRATED_SCORES:
+        return True
     ones = torch.ones(1, 2)
     return bool(static_score(score, ones, ones, torch.full((2, 1), math.nan)).isnan())
 
 
 @dataclass(frozen=True)
 class _OutputTensor:
-    """One tensor of the output: where it comes from, and the layer whose neurons it loses along `dim` (None: none)."""
+    """One tensor of the output: where it comes from, and the layer whose neurons it loses along `dim` (None: none).
+
+    resolved: it is a down projection to be solved anew for the neurons that stay.
+    """
 
     stored: StoredTensor
     shape: tuple[int, ...]
     layer: int | None = None
     dim: int = 0
+    resolved: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -126,6 +135,11 @@ class _OutputTensor:
             sizes = (min(_BLOCK_BYTES, stored.nbytes - start) for start in range(0, stored.nbytes, _BLOCK_BYTES))
             for block in _read(stored, (torch.empty(size, dtype=torch.uint8) for size in sizes)):
                 yield block.numpy()
+            return
+        if self.resolved:
+            weight = selector.resolved_down(self.layer, stored)
+            block_rows = max(1, _BLOCK_BYTES // (weight.shape[1] * stored.itemsize))
+            yield from (rows.view(_SAME_SIZE[stored.itemsize]).numpy() for rows in weight.split(block_rows))
             return
 
         kept = selector.kept_by(self.layer).numpy()
@@ -183,6 +197,8 @@ class _Plan:
     """Everything that is known before the first weight is read.
 
     mlps: the MLP tensors of every layer.
+    statistics: the file of the calibration pass, if one is looked at.
+    compensate: whether down projections are solved anew.
     shards, documents, copied: the output: shards, JSON files by name, and files taken over from the source.
     key: names the source in its present state together with what is to be done to it.
     """
@@ -190,6 +206,8 @@ class _Plan:
     folder: Path
     family: Family
     mlps: list[dict[str, StoredTensor]]
+    statistics: Path | None
+    compensate: bool
     shards: list[_OutputShard]
     documents: dict[str, bytes]
     copied: list[str]
@@ -336,9 +354,9 @@ def _other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]
     return copied, skipped
 
 
-def _fingerprint(shards: list[Path], recipe: dict) -> str:
-    """Changes when a shard is written to, moved or replaced, and when the recipe changes."""
-    states = [(str(path), stat.st_size, stat.st_mtime_ns) for path in shards for stat in [path.stat()]]
+def _fingerprint(read: list[Path], recipe: dict) -> str:
+    """Changes when a file that is read is written to, moved or replaced, and when the recipe changes."""
+    states = [(str(path), stat.st_size, stat.st_mtime_ns) for path in read for stat in [path.stat()]]
     return hashlib.sha256(json.dumps([states, recipe], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -346,7 +364,9 @@ def _json_bytes(document: dict) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: dict) -> _Plan:
+def _make_plan(
+    folder: Path, score: str, layers: Sequence[int] | None, target: dict, statistics: Path | None, compensate: bool
+) -> _Plan:
     sources = read_checkpoint(folder)
     stored = [tensor for shard in sources for tensor in shard.tensors]
     raw_config, config = _read_config(folder, len(stored))
@@ -363,6 +383,8 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
         raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
     original = before.pop()
     width = target_width(original, hidden_size, **target)
+    if statistics is not None:
+        check_statistics(Statistics.load(statistics), widths, indices, gram=compensate)
 
     pruned = {}
     for index in indices:
@@ -372,7 +394,7 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
             dim = 1 if name == f"{family.down}.weight" else 0
             shape = list(tensor.shape)
             shape[dim] = shape[dim] // original * width
-            pruned[tensor.name] = _OutputTensor(tensor, tuple(shape), index, dim)
+            pruned[tensor.name] = _OutputTensor(tensor, tuple(shape), index, dim, compensate and dim == 1)
             widths[index] = width
     shards = [_plan_shard(shard, pruned) for shard in sources]
 
@@ -403,9 +425,10 @@ def _make_plan(folder: Path, score: str, layers: Sequence[int] | None, target: d
         },
         skipped=skipped,
     )
-    recipe = {"score": score, "layers": indices, "width": width, "config": raw_config}
-    key = _fingerprint([shard.file for shard in sources], recipe)
-    return _Plan(folder, family, mlps, shards, documents, copied, key, report)
+    recipe = {"score": score, "layers": indices, "width": width, "compensate": compensate, "config": raw_config}
+    read = [shard.file for shard in sources] + ([] if statistics is None else [statistics])
+    key = _fingerprint(read, recipe)
+    return _Plan(folder, family, mlps, statistics, compensate, shards, documents, copied, key, report)
 
 
 class _Selector:
@@ -440,9 +463,23 @@ class _Selector:
             (self.held[stored.name],) = _read(stored, [_view(rest, stored.dtype, stored.shape)])
             rest = rest[_aligned(stored.nbytes) :]
         weights = _Weights.of(self._plan.family, list(self.held.values()))
-        kept = select(score_layer(self._plan.report.score, weights, layer), self._plan.report.intermediate_size)
+        score = score_layer(self._plan.report.score, weights, layer, self._activations(layer))
+        kept = select(score, self._plan.report.intermediate_size)
         files.write_file(file, [json.dumps(kept.tolist()).encode()])
         return kept
+
+    def _activations(self, layer: int) -> LayerStatistics | None:
+        if self._plan.statistics is None:
+            return None
+        return Statistics.load(self._plan.statistics, [layer]).layers[layer]
+
+    def resolved_down(self, layer: int, stored: StoredTensor) -> torch.Tensor:
+        """The stored down projection `[H, I]` of a layer, solved anew for the neurons that stay: `[H, width]`."""
+        kept = self.kept_by(layer)
+        down = self.held.get(stored.name)
+        if down is None:
+            (down,) = _read(stored, [torch.empty(stored.shape, dtype=DTYPES[stored.dtype])])
+        return resolved_down(down, kept, self._activations(layer).gram, f"layer {layer}")
 
 
 class _Weights(NamedTuple):
@@ -470,13 +507,13 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _ahead(items: Iterator, depth: int) -> Iterator:
+def _ahead(items: Iterator, depth: int, threads: int) -> Iterator:
     """The items of an iterator that a thread advances, up to `depth` items ahead: reading goes on while writing.
 
-    In that thread torch works alone: helpers that wait for one another would contend with the writing for the cores.
+    In that thread torch works with `threads` threads.
     """
     end, torch_threads = object(), torch.get_num_threads()
-    thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
     try:
         due = deque(thread.submit(next, items, end) for _ in range(depth))
         while (item := due.popleft().result()) is not end:
@@ -496,7 +533,9 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, {free:,} are free", str(folder.parent.parent))
     # Far enough ahead to write one layer while the next is scored; None ends a shard.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
-    chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth)
+    # Scoring takes less time than reading: helpers that wait for one another would contend with the writing for the cores.
+    threads = torch.get_num_threads() if plan.compensate else 1
+    chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth, threads)
     # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
     bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
     with closing(chunks), bar:
@@ -533,6 +572,8 @@ def prune_checkpoint(
     score: str = "maw",
     multiple_of: int = 128,
     layers: Sequence[int] | None = None,
+    statistics: str | Path | None = None,
+    compensate: bool = False,
     dry_run: bool = False,
     resume: bool = False,
 ) -> CheckpointReport:
@@ -548,7 +589,11 @@ def prune_checkpoint(
         source: a model folder, or a Hub id, which is downloaded first. It is never written to.
         destination: a folder that does not exist or is empty, outside the source.
         expansion_ratio, pruning_ratio, intermediate_size, multiple_of, layers: as in `prune`.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon" or "l2".
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation" and "hybrid".
+        statistics: the file of a calibration pass (`Statistics.save`, `gluprune calibrate`) over the same model, for the
+            calibrated scores and for `compensate`, otherwise not looked at. One layer of it is read at a time.
+        compensate: re-solve the down projections, as in `prune`; needs statistics with Gram matrices. Takes a few float32
+            matrices of `[I, I]` above the memory named above.
         dry_run: check headers and arguments and report what would come out; no weight is read, nothing is written.
         resume: go on where an earlier run with the same source and arguments stopped. Without it, begin anew.
 
@@ -557,21 +602,30 @@ def prune_checkpoint(
         TypeError: an argument of the wrong type.
         OSError: a file cannot be read or written (a full disk, say); the message names it.
     """
-    if not isinstance(score, str) or score not in STATIC_SCORES:
-        allowed = ", ".join(STATIC_SCORES)
+    if not isinstance(score, str) or score not in {**STATIC_SCORES, **CALIBRATED_SCORES}:
+        allowed = ", ".join([*STATIC_SCORES, *CALIBRATED_SCORES])
         raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {allowed}")
+    if not isinstance(compensate, bool):
+        raise TypeError(f"compensate must be True or False, got {compensate!r}")
+    if not compensate and score not in CALIBRATED_SCORES:
+        statistics = None
+    elif statistics is None:
+        what = "compensate=True" if compensate else f"score={score!r}"
+        raise ValueError(f"{what} needs calibration statistics: give statistics=")
     target = Path(destination).resolve()
     if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
         raise ValueError(f"output folder {destination} must lie outside the source {source}")
     check_destination(destination)
     ratios = {"expansion_ratio": expansion_ratio, "pruning_ratio": pruning_ratio}
     folder = _local_folder(source)
-    arguments = (folder, score, layers, {**ratios, "width": intermediate_size, "multiple_of": multiple_of})
+    statistics = None if statistics is None else Path(statistics).absolute()
+    widths = {**ratios, "width": intermediate_size, "multiple_of": multiple_of}
+    arguments = (folder, score, layers, widths, statistics, compensate)
     plan = _make_plan(*arguments)
     if dry_run:
         return plan.report
     with complete_folder(destination, plan.key, resume) as output:
         kept = _write(plan, output)
         if _make_plan(*arguments).key != plan.key:
-            raise ValueError(f"{folder} changed while it was read")
+            raise ValueError(f"{folder}{f' or {statistics}' if statistics else ''} changed while it was read")
     return replace(plan.report, kept=kept)

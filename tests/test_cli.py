@@ -26,7 +26,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["info"], ["bench"], ["report"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])
@@ -77,6 +77,30 @@ def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsy
     assert report["kept"] == {str(layer): kept.tolist() for layer, kept in expected.kept.items()}
     again = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """On the shards, from statistics, the same comes out as from the text in memory; both files are told apart."""
+    source, text, statistics = tmp_path / "source", tmp_path / "text.txt", tmp_path / "statistics"
+    gluprune.save(tiny_model(dtype=torch.bfloat16, seed=1, vocab_size=len(smollm2_tokenizer)), source, smollm2_tokenizer)
+    text.write_text((files("gluprune") / "data" / "demo_text.txt").read_text()[:20_000])
+    calibrating = ["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--gram", "--json"]
+    assert main(calibrating) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["layers"], told["gram"], told["file"]) == (3, True, str(statistics)) and told["tokens"] >= 512
+    assert main(calibrating) == 2 and "must be a new file" in capsys.readouterr().err
+
+    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "hybrid", "--compensate", "--json"]
+    reports, tensors = [], []
+    for how in (["--calibration", str(text)], ["--statistics", str(statistics)]):
+        out = tmp_path / how[0]
+        assert main(["prune", str(source), "--out", str(out), *arguments, *how]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+        tensors.append(AutoModelForCausalLM.from_pretrained(out).state_dict())
+    assert reports[0]["kept"] == reports[1]["kept"]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    assert main(["prune", str(source), "--out", str(tmp_path / "out"), *arguments, "--statistics", str(text)]) == 2
+    assert f"{text} is no complete safetensors file" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
@@ -134,10 +158,12 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
         (["--pruning-ratio", "0.4", "--intermediate-size", "64"], "got pruning_ratio=0.4 and intermediate_size=64"),
         (["--intermediate-size", "40"], "rounds to 0 with multiple_of=128"),
         (["--pruning-ratio", "0.4", "--score", "best"], "unknown score 'best'"),
-        (["--pruning-ratio", "0.4", "--score", "hybrid"], "score hybrid needs --calibration FILE"),
+        (["--pruning-ratio", "0.4", "--score", "hybrid"], "score hybrid needs --calibration FILE or --statistics"),
         (["--pruning-ratio", "0.4", "--compensate"], "--compensate needs --calibration FILE"),
         (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
-        (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without calibration only"),
+        (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without --calibration only"),
+        (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work without --calibration only"),
+        (["--intermediate-size", "64", "--multiple-of", "1", "--compensate", "--statistics", "absent.file"], "absent.file"),
         (["--pruning-ratio", "0.4", "--layers", "1,7", "--multiple-of", "1"], "layer index 7 is out of range"),
     ],
 )

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import huggingface_hub
 import hypothesis.strategies as st
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gluprune
 from gluprune import checkpoint, files, streaming
+from gluprune.calibration import Statistics, calibrate
 from gluprune.families import FAMILIES
 from gluprune.scores import STATIC_SCORES
 from gluprune.shards import INDEX_FILE, SINGLE_FILE, read_shard
@@ -154,6 +154,86 @@ def test_equals_pruning_in_memory(tmp_path, family, score, monkeypatch):
     assert {layer: kept.tolist() for layer, kept in report.kept.items()} == expected.to_dict()["kept"]
     ours, theirs = report.to_dict(), expected.to_dict()
     assert {key: ours[key] for key in theirs} == theirs
+
+
+def calibrated(source, file, gram=True, layers=None):
+    ids = torch.randint(1, 40, (3, 40), generator=torch.Generator().manual_seed(0))
+    calibrate(checkpoint.load(source), [ids], gram=gram, layers=layers).save(file)
+    return file
+
+
+CALIBRATED = [(family, "hybrid", True) for family in FAMILIES]
+CALIBRATED += [("phi3", "activation", False), ("llama", "activation", False), ("llama", "hybrid", False), ("llama", "maw", True)]
+
+
+@pytest.mark.parametrize("family, score, compensate", CALIBRATED)
+def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, compensate, monkeypatch):
+    monkeypatch.setattr(files, "fsync", lambda descriptor: None)  # slow, and tested elsewhere
+    source = tmp_path / "source"
+    tiny_model(family, DTYPES[len(family + score) % 3], seed=len(score)).save_pretrained(source)
+    reshard(source, 3, seed=len(family))
+    file = calibrated(source, tmp_path / "statistics", compensate)
+    arguments = dict(pruning_ratio=0.4, score=score, multiple_of=1, compensate=compensate)
+    expected = in_memory(source, tmp_path / "expected", calibration=Statistics.load(file), **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_BLOCK_BYTES", 777)
+        report = prune_checkpoint(source, tmp_path / "out", statistics=file, **arguments)
+    assert {layer: kept.tolist() for layer, kept in report.kept.items()} == expected.to_dict()["kept"]
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    assert_same_config(tmp_path / "out", tmp_path / "expected")
+    if compensate:
+        plain = prune_checkpoint(source, tmp_path / "plain", statistics=file, **{**arguments, "compensate": False})
+        assert plain.to_dict()["kept"] == report.to_dict()["kept"]
+        before, after = stored(tmp_path / "plain"), stored(tmp_path / "out")
+        changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
+        assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(LAYERS)}
+
+
+def test_statistics_that_do_not_fit(llama, tmp_path):
+    def refused(message, **arguments):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises((ValueError, OSError), match=message):
+            prune_checkpoint(llama, tmp_path / "out", **{"intermediate_size": 20, "multiple_of": 1, **arguments})
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+    some = calibrated(llama, tmp_path / "some", gram=False, layers=[0, 2])
+    refused(r"no layer 1: they have \[0, 2\]", score="hybrid", statistics=some)
+    refused("need.* statistics with Gram matrices", compensate=True, layers=[0], statistics=some)
+    refused("absent", compensate=True, statistics=tmp_path / "absent")
+    refused("holds no calibration statistics", score="hybrid", statistics=llama / SINGLE_FILE)
+    refused("config.json is no complete safetensors file", score="hybrid", statistics=llama / "config.json")
+    refused("score='hybrid' needs calibration statistics", score="hybrid")
+    refused("compensate=True needs calibration statistics", compensate=True)
+    with pytest.raises(TypeError, match="compensate must be True or False"):
+        prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, compensate=1)
+    prune_checkpoint(llama, tmp_path / "narrow", intermediate_size=20, multiple_of=1)
+    other = calibrated(tmp_path / "narrow", tmp_path / "other")
+    refused("layer 0 has 52 neurons, its calibration statistics are of 20", score="hybrid", statistics=other)
+    # A static score looks at none of it.
+    prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, statistics=tmp_path / "absent")
+    assert contents(tmp_path / "out") == contents(tmp_path / "narrow")
+
+
+def test_other_statistics_do_not_resume(llama, tmp_path, monkeypatch):
+    """What was written with one calibration is no beginning of a checkpoint with another."""
+    arguments = dict(intermediate_size=20, multiple_of=1, score="activation", statistics=tmp_path / "statistics")
+    calibrated(llama, tmp_path / "statistics", gram=False)
+
+    def interrupted(path, target):
+        if path.name == "checkpoint":
+            raise KeyboardInterrupt
+        os.rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "rename", interrupted)
+        prune_checkpoint(llama, tmp_path / "out", **arguments)
+    (first,) = tmp_path.glob(".out.*.partial")
+    statistics = Statistics.load(tmp_path / "statistics")
+    for layer in statistics.layers.values():
+        layer.squares = layer.squares.flip(0).contiguous()
+    statistics.save(tmp_path / "statistics")
+    report = prune_checkpoint(llama, tmp_path / "out", resume=True, **arguments)
+    assert report.kept[0].tolist() != json.loads((first / "selections" / "0.json").read_text())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -421,7 +501,7 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             prune_checkpoint(source, destination, **{"intermediate_size": 20, "multiple_of": 1, **arguments})
 
-    refused("unknown score 'activation'.*maw", score="activation")
+    refused("unknown score 'magnitude'.*maw.*hybrid", score="magnitude")
     refused("unknown score", score=lambda gate, up, down: gate.sum(1))
     refused("exactly one", pruning_ratio=0.5)
     refused("out of range", layers=[0, 3])

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gluprune import files, shards, streaming
 from gluprune.checkpoint import save
 from gluprune.files import complete_folder
-from gluprune.shards import INDEX_FILE, SINGLE_FILE, read_shard
+from gluprune.shards import INDEX_FILE, read_shard
 from gluprune.streaming import prune_checkpoint
 
 ARGUMENTS = dict(intermediate_size=20, multiple_of=1)
@@ -92,7 +92,7 @@ class FaultyCalls:
 def in_order(patch):
     """Small blocks, and none read ahead, so that the same calls come in the same order."""
     patch.setattr(streaming, "_BLOCK_BYTES", 700)
-    patch.setattr(streaming, "_ahead", lambda items, depth: items)
+    patch.setattr(streaming, "_ahead", lambda items, *_: items)
 
 
 @pytest.fixture

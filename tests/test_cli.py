@@ -82,7 +82,9 @@ def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsy
 def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     """On the shards, from statistics, the same comes out as from the text in memory; both files are told apart."""
     source, text, statistics = tmp_path / "source", tmp_path / "text.txt", tmp_path / "statistics"
-    gluprune.save(tiny_model(dtype=torch.bfloat16, seed=1, vocab_size=len(smollm2_tokenizer)), source, smollm2_tokenizer)
+    gluprune.save(
+        tiny_model(dtype=torch.bfloat16, seed=1, vocab_size=len(smollm2_tokenizer)), source, smollm2_tokenizer
+    )
     text.write_text((files("gluprune") / "data" / "demo_text.txt").read_text()[:20_000])
     calibrating = ["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--gram", "--json"]
     assert main(calibrating) == 0
@@ -163,7 +165,10 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
         (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without --calibration only"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work without --calibration only"),
-        (["--intermediate-size", "64", "--multiple-of", "1", "--compensate", "--statistics", "absent.file"], "absent.file"),
+        (
+            ["--intermediate-size", "64", "--multiple-of", "1", "--compensate", "--statistics", "absent.file"],
+            "absent.file",
+        ),
         (["--pruning-ratio", "0.4", "--layers", "1,7", "--multiple-of", "1"], "layer index 7 is out of range"),
     ],
 )

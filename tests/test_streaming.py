@@ -163,7 +163,12 @@ def calibrated(source, file, gram=True, layers=None):
 
 
 CALIBRATED = [(family, "hybrid", True) for family in FAMILIES]
-CALIBRATED += [("phi3", "activation", False), ("llama", "activation", False), ("llama", "hybrid", False), ("llama", "maw", True)]
+CALIBRATED += [
+    ("phi3", "activation", False),
+    ("llama", "activation", False),
+    ("llama", "hybrid", False),
+    ("llama", "maw", True),
+]
 
 
 @pytest.mark.parametrize("family, score, compensate", CALIBRATED)

@@ -41,7 +41,6 @@ REQUIRED = (
 OPTIONAL = {
     "liger_kernel": "both of Liger's MLPs are recorded as refusing",
     "flash_swiglu_mlp": "its MLP is recorded as refusing",
-    "optipfair": "pruning beside it is left out",
     "hypothesis": "the tests that use it cannot be collected",
 }
 

@@ -6,8 +6,8 @@ refuses the shape or the machine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from gluprune.storage import ALIGNMENT
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # gate, up [I, H], down [H, I]
 
 
-def _config(weights: Weights) -> LlamaConfig:
-    rows, columns = weights[0].shape
+@functools.lru_cache(maxsize=2)
+def _config(rows: int, columns: int) -> LlamaConfig:
     return LlamaConfig(hidden_size=columns, intermediate_size=rows, hidden_act="silu")
 
 
@@ -36,7 +36,7 @@ def _filled(module: nn.Module, weights: Weights) -> nn.Module:
 
 def eager(weights: Weights) -> nn.Module:
     with torch.device("meta"):
-        module = LlamaMLP(_config(weights))
+        module = LlamaMLP(_config(*weights[0].shape))
     return _filled(module, weights)
 
 
@@ -74,7 +74,7 @@ def liger_swiglu(weights: Weights) -> nn.Module:
     from liger_kernel.transformers import LigerSwiGLUMLP
 
     with torch.device("meta"):
-        module = LigerSwiGLUMLP(_config(weights))
+        module = LigerSwiGLUMLP(_config(*weights[0].shape))
     return _filled(module, weights)
 
 
@@ -82,7 +82,7 @@ def liger_fused(weights: Weights) -> nn.Module:
     from liger_kernel.transformers import LigerMLP
 
     with torch.device("meta"):
-        module = LigerMLP(_config(weights))
+        module = LigerMLP(_config(*weights[0].shape))
     return _filled(module, weights)
 
 
@@ -105,7 +105,7 @@ PROVIDERS: dict[str, Callable[[Weights], nn.Module]] = {
     "LigerSwiGLUMLP": liger_swiglu,
     "LigerMLP": liger_fused,
     "flash-swiglu-mlp": flash_swiglu,
-    "gluprune": partial(gluprune, backend="auto"),
-    "gluprune, cublas": partial(gluprune, backend="cublas"),
-    "gluprune, triton": partial(gluprune, backend="triton"),
+    "gluprune": functools.partial(gluprune, backend="auto"),
+    "gluprune, cublas": functools.partial(gluprune, backend="cublas"),
+    "gluprune, triton": functools.partial(gluprune, backend="triton"),
 }

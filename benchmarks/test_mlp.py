@@ -70,7 +70,7 @@ def measure(what, case, device, shapes, ceilings, keep):
     dtype, method = shapes.dtype, timing.method(device)
     torch.compiler.reset()  # past a limit of recompilations nothing would be compiled any more
     layer_bytes = 3 * H * I * dtype.itemsize
-    count = timing.layers_past_the_cache(layer_bytes, timing.last_level_cache(device))
+    count = shapes.layers or timing.layers_past_the_cache(layer_bytes, timing.last_level_cache(device))
     layers = random_layers(count, H, I, dtype, device)
     training = what == BACKWARD
     x = torch.randn(1, M, H, device=device).to(dtype).requires_grad_(training)

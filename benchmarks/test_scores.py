@@ -23,7 +23,7 @@ def measure(name, score_case, device, shapes, ceilings, keep):
     model, H, I = score_case
     dtype, method = shapes.dtype, timing.method(device)
     nbytes = (3 if name == "maw_gud" else 2) * H * I * dtype.itemsize
-    count = timing.layers_past_the_cache(nbytes, timing.last_level_cache(device))
+    count = shapes.layers or timing.layers_past_the_cache(nbytes, timing.last_level_cache(device))
     layers = random_layers(count, H, I, dtype, device)
     providers = {"plain PyTorch": plain, "gluprune": static_score}
     assert torch.equal(plain(name, *layers[0]), static_score(name, *layers[0]))

@@ -46,7 +46,7 @@ def test_floor_and_refusal(tmp_path):
 def test_committed_records_can_be_read():
     """Those of earlier versions too."""
     root = Path(__file__).parent.parent
-    for path in [*root.glob("benchmarks/results/*.jsonl"), *root.glob("evals/results/*.jsonl")]:
+    for path in [*root.glob("benchmarks/results/**/*.jsonl"), *root.glob("evals/results/**/*.jsonl")]:
         if path.name != "kernels_aot.jsonl":  # of the ahead-of-time check, which has lines of its own
             assert records.read(path), path
 

@@ -1,71 +1,76 @@
-"""Whole models at forced length: TTFT, TPOT, TTLT, tokens/s, peak memory and joules against the width.
+"""Whole models at forced length: TTFT, TPOT, TTLT and tokens/s against the width; on a GPU also memory and joules.
 
-On a GPU random weights of the shapes of Llama-3.2-1B and 3B, every width a test of its own (minutes: choose with `-k`). On a
-CPU SmolLM2-135M-Instruct. What is measured is what `gluprune bench` measures.
+The full set, which needs a GPU, takes random weights of the shapes of Llama-3.2-1B and 3B and does what `gluprune bench`
+does: every width is a test of its own, of minutes (choose with `-k`). SmolLM2-135M-Instruct is timed everywhere, its widths
+in turns, so that a busy moment of the machine meets all of them.
 """
 
 import functools
-import statistics
 
 import pytest
 
-from benchmarks.shapes import all_widths
-from gluprune.bench import Plan, Workload, bench_width, calibrated_meter
+from benchmarks.shapes import all_widths, paper_widths
+from gluprune import bench
+from gluprune.bench import Plan, Workload
 from gluprune.checkpoint import load
+from gluprune.generation import GenerationTiming, make_generator, time_generator
 from gluprune.random_models import CONFIGS, random_model
 from gluprune.smollm2 import NAME, smollm2_checkpoint
 
-DECODINGS = ("generate", "compiled", "graph")
-# By set of shapes: the plan, and the widths of each model.
-PLANS = {
-    "full": (
-        Plan(tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024)), DECODINGS),
-        {name: all_widths(CONFIGS[name].intermediate_size) for name in ("llama-3.2-1b", "llama-3.2-3b")},
-    ),
-    "reduced": (Plan((Workload(1, 128, 24),), ("generate",), repeats=9), {NAME: all_widths(1536)}),
-    "tiny": (
-        Plan((Workload(1, 8, 2),), ("generate",), repeats=1, energy_seconds=1, idle_seconds=1),
-        {NAME: [1536, 615]},
-    ),
-}
-
-
-def pytest_generate_tests(metafunc):
-    _, models = PLANS[metafunc.config.getoption("--shapes")]
-    metafunc.parametrize("name, width", [(name, width) for name, widths in models.items() for width in widths])
+PLAN = Plan(
+    workloads=tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024)),
+    decodings=("generate", "compiled", "graph"),
+)
+CASES = [
+    (name, width) for name in ("llama-3.2-1b", "llama-3.2-3b") for width in all_widths(CONFIGS[name].intermediate_size)
+]
+WORKLOAD = Workload(1, 128, 17)
+ROUNDS = {"full": 15, "reduced": 7, "tiny": 1}
 
 
 @functools.lru_cache(maxsize=1)
 def dense(name, dtype):
-    """The model in memory, one at a time, and what the records call it."""
-    if name == NAME:
-        return load(smollm2_checkpoint(), dtype=dtype).eval(), NAME
-    return random_model(name, dtype), f"{name}, random weights"
+    return random_model(name, dtype)
 
 
 @pytest.fixture(scope="module")
-def plan(request):
-    return PLANS[request.config.getoption("--shapes")][0]
-
-
-@pytest.fixture(scope="module")
-def meter_and_idle(device, plan):
+def meter_and_idle(device):
     """Measured once, before anything runs."""
-    return calibrated_meter(device, plan)
+    return bench.calibrated_meter(device, PLAN)
 
 
-def test_generation(benchmark, shapes, device, plan, meter_and_idle, keep, name, width):
-    if device.type != "cuda" and "graph" in plan.decodings:
-        pytest.skip("the full set of model benchmarks needs a CUDA device")
-    made = []
+@pytest.mark.large
+@pytest.mark.parametrize("name, width", CASES, ids=[f"{name}-I{width}" for name, width in CASES])
+def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width):
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
 
     def measure():
-        for records in bench_width(*dense(name, shapes.dtype), width, plan, device, *meter_and_idle):
-            made.extend(records)
+        model, label = dense(name, shapes.dtype), f"{name}, random weights"
+        for records in bench.bench_width(model, label, width, PLAN, device, *meter_and_idle):
             for record in records:
                 keep(record)
 
     benchmark.pedantic(measure, rounds=1)
-    for what in ("TTFT", "TPOT"):
-        values = [record.p50 for record in made if record.what == f"generation: {what}"]
-        benchmark.extra_info[f"{what}, ms, median of the cells"] = 1e3 * statistics.median(values)
+
+
+def test_smollm2(benchmark, request, shapes, device, keep):
+    model = load(smollm2_checkpoint(), dtype=shapes.dtype).eval()
+    original = model.config.intermediate_size
+    models = {width: bench.narrowed(model, width).to(device) for width in (original, *paper_widths(original))}
+    prompt = bench.random_prompts(models[original], WORKLOAD, seed=0, count=1)[0]
+    generators = {w: make_generator("generate", narrow, prompt, WORKLOAD.new_tokens) for w, narrow in models.items()}
+    timings = {width: [] for width in models}
+
+    def one_round():
+        for width, generator in generators.items():
+            timings[width].append(time_generator(generator, [prompt], WORKLOAD.new_tokens))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS[request.config.getoption("--shapes")])
+    for width, runs in timings.items():
+        ttfts, ttlts = zip(*((run.ttft, run.ttlt) for run in runs))
+        timing = GenerationTiming(WORKLOAD.batch, WORKLOAD.prompt, WORKLOAD.new_tokens, ttfts, ttlts)
+        common = bench.described(models[width], NAME, bench.STOCK, "generate", WORKLOAD)
+        for record in bench.timing_records(timing, common, bench.weight_bytes(models[width])):
+            keep(record)
+        benchmark.extra_info[f"{width} neurons, ms"] = f"TTFT {1e3 * timing.ttft:.1f}, TPOT {1e3 * timing.tpot:.2f}"

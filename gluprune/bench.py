@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from gluprune import plots
 from gluprune.energy import Energy, Meter, find_meter
 from gluprune.families import GLU, model_glus
-from gluprune.generation import Generator, make_generator, time_generator
+from gluprune.generation import GenerationTiming, Generator, make_generator, time_generator
 from gluprune.patching import fusion_status, patch
 from gluprune.pruning import prune
 from gluprune.records import Record
@@ -158,14 +158,19 @@ def bench_width(
     dense, name: str, width: int, plan: Plan, device: torch.device, meter: Meter, idle: Energy
 ) -> Iterator[list[Record]]:
     """Measure a model at one width: the records of each provider, way of decoding and workload in turn."""
-    model = copy.deepcopy(dense)
-    if width < model_glus(model)[0].intermediate_size:
-        prune(model, intermediate_size=width, multiple_of=1)
-    model.to(device)
+    model = narrowed(dense, width).to(device)
     for provider, decoding, workload in _cells(plan, device):
         if provider == OURS:
             patch(model)  # idempotent
         yield list(measure(model, name, provider, decoding, workload, plan, meter, idle))
+
+
+def narrowed(dense, width: int):
+    """A copy of a model with MLPs of `width` neurons."""
+    model = copy.deepcopy(dense)
+    if width < model_glus(model)[0].intermediate_size:
+        prune(model, intermediate_size=width, multiple_of=1)
+    return model
 
 
 def measure(
@@ -175,13 +180,8 @@ def measure(
 
     What the device or the decoding refuses becomes a record that says so.
     """
-    glu = model_glus(model)[0]
-    shape = {"model": name, "H": glu.hidden_size, "I": glu.intermediate_size, **workload.shape, "decoding": decoding}
-    fused = [entry.fused for entry in fusion_status(model)]
-    if provider == OURS and not all(fused):
-        provider = f"{OURS}, {sum(fused)} of {len(fused)} MLPs fused"
-    common = (provider, shape, model.dtype)
-    prompts = [prompt for seed in plan.seeds for prompt in _prompts(model, workload, seed, plan.repeats)]
+    common = described(model, name, provider, decoding, workload)
+    prompts = [prompt for seed in plan.seeds for prompt in random_prompts(model, workload, seed, plan.repeats)]
     memory = _PeakMemory(model)
     try:
         generator = make_generator(decoding, model, prompts[0], workload.new_tokens)
@@ -190,21 +190,38 @@ def measure(
         words = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
         yield Record.refused("generation: TTLT", *common, "s", words)
         return
-    read = {"nbytes": weight_bytes(model)}
-    rates = [workload.batch * workload.new_tokens / seconds for seconds in timing.ttlts]
-    yield Record.of("generation: TTFT", *common, "s", timing.ttfts, **read)
-    yield Record.of("generation: TPOT", *common, "s", timing.tpots, **read)
-    yield Record.of("generation: TTLT", *common, "s", timing.ttlts)
-    yield Record.of("generation: tokens per second", *common, "tokens/s", rates)
+    yield from timing_records(timing, common, weight_bytes(model))
     peak, method = memory.read(lambda: generator(prompts[0], workload.new_tokens, _nothing))
     yield _record_or_words("generation: peak memory", common, "B", peak, method)
     yield from _energy(generator, prompts[0], common, workload, plan, meter, idle)
 
 
+Description = tuple[str, dict[str, int | str], torch.dtype]  # provider, shape and dtype, as a record has them
+
+
+def described(model, name: str, provider: str, decoding: str, workload: Workload) -> Description:
+    """What the records of one model, way of decoding and workload have in common."""
+    glu = model_glus(model)[0]
+    shape = {"model": name, "H": glu.hidden_size, "I": glu.intermediate_size, **workload.shape, "decoding": decoding}
+    fused = [entry.fused for entry in fusion_status(model)]
+    if provider == OURS and not all(fused):
+        provider = f"{OURS}, {sum(fused)} of {len(fused)} MLPs fused"
+    return provider, shape, model.dtype
+
+
+def timing_records(timing: GenerationTiming, common: Description, nbytes: int) -> Iterator[Record]:
+    """The records of a timing; `nbytes` are those of the weights that a decode step reads."""
+    rates = [timing.batch * timing.new_tokens / seconds for seconds in timing.ttlts]
+    yield Record.of("generation: TTFT", *common, "s", timing.ttfts, nbytes=nbytes)
+    yield Record.of("generation: TPOT", *common, "s", timing.tpots, nbytes=nbytes)
+    yield Record.of("generation: TTLT", *common, "s", timing.ttlts)
+    yield Record.of("generation: tokens per second", *common, "tokens/s", rates)
+
+
 def _energy(
     generator: Generator,
     prompt: torch.Tensor,
-    common: tuple,
+    common: Description,
     workload: Workload,
     plan: Plan,
     meter: Meter,
@@ -226,7 +243,7 @@ def _energy(
     yield _record_or_words("generation: energy of the prefill", common, "J", joules, prefill.method)
 
 
-def _record_or_words(what: str, common: tuple, unit: str, value: float | None, method: str) -> Record:
+def _record_or_words(what: str, common: Description, unit: str, value: float | None, method: str) -> Record:
     if value is None:
         return Record.refused(what, *common, unit, method)
     return Record.of(what, *common, unit, [value], method=method)
@@ -236,7 +253,7 @@ def _nothing() -> None:
     pass
 
 
-def _prompts(model, workload: Workload, seed: int, count: int) -> list[torch.Tensor]:
+def random_prompts(model, workload: Workload, seed: int, count: int) -> list[torch.Tensor]:
     """Random token ids: at a forced length, time and energy do not depend on what is said."""
     generator = torch.Generator().manual_seed(seed)
     size, vocabulary = (count, workload.batch, workload.prompt), model.config.get_text_config().vocab_size

@@ -109,10 +109,31 @@ def section(records: Sequence[Record], out: Path) -> str:
                 *lines,
                 "",
             ]
-    if not tables:
-        return ""
-    note = "A dash under launches: no CUDA graph was measured beside it, and what launching takes is in the work per token."
-    return "\n".join(["## Where the difference comes from", "", note, "", *tables])
+    if tables:
+        note = "A dash under launches: no CUDA graph was measured beside, so that launching is in the work per token."
+        tables = ["## Where the difference comes from", "", note, "", *tables]
+    return "\n".join(tables + _against_bytes(records))
+
+
+def _against_bytes(records: Sequence[Record]) -> list[str]:
+    """Markdown lines: how much of what the bytes of the weights promise each width reaches."""
+    lines = []
+    for what in ("TTFT", "TPOT"):
+        figures = _figures(records, what)
+        for (conditions, width, provider, decoding), record in figures.items():
+            widest = max(w for c, w, p, d in figures if (c, p, d) == (conditions, provider, decoding))
+            dense = figures[conditions, widest, provider, decoding]
+            if dense is record or not (dense.nbytes and record.nbytes):
+                continue
+            gain, promise = dense.p50 / record.p50, dense.nbytes / record.nbytes
+            cells = (
+                f"{1e3 * dense.p50:.4g} | {1e3 * record.p50:.4g} | {gain:.3f} | {promise:.3f} | {gain / promise:.1%}"
+            )
+            lines.append(f"| {_title(conditions)} | {provider} | {decoding} | {what} | {width} | {cells} |")
+    if not lines:
+        return []
+    head = "run | provider | decoding | figure | neurons | dense, ms | this, ms | times as fast | ratio of the bytes | reached"
+    return ["## How close to the ratio of the bytes", "", f"| {head} |", "|---|---|---|---|" + "--:|" * 6, *lines, ""]
 
 
 _Key = tuple[tuple, int, str, str]  # conditions, intermediate size, provider, decoding

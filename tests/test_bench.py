@@ -8,6 +8,7 @@ import torch
 import gluprune
 from gluprune import bench
 from gluprune.bench import Plan, Workload
+from gluprune.checkpoint import build_empty
 from gluprune.cli import main
 from gluprune.energy import Energy, Meter, Unmetered
 from gluprune.families import model_glus
@@ -108,7 +109,7 @@ def test_what_a_decoding_refuses_is_recorded(tiny_model):
 
 def test_prompts_are_those_of_the_seeds(tiny_model):
     model = tiny_model()
-    one, again, other = (bench._prompts(model, Workload(2, 5, 4), seed, 3) for seed in (1, 1, 2))
+    one, again, other = (bench.random_prompts(model, Workload(2, 5, 4), seed, 3) for seed in (1, 1, 2))
     assert len(one) == 3 and one[0].shape == (2, 5)
     assert all(map(torch.equal, one, again)) and not any(map(torch.equal, one, other))
 
@@ -135,7 +136,7 @@ def test_default_plans_by_device():
 
 @pytest.mark.parametrize("name, parameters", [("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)])
 def test_shapes_are_those_of_the_real_models(name, parameters):
-    model = gluprune.checkpoint.build_empty(CONFIGS[name])
+    model = build_empty(CONFIGS[name])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 

@@ -116,6 +116,17 @@ def test_records_are_split_against_the_dense_models_plain_generate(tmp_path):
     assert markdown in report.write(records, tmp_path / "out").read_text()
 
 
+def test_gains_beside_the_ratio_of_the_bytes(tmp_path):
+    """Half of the bytes in 1 / 1.6 of the time: 80 % of what the bytes promise."""
+    shape = {"model": "m", "H": 8, "batch": 1, "prompt": 5, "new tokens": 11, "decoding": "generate"}
+    records = [
+        Record.of("generation: TPOT", "p", {**shape, "I": I}, torch.float32, "s", [seconds], nbytes=nbytes)
+        for I, seconds, nbytes in [(128, 0.016, 1000), (64, 0.010, 500)]
+    ]
+    row = explain.section(records, tmp_path).strip().splitlines()[-1]
+    assert row.split("|")[3:-1] == [" generate ", " TPOT ", " 64 ", " 16 ", " 10 ", " 1.600 ", " 2.000 ", " 80.0% "]
+
+
 def test_no_records_of_generation_no_section(tmp_path):
     assert explain.section([Record.of("copy", "torch", {"M": 1}, torch.float32, "s", [1.0])], tmp_path) == ""
 

@@ -130,7 +130,7 @@ def rehearsal() -> list[Step]:
         _benchmarks("mlp-tiny-M0001", "benchmarks/test_mlp.py", "forward and M0001 and I153", minutes=5),
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=3),
         _benchmarks("backward-tiny-M0016", "benchmarks/test_mlp.py", "backward and I153", minutes=5),
-        _benchmarks("model-tiny-615", "benchmarks/test_model.py", "615", minutes=8),
+        _benchmarks("model-tiny", "benchmarks/test_model.py", "smollm2", minutes=8),
     ]
     return [
         dataclasses.replace(step, arguments=step.arguments + tiny) if "--records" in step.arguments else step

@@ -31,10 +31,12 @@ def glu_mlp(
 ) -> torch.Tensor:
     """GLU MLP (Shazeer 2020, eq. 6) of `x` `[M, H]`; returns a new `[M, H]` tensor in x's dtype.
 
-    `gate_up` `[2, IP, H]` and `down` `[H, IP]` are contiguous, with rows (columns) `intermediate_size`..IP zero and IP
-    the intermediate size rounded up to 128; biases are `[I]`, `[I]`, `[H]` or None. All are bfloat16, float16 or
-    float32, of one dtype on one device. Sums are kept in float32 and are deterministic; float32 inputs are multiplied
-    in full precision unless `torch.backends.cuda.matmul.allow_tf32`. `x` may have any strides. No autograd.
+    `down` `[H, IP]` is contiguous, IP the intermediate size I rounded up to 128, with columns I..IP zero. `gate_up` is
+    `[2, IP, H]` with contiguous rows and the up half at least I rows after the gate half: the halves overlap in a
+    packed weight, whose up rows follow the gate rows at once. What its rows I..IP hold does not matter. Biases are
+    `[I]`, `[I]`, `[H]` or None. All are bfloat16, float16 or float32, of one dtype on one device. Sums are kept in
+    float32 and are deterministic; float32 inputs are multiplied in full precision unless
+    `torch.backends.cuda.matmul.allow_tf32`. `x` may have any strides. No autograd.
 
     `path` forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by shape and device.
     With one token on sm_90 and later, the kernel launched just before must not be writing the weights: they are
@@ -61,7 +63,7 @@ def plan_glu_mlp(
     x = _aligned(x)
     config = decision.gate_up
     if config is None:
-        h = plan_matmul(x, gate_up.view(-1, x.shape[1]), None)
+        h = plan_gate_up_matmul(x, gate_up)
         act = plan_act_mul(h.output, intermediate_size, activation, gate_bias, up_bias)
         hidden = Plan(act.output, h.calls + act.calls)
     else:
@@ -98,6 +100,14 @@ class MatmulCall:
             torch.mm(self.x, self.weight.t(), out=self.out)
         else:
             torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
+
+
+def plan_gate_up_matmul(x, gate_up) -> Plan:
+    """`[M, H]` -> `[M, 2 * IP]`: in one product, or in two where the halves do not follow each other."""
+    if gate_up.is_contiguous():
+        return plan_matmul(x, gate_up.flatten(0, 1), None)
+    h = torch.empty((x.shape[0], 2 * gate_up.shape[1]), dtype=x.dtype, device=x.device)
+    return Plan(h, [MatmulCall(x, weight, None, out) for weight, out in zip(gate_up, h.chunk(2, dim=1))])
 
 
 def plan_matmul(x, weight, bias) -> Plan:
@@ -163,5 +173,13 @@ def _check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, 
             raise ValueError(f"{name} must be {list(shape)} (H {H}, intermediate size {I}), got {list(tensor.shape)}")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise TypeError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % 16 and name in ("gate_up", "down"):
+        plain = tensor.is_contiguous() if name != "gate_up" else _has_halves(tensor, I)
+        if not plain or tensor.data_ptr() % 16 and name in ("gate_up", "down"):
             raise ValueError(f"{name} must be contiguous from a 16-byte boundary, got strides {tensor.stride()}")
+
+
+def _has_halves(gate_up: torch.Tensor, intermediate_size: int) -> bool:
+    """Whether both halves are contiguous and whole rows apart, with room for the gate rows in between."""
+    H = gate_up.shape[2]
+    apart = gate_up.stride(0)
+    return gate_up[0].is_contiguous() and apart % H == 0 and apart >= intermediate_size * H

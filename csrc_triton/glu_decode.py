@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from .activations import glu, load_bias
-from .launch import GateUpGemv, GateUpSwap, KernelCall, Plan, input_precision, uses_pdl
+from .launch import GateUpGemv, GateUpSwap, KernelCall, Plan, first_up_row, input_precision, uses_pdl
 
 
-@triton.jit(do_not_specialize=["I"])
+@triton.jit(do_not_specialize=["I", "UP"])
 def gate_up_gemv_kernel(
     x,
     gate_up,
@@ -22,7 +22,7 @@ def gate_up_gemv_kernel(
     gate_bias,
     up_bias,
     I,
-    IP,
+    UP,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -33,7 +33,7 @@ def gate_up_gemv_kernel(
     columns = tl.arange(0, BLOCK_H)[None, :]  # [1, BLOCK_H]
     rows = neurons.to(tl.int64)[:, None]
     gate_ptrs = gate_up + rows * H + columns  # [BLOCK_N, BLOCK_H]
-    up_ptrs = gate_up + (IP + rows) * H + columns
+    up_ptrs = gate_up + (UP + rows) * H + columns
     # x takes the shape of a weight tile: loaded in the same layout, it needs no exchange through shared memory.
     x_ptrs = x + (rows * 0) + columns
     if H == BLOCK_H:
@@ -72,7 +72,15 @@ def plan_gate_up_gemv(x, gate_up, intermediate_size, activation, gate_bias, up_b
     call = KernelCall(
         gate_up_gemv_kernel,
         (IP // config.block_n,),
-        dict(x=x, gate_up=gate_up, a=a, gate_bias=gate_bias, up_bias=up_bias, I=intermediate_size, IP=IP),
+        dict(
+            x=x,
+            gate_up=gate_up,
+            a=a,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            I=intermediate_size,
+            UP=first_up_row(gate_up),
+        ),
         dict(H=H, BLOCK_H=triton.next_power_of_2(H), BLOCK_N=config.block_n, ACTIVATION=activation, PDL=pdl),
         num_warps=config.num_warps,
         num_stages=1,
@@ -81,7 +89,7 @@ def plan_gate_up_gemv(x, gate_up, intermediate_size, activation, gate_bias, up_b
     return Plan(a, [call])
 
 
-@triton.jit(do_not_specialize=["M", "I"])
+@triton.jit(do_not_specialize=["M", "I", "UP"])
 def gate_up_swap_kernel(
     x,
     gate_up,
@@ -91,6 +99,7 @@ def gate_up_swap_kernel(
     M,
     I,
     IP,
+    UP,
     H,
     stride_x,
     BLOCK_M: tl.constexpr,
@@ -107,9 +116,9 @@ def gate_up_swap_kernel(
     # Eight gate rows, then the up rows of the same eight neurons, and so on: one dot for both, and the matrix unit
     # leaves both results of a neuron in one thread.
     r = tl.arange(0, 2 * BLOCK_N)
-    rows = first + (r // 16) * 8 + r % 8 + (r // 8 % 2) * IP  # [2 * BLOCK_N]
+    rows = (r // 16) * 8 + r % 8 + (r // 8 % 2) * UP  # [2 * BLOCK_N], from the first gate row on
     columns = tl.arange(0, BLOCK_K)[None, :]
-    w_ptrs = gate_up + rows.to(tl.int64)[:, None] * H + columns  # [2 * BLOCK_N, BLOCK_K]
+    w_ptrs = gate_up + first.to(tl.int64) * H + rows.to(tl.int64)[:, None] * H + columns  # [2 * BLOCK_N, BLOCK_K]
     # Rows past M read the last row again: unmasked loads, and the results are not stored.
     x_ptrs = x + tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * stride_x + columns  # [BLOCK_M, BLOCK_K]
     acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
@@ -158,6 +167,7 @@ def plan_gate_up_swap(x, gate_up, intermediate_size, activation, gate_bias, up_b
             M=M,
             I=intermediate_size,
             IP=IP,
+            UP=first_up_row(gate_up),
             H=H,
             stride_x=x.stride(0),
         ),

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import glu, load_bias
-from .launch import GateUpTile, GateUpTma, KernelCall, Plan, input_precision, multiprocessors
+from .launch import GateUpTile, GateUpTma, KernelCall, Plan, first_up_row, input_precision, multiprocessors
 
 # Tiles are visited in groups of this many rows of tiles, so that neighbours in time share weights and tokens in the L2.
 GROUP_M = 8
@@ -37,7 +37,7 @@ def glu_tile(gate, up, gate_bias, up_bias, neurons, I, ACTIVATION: tl.constexpr)
     return tl.where(neurons[None, :] < I, glu(gate, up, ACTIVATION), 0.0)
 
 
-@triton.jit(do_not_specialize=["M", "I"])
+@triton.jit(do_not_specialize=["M", "I", "UP"])
 def gate_up_tile_kernel(
     x,
     gate_up,
@@ -47,6 +47,7 @@ def gate_up_tile_kernel(
     M,
     I,
     IP,
+    UP,
     H,
     stride_x,
     BLOCK_M: tl.constexpr,
@@ -64,7 +65,7 @@ def gate_up_tile_kernel(
     # Rows past M read the last row again: unmasked loads, and the results are not stored.
     x_ptrs = x + tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * stride_x + columns  # [BLOCK_M, BLOCK_K]
     gate_ptrs = gate_up + neurons.to(tl.int64)[:, None] * H + columns  # [BLOCK_N, BLOCK_K]
-    up_ptrs = gate_up + (IP + neurons).to(tl.int64)[:, None] * H + columns
+    up_ptrs = gate_up + (UP + neurons).to(tl.int64)[:, None] * H + columns
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, H, BLOCK_K):
@@ -90,7 +91,7 @@ def gate_up_tile_kernel(
 def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpTile) -> Plan:
     """`[M, H]` -> `[M, IP]`, one tile of the result a program, ordinary pointers: every chip and every H."""
     M = x.shape[0]
-    _, IP, H = gate_up.shape
+    (_, IP, H), UP = gate_up.shape, first_up_row(gate_up)
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)
     call = KernelCall(
         gate_up_tile_kernel,
@@ -104,6 +105,7 @@ def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_b
             M=M,
             I=intermediate_size,
             IP=IP,
+            UP=UP,
             H=H,
             stride_x=x.stride(0),
         ),
@@ -122,7 +124,7 @@ def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_b
     return Plan(a, [call])
 
 
-@triton.jit(do_not_specialize=["M", "I"])
+@triton.jit(do_not_specialize=["M", "I", "UP"])
 def gate_up_tma_kernel(
     x,
     gate_up,
@@ -132,6 +134,7 @@ def gate_up_tma_kernel(
     M,
     I,
     IP,
+    UP,
     H,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,7 +154,7 @@ def gate_up_tma_kernel(
         for k in range(0, H, BLOCK_K):
             x_tile = x.load([token, k])  # [BLOCK_M, BLOCK_K]
             gate_w = gate_up.load([neuron, k])  # [BLOCK_N, BLOCK_K]
-            up_w = gate_up.load([IP + neuron, k])
+            up_w = gate_up.load([UP + neuron, k])
             gate = tl.dot(x_tile, gate_w.T, gate, input_precision=INPUT_PRECISION)
             up = tl.dot(x_tile, up_w.T, up, input_precision=INPUT_PRECISION)
         out = glu_tile(gate, up, gate_bias, up_bias, neuron + tl.arange(0, BLOCK_N), I, ACTIVATION)
@@ -167,21 +170,23 @@ def plan_gate_up_tma(
     16-byte boundaries.
     """
     M = x.shape[0]
-    _, IP, H = gate_up.shape
+    (_, IP, H), UP = gate_up.shape, first_up_row(gate_up)
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)
+    weights = gate_up.as_strided((UP + IP, H), (H, 1))  # both halves, which may overlap
     tiles = triton.cdiv(M, config.block_m) * (IP // config.block_n)
     call = KernelCall(
         gate_up_tma_kernel,
         (min(tiles, multiprocessors(x.device, sm)),),
         dict(
             x=TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-            gate_up=TensorDescriptor.from_tensor(gate_up.view(2 * IP, H), [config.block_n, config.block_k]),
+            gate_up=TensorDescriptor.from_tensor(weights, [config.block_n, config.block_k]),
             a=TensorDescriptor.from_tensor(a, [config.block_m, config.block_n]),
             gate_bias=gate_bias,
             up_bias=up_bias,
             M=M,
             I=intermediate_size,
             IP=IP,
+            UP=UP,
             H=H,
         ),
         dict(

@@ -202,6 +202,11 @@ def rows_aligned(columns: int, dtype: torch.dtype) -> bool:
     return columns * dtype.itemsize % 16 == 0
 
 
+def first_up_row(gate_up: torch.Tensor) -> int:
+    """Rows from the first gate row of a `[2, IP, H]` buffer to its first up row."""
+    return gate_up.stride(0) // gate_up.shape[2]
+
+
 # --- the chooser ---
 
 

@@ -83,7 +83,8 @@ def info(path: str | Path) -> ModelInfo:
     glus = model_glus(model)
     widths = layer_widths(config)
     prospect = fusion_prospect(model)
-    mlp_parameters = sum(p.numel() for glu in glus for projection in glu.projections.values() for p in projection.parameters())
+    projections = [projection for glu in glus for projection in glu.projections.values()]
+    mlp_parameters = sum(parameter.numel() for projection in projections for parameter in projection.parameters())
     parameters = count_parameters(model)
     item_size = model.dtype.itemsize
     return ModelInfo(

@@ -102,8 +102,8 @@ def glu_mlp(
     """`down(act(gate(x)) * up(x))`, the GLU MLP of Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
 
     Args:
-        x: `[..., H]`; gate_weight, up_weight: `[I, H]`; down_weight: `[H, I]`; biases: `[I]`, `[I]`, `[H]` or None; of one
-            floating dtype on one device. Kernels take bf16, fp16 and fp32.
+        x: `[..., H]`; gate_weight, up_weight: `[I, H]`; down_weight: `[H, I]`; biases: `[I]`, `[I]`, `[H]` or None; of
+            one floating dtype on one device. Kernels take bf16, fp16 and fp32.
         activation: "silu" or "gelu_tanh".
         backend: "auto" (on CUDA the faster one), "triton", "cublas" or "torch".
 
@@ -138,7 +138,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    """The eager gradients; gate and up are computed again from x, so nothing of width I is kept for the backward pass."""
+    """The eager gradients; gate and up are computed again from x: nothing of width I is kept for the backward pass."""
     x, gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = ctx.saved_tensors
     needs = ctx.needs_input_grad
     gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)

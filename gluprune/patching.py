@@ -1,9 +1,9 @@
 """`patch`: turn a loaded model's GLU MLPs into the fused operator, and `unpatch`: turn them back.
 
 An MLP's class becomes a subclass of what it was, with another `forward`; nothing is rebound for other models, and the
-module tree, the parameters, their names and the state dict stay. The fused path is taken only where it computes the same
-thing. That is decided anew at every call, so hooks, adapters, autocast, offloading or sharding may come and go at any
-time: while they are there, the MLP calls its modules as it always did.
+module tree, the parameters, their names and the state dict stay. The fused path is taken only where it computes the
+same thing. That is decided anew at every call, so hooks, adapters, autocast, offloading or sharding may come and go at
+any time: while they are there, the MLP calls its modules as it always did.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from gluprune import ops, storage
-from gluprune.families import FAMILIES, Family
+from gluprune.families import FAMILIES, GLU, Family
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MLPStatus:
 
 
 class FusedGLU:
-    """What a patched MLP's class adds to the original class. All it knows is in the class: the instance holds nothing."""
+    """What a patched MLP's class adds to the original class. All it knows is in the class, nothing in the instance."""
 
     original_class: type[nn.Module]
     family: Family
@@ -128,14 +128,14 @@ def _runs_forward_of(module: nn.Module, owner: type) -> bool:
     attributes = module.__dict__
     if "forward" not in attributes:
         return True
-    # accelerate wraps every module of a model that is split over devices, only to move its inputs to where they are already
-    # (or, to offload, to bring weights from the meta device, where an MLP finds them too).
+    # accelerate wraps every module of a model that is split over devices, only to move its inputs to where they are
+    # already (or, to offload, to bring weights from the meta device, where an MLP finds them too).
     wrapped = type(attributes.get("_hf_hook")) is AlignDevicesHook
     return getattr(attributes["_old_forward" if wrapped else "forward"], "__func__", None) is owner.forward
 
 
 def _obstacle(mlp: nn.Module) -> str | None:
-    """Why calling the modules of a patched MLP could differ from the fused operator on their weights; None if it cannot."""
+    """Why calling a patched MLP's modules could differ from the fused operator on their weights; None if it cannot."""
     family = mlp.family
     activation = getattr(mlp, family.activation)
     if type(activation) not in _ACTIVATION_OF_CLASS:
@@ -162,13 +162,6 @@ def _obstacle(mlp: nn.Module) -> str | None:
             return "the weights differ in dtype, device or kind"
     if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
         return "the weights' shapes do not fit together"
-    return _unfit_width(family, gate.shape[0])
-
-
-def _unfit_width(family: Family, width: int) -> str | None:
-    """Why an MLP of a family cannot be aligned at a width; None if it can."""
-    if family.packed and width % storage.ALIGNMENT:
-        return f"the packed projection's width {width} is no multiple of {storage.ALIGNMENT}"
     return None
 
 
@@ -207,24 +200,26 @@ def _unsupported_activation(activation: object) -> str:
 def _settle(mlp: nn.Module) -> None:
     """Bring the weights of a patched MLP into the storage that its backend, device and mode want."""
     for parameter in mlp.parameters():
-        # The rows of a padded down projection have gaps between them, which fused optimizers refuse on CUDA and overrun on
-        # the CPU: such an MLP trains on plain weights.
+        # The rows of a padded down projection have gaps between them, which fused optimizers refuse on CUDA and overrun
+        # on the CPU: such an MLP trains on plain weights.
         if not ops.uses_kernels(mlp.backend, parameter.device) or (mlp.training and not parameter.is_contiguous()):
             storage.separate(parameter)
-    if _obstacle(mlp) is not None or mlp.family.packed:
+    if _obstacle(mlp) is not None:
         return
-    gate, up, down, *_ = _operands(mlp)
+    weights = [projection.weight for projection in GLU(mlp.family, mlp).projections.values()]
+    *_, down = weights
     if not ops.uses_kernels(mlp.backend, down.device) or (mlp.training and down.shape[1] % storage.ALIGNMENT):
         return
-    if all(storage.is_alone(weight) for weight in (gate, up, down)):
-        storage.align(gate, up, down)
+    if all(map(storage.is_alone, weights)):
+        align = storage.align_packed if mlp.family.packed else storage.align
+        align(*weights)
 
 
 # --- finding and changing MLPs ---
 
 
 def _glu_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of the table that a module is an instance of, whether or not patched or of a subclass; None if of none."""
+    """The class of the table that a module is an instance of, patched or of a subclass as well; None if of none."""
     for owner in type(module).__mro__:
         if owner.__name__ in _FAMILY_OF_CLASS and owner.__module__.startswith("transformers.models."):
             return owner
@@ -280,14 +275,15 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
 
     Works on whatever holds MLP classes of `gluprune.families.FAMILIES` (a causal LM, its bare decoder, a wrapped model)
     and touches only them. Where kernels run, the weights move into aligned storage (`gluprune.storage`), one layer at a
-    time: no weight exists twice, and checkpoints are saved bit for bit as before. On the CPU, and wherever hooks, adapters,
-    autocast, quantized, offloaded or sharded weights are found at a call, an MLP calls its modules as it did unpatched.
-    Writes one line to the log; `fusion_status` tells the same as data. Patch again after other code has replaced weights.
+    time: no weight exists twice, and checkpoints are saved bit for bit as before. On the CPU, and wherever hooks,
+    adapters, autocast, quantized, offloaded or sharded weights are found at a call, an MLP calls its modules as it did
+    unpatched. Writes one line to the log; `fusion_status` tells the same as data. Patch again after other code has
+    replaced weights.
 
     Args:
         model: changed in place.
-        backend: "auto" (kernels on CUDA, Triton or cuBLAS by shape; PyTorch elsewhere), "triton", "cublas" (either where
-            kernels can run) or "torch" (PyTorch everywhere).
+        backend: "auto" (kernels on CUDA, Triton or cuBLAS by shape; PyTorch elsewhere), "triton", "cublas" (either
+            where kernels can run) or "torch" (PyTorch everywhere).
 
     Returns:
         The model.
@@ -377,12 +373,11 @@ def fusion_status(model: nn.Module) -> list[MLPStatus]:
 def fusion_prospect(model: nn.Module) -> list[MLPStatus]:
     """For every GLU MLP of a supported family, in order: whether `patch` would fuse it where kernels run, and why not.
 
-    Looks at classes and shapes alone, so that a model on the meta device will do.
+    Looks at classes alone, so that a model on the meta device will do.
     """
     prospect = []
     for name, mlp in _find_glus(model):
-        family = _FAMILY_OF_CLASS[_glu_class(mlp).__name__]
-        reason = _why_left(mlp) or _unfit_width(family, getattr(mlp, family.down).in_features) or ""
+        reason = _why_left(mlp) or ""
         prospect.append(MLPStatus(name, fused=not reason, reason=reason))
     return prospect
 

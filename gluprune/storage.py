@@ -6,8 +6,10 @@ such as 4916 or 7373 do not give. So the weights become views of two zero-padded
     gate_up [2, IP, H]    gate = gate_up[0, :I]    up = gate_up[1, :I]
     down    [H, IP]       down = down[:, :I]
 
-with IP the intermediate size I rounded up to 128. Zero rows and columns add exactly nothing. The parameters stay what
-they were for everybody else: same objects, names, shapes and values.
+with IP the intermediate size I rounded up to 128. Zero rows and columns add exactly nothing. A packed gate_up weight
+`[2 * I, H]` must stay contiguous, so its buffer is `[I + IP, H]`: the up rows follow the gate rows at once, and kernels
+compute no neuron from I on. The parameters stay what they were for everybody else: same objects, names, shapes and
+values.
 
 The layout is told from the weights alone, by strides, offsets and the size of the storage, so nothing can go stale when
 somebody replaces a weight. A storage ends in IP - I more elements: its size alone then says which I its padding is
@@ -30,6 +32,12 @@ def _elements(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
+def _gate_up_elements(rows: int, columns: int, first_up_row: int) -> int:
+    """Elements of the storage of a gate_up buffer."""
+    padded = padded_width(rows)
+    return (first_up_row + padded) * columns + padded - rows
+
+
 def _is_half(weight: torch.Tensor, half: int) -> bool:
     """Whether `weight` `[I, H]` is the gate (0) or up (1) half of a gate_up buffer."""
     rows, columns = weight.shape
@@ -37,14 +45,32 @@ def _is_half(weight: torch.Tensor, half: int) -> bool:
     return (
         weight.storage_offset() == half * padded * columns
         and weight.is_contiguous()
-        and _elements(weight) == 2 * padded * columns + padded - rows
+        and _elements(weight) == _gate_up_elements(rows, columns, padded)
     )
 
 
-def _share_gate_up(gate: torch.Tensor, up: torch.Tensor) -> bool:
-    """Whether `gate` and `up` are the halves of the same buffer."""
-    same = gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-    return same and _is_half(gate, 0) and _is_half(up, 1)
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Whether `weight` `[2 * I, H]` fills a packed gate_up buffer but for its padding."""
+    rows, columns = weight.shape
+    return (
+        weight.storage_offset() == 0
+        and weight.is_contiguous()
+        and rows % 2 == 0
+        and _elements(weight) == _gate_up_elements(rows // 2, columns, rows // 2)
+    )
+
+
+def _first_up_row(gate: torch.Tensor, up: torch.Tensor) -> int | None:
+    """The row of a gate_up buffer where up begins; None if `gate` and `up` `[I, H]` are not the halves of one."""
+    rows, columns = gate.shape
+    if gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
+        return None
+    if _is_half(gate, 0) and _is_half(up, 1):
+        return padded_width(rows)
+    plain = gate.storage_offset() == 0 and gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
+    if plain and up.storage_offset() == rows * columns and _elements(gate) == _gate_up_elements(rows, columns, rows):
+        return rows
+    return None
 
 
 def _is_padded_down(weight: torch.Tensor) -> bool:
@@ -64,17 +90,18 @@ def padded_buffers(
     """The buffers that aligned weights are views of, as further views of the same memory.
 
     Args:
-        gate, up: `[I, H]`; down: `[H, I]`. A packed weight `[2 * I, H]` whose I is a multiple of 128 is aligned as it is:
-            pass its halves.
+        gate, up: `[I, H]`, the halves of a packed weight if there is one; down: `[H, I]`.
 
     Returns:
-        gate_up `[2, IP, H]` and down `[H, IP]`, contiguous, or None if the weights are not in the aligned layout.
+        gate_up `[2, IP, H]` and down `[H, IP]`, contiguous but for a packed gate_up, whose halves overlap; or None if the
+        weights are not in the aligned layout.
     """
-    if not (_share_gate_up(gate, up) and _is_padded_down(down)):
+    first_up_row = _first_up_row(gate, up)
+    if first_up_row is None or not _is_padded_down(down):
         return None
     columns, padded = gate.shape[1], padded_width(gate.shape[0])
     return (
-        gate.detach().as_strided((2, padded, columns), (padded * columns, columns, 1)),
+        gate.detach().as_strided((2, padded, columns), (first_up_row * columns, columns, 1)),
         down.detach().as_strided((columns, padded), (padded, 1), 0),
     )
 
@@ -95,26 +122,44 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
 def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
     """Move separate weights into the aligned layout, in place; does nothing to weights that are in it.
 
-    The Parameter objects stay; only their `data` changes. Above the weights themselves this takes the memory of gate and up
-    of this one layer, for a moment.
+    The Parameter objects stay; only their `data` changes. Above the weights themselves this takes the memory of gate
+    and up of this one layer, for a moment.
 
     Args:
         gate, up: `[I, H]`; down: `[H, I]`; of one dtype on one device.
     """
-    if is_aligned(gate, up, down):
-        return
     (rows, columns), padded = gate.shape, padded_width(gate.shape[0])
-    if not _share_gate_up(gate, up):
+    if _first_up_row(gate, up) is None:
         gate_up = _empty_buffer(gate, (2, padded, columns), padded - rows)
         for half, weight in zip(gate_up, (gate, up)):
             half[:rows].copy_(weight)
             half[rows:].zero_()
             weight.data = half[:rows]
-    if not _is_padded_down(down):
-        buffer = _empty_buffer(down, (columns, padded), padded - rows)
-        buffer[:, :rows].copy_(down)
-        buffer[:, rows:].zero_()
-        down.data = buffer[:, :rows]
+    _align_down(down)
+
+
+@torch.no_grad()
+def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
+    """`align` for a packed gate_up `[2 * I, H]`."""
+    (rows, columns), width = gate_up.shape, down.shape[1]
+    padded = padded_width(width)
+    if not _is_packed(gate_up):
+        buffer = _empty_buffer(gate_up, (width + padded, columns), padded - width)
+        buffer[:rows].copy_(gate_up)
+        buffer[rows:].zero_()
+        gate_up.data = buffer[:rows]
+    _align_down(down)
+
+
+def _align_down(down: torch.nn.Parameter) -> None:
+    if _is_padded_down(down):
+        return
+    rows, columns = down.shape
+    padded = padded_width(columns)
+    buffer = _empty_buffer(down, (rows, padded), padded - columns)
+    buffer[:, :columns].copy_(down)
+    buffer[:, columns:].zero_()
+    down.data = buffer[:, :columns]
 
 
 def _fills_storage(weight: torch.Tensor) -> bool:
@@ -125,7 +170,7 @@ def is_view(weight: torch.Tensor) -> bool:
     """Whether a parameter is a view into an aligned buffer that holds more than it."""
     if type(weight) is not torch.nn.Parameter or weight.dim() != 2 or _fills_storage(weight):
         return False
-    return _is_half(weight, 0) or _is_half(weight, 1) or _is_padded_down(weight)
+    return _is_half(weight, 0) or _is_half(weight, 1) or _is_packed(weight) or _is_padded_down(weight)
 
 
 def is_alone(weight: torch.nn.Parameter) -> bool:
@@ -138,7 +183,7 @@ def is_alone(weight: torch.nn.Parameter) -> bool:
 
 @torch.no_grad()
 def separate(weight: torch.nn.Parameter) -> None:
-    """Give a weight that is a view into an aligned buffer plain contiguous memory of its own; leave any other as it is."""
+    """Give a weight that is a view into an aligned buffer plain contiguous memory of its own; leave others alone."""
     if is_view(weight):
         weight.data = weight.clone(memory_format=torch.contiguous_format)
 

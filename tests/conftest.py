@@ -1,7 +1,10 @@
-"""Shared test set-up. Without a CUDA device the kernels run in Triton's interpreter, chosen before triton is imported."""
+"""Shared test set-up. Without CUDA the kernels run in Triton's interpreter, chosen before triton is imported."""
 
+import functools
+import inspect
 import os
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +13,34 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from gluprune import ops  # noqa: E402
 from gluprune.families import FAMILIES  # noqa: E402
 from gluprune.smollm2 import smollm2_checkpoint  # noqa: E402
+from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot  # noqa: E402
+
+
+def quicken_interpreter():
+    """Let the interpreter look up once what it replaces in `triton.language`, not at every call of a device function.
+
+    That search is a third of the time of the kernels' tests. Only built-ins are replaced, and their names never change.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtin_names(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def getmembers(package):
+        return [(name, getattr(package, name)) for name in builtin_names(package)]
+
+    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
+
+
+if ops.INTERPRETED:
+    quicken_interpreter()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,30 +68,6 @@ def smollm2_tokenizer(smollm2_path):
     return AutoTokenizer.from_pretrained(smollm2_path)
 
 
-def make_tiny_model(model_type="llama", dtype=torch.float32, seed=None, **overrides):
-    """A random model of a supported family: hidden size 32, 101 neurons, 3 layers, biases where the family has them."""
-    settings = dict(
-        hidden_size=32,
-        intermediate_size=101,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    settings.update(overrides)
-    if seed is not None:
-        torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype).eval()
-    for name, parameter in model.named_parameters():  # transformers starts biases at zero, where a mistake would not show
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
-
-
 @pytest.fixture
 def tiny_model():
     return make_tiny_model
@@ -75,30 +78,6 @@ def family_name(request):
     return request.param
 
 
-def snapshot(model):
-    """Everything that `prune` may change: tensors, identities, attributes and config values."""
-    return {
-        "tensors": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
-        "parameters": {name: id(parameter) for name, parameter in model.named_parameters()},
-        "gradients": {name: id(parameter.grad) for name, parameter in model.named_parameters()},
-        "config": model.config.to_dict(),
-        "attributes": {
-            name: {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool))}
-            for name, module in model.named_modules()
-        },
-    }
-
-
-def assert_same(model, before):
-    """The model must be exactly what it was when `before = snapshot(model)` was taken."""
-    after = snapshot(model)
-    assert before["tensors"].keys() == after["tensors"].keys()
-    for name, tensor in before["tensors"].items():
-        assert torch.equal(tensor, after["tensors"][name]), name
-    for part in ("parameters", "gradients", "config", "attributes"):
-        assert before[part] == after[part], part
-
-
 @pytest.fixture
 def unchanged():
     """`with unchanged(model), pytest.raises(...)`: the model must be the same after the block as before it."""
@@ -107,6 +86,6 @@ def unchanged():
     def check(model):
         before = snapshot(model)
         yield
-        assert_same(model, before)
+        assert_unchanged(model, before)
 
     return check

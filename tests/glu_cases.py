@@ -49,16 +49,22 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def make_case(
-    seed, M, H, I, dtype=torch.float32, activation="silu", biases="", layout="contiguous", device="cpu"
+    seed, M, H, I, dtype=torch.float32, activation="silu", biases="", layout="contiguous", device="cpu", packed=False
 ) -> Case:
-    """`biases` holds any of the letters g, u, d. Padded rows and columns are zero, as the kernels require."""
+    """`biases` holds any of the letters g, u, d. Padded columns of down are zero, as the kernels require.
+
+    Padded rows of gate_up are NaN: nothing may depend on them. In a `packed` one the up rows follow the gate rows at
+    once.
+    """
     generator = torch.Generator().manual_seed(seed)
     IP = -(-I // 128) * 128
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
 
-    gate_up = torch.zeros((2, IP, H), dtype=dtype, device=device)
+    apart = I if packed else IP
+    rows = torch.full((apart + IP, H), float("nan"), dtype=dtype, device=device)
+    gate_up = rows.as_strided((2, IP, H), (apart * H, H, 1))
     gate_up[:, :I] = normal(2, I, H, scale=H**-0.5)
     down = torch.zeros((H, IP), dtype=dtype, device=device)
     down[:, :I] = normal(H, I, scale=I**-0.5)

@@ -282,7 +282,8 @@ def test_missing_tools_are_named(monkeypatch, tmp_path, capsys):
 COMPILED = """
 import dataclasses, json, sys, torch, triton, triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from csrc_triton import aot
+from csrc_triton import aot, launch
+from csrc_triton.glu import plan_glu_mlp
 from csrc_triton.launch import KernelCall
 from csrc_triton.neuron_scores import plan_neuron_scores
 
@@ -350,6 +351,14 @@ result["signature"] = source.signature
 result["divisible"] = sorted(source.fn.arg_names[index] for (index, *_), attribute in source.attrs.items() if attribute)
 call = scores(8192, 2048, 8192)
 with_pdl = [dataclasses.replace(call, launch_pdl=pdl) for pdl in (False, True)]
+
+def keys(gate_up, M, I=7373, IP=7424, H=2048):
+    decision = launch.heuristic(launch.triton_path(M), M, H, IP, torch.bfloat16, 90)
+    plan = plan_glu_mlp(meta(M, H), gate_up, meta(H, IP), I, "silu", None, None, None, decision, 90)
+    return [aot.Compilation.of(call, 90).key for call in plan.calls if isinstance(call, KernelCall)]
+
+split, packed = meta(2, 7424, 2048), meta(7373 + 7424, 2048).as_strided((2, 7424, 2048), (7373 * 2048, 2048, 1))
+result["split and packed"] = [[keys(gate_up, M) for M in (1, 16, 128, 2048)] for gate_up in (split, packed)]
 result["pdl"] = [aot.Compilation.of(each, 90).options.launch_pdl for each in with_pdl]
 compilation = aot.Compilation.of(call, 90)
 ptx = triton.compile(compilation.source, target=compilation.target, options=compilation.options.__dict__).asm["ptx"]
@@ -397,6 +406,12 @@ def test_specialisation_is_that_of_a_launch(compiled):
     }
     assert compiled["divisible"] == ["large", "sixteen", "x"]
     assert compiled["pdl"] == [False, True]
+
+
+def test_packed_weights_of_an_odd_width_run_the_same_kernels(compiled):
+    """So what the check says of every shipped kernel holds for them too."""
+    split, packed = compiled["split and packed"]
+    assert split == packed and all(split)
 
 
 def test_running_maximum_of_the_statistics_keeps_nan(compiled):

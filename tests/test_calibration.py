@@ -16,7 +16,7 @@ from gluprune import pruning as pruning_module
 from gluprune.calibration import Statistics, batches_from_text, calibrate, calibrate_in_passes, plan_passes
 from gluprune.families import model_glus
 from gluprune.patching import fusion_status, patch
-from tests.conftest import make_tiny_model
+from tests.tiny_models import make_tiny_model
 
 GIB = 1 << 30
 

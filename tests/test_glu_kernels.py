@@ -43,13 +43,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
 
 
-@pytest.mark.parametrize("biases", ["", "g", "u", "gu"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("biases, activation", [("", "silu"), ("g", "gelu_tanh"), ("u", "silu"), ("gu", "gelu_tanh")])
 @pytest.mark.parametrize("kernel", GATE_UP)
-def test_gate_up(kernel, activation, biases, seed):
+def test_gate_up(kernel, activation, biases, packed, seed):
     M, plan, config = GATE_UP[kernel]
     H = 96 if kernel == "tma" else 90  # the others mask a tail of K
-    case = make_case(seed, M, H, 205, activation=activation, biases=biases, device=DEVICE)
+    case = make_case(seed, M, H, 205, activation=activation, biases=biases, device=DEVICE, packed=packed)
     a = plan(*case.arguments()[:2], 205, activation, case.gate_bias, case.up_bias, *config).run()
     assert hidden_error(a, case) < FLOAT32
     twin = gate_up_reference(case.x, case.gate_up, 205, activation, case.gate_bias, case.up_bias)

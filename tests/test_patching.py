@@ -12,10 +12,10 @@ import gluprune
 from gluprune import ops, storage
 from gluprune.families import FAMILIES
 from gluprune.patching import FusedGLU, fusion_status, patch, patch_llama, unpatch, unpatch_llama
-from tests.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, tiny_width, token_ids
+from tests.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, token_ids
 
 # Logits are of order one; kernels and PyTorch add the same products in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def assert_fused(model, count=2):
@@ -45,25 +45,30 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backend", ["triton", "cublas"])
-def test_every_family_fused(family, backend, kernel_calls):
-    model, ids = tiny_model(family, tiny_width(family), device=DEVICE), token_ids(device=DEVICE)
-    expected, tokens = logits(model, ids), greedy(model, ids)
-    assert patch(model, backend) is model
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_family_fused(family, dtype, kernel_calls):
+    model, ids = tiny_model(family, dtype=dtype, device=DEVICE), token_ids(device=DEVICE)
+    one = ids[:1, :1]
+    expected, expected_one = logits(model, ids), logits(model, one)
+    assert patch(model, "triton") is model
     assert_fused(model)
-    assert_same(logits(model, ids), expected)
-    assert len(kernel_calls) == 2
-    if backend == "triton":
-        assert torch.equal(greedy(model, ids), tokens)
+    # The interpreter's dot takes bf16 for integers; a single token needs no dot, and cuBLAS is PyTorch's product there.
+    if dtype != torch.bfloat16 or not ops.INTERPRETED:
+        assert_same(logits(model, ids), expected, dtype)
+    assert_same(logits(model, one), expected_one, dtype)
+    patch(model, "cublas")
+    kernel_calls.clear()
+    assert_same(logits(model, ids), expected, dtype)
+    assert kernel_calls == ["cublas"] * 2
     unpatch(model)
     kernel_calls.clear()
     assert torch.equal(logits(model, ids), expected) and not kernel_calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("width", [77, 128])
-def test_every_family_on_the_cpu_is_bit_equal_and_moves_nothing(family, width):
-    model, ids = tiny_model(family, width), token_ids()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_family_on_the_cpu_is_bit_equal_and_moves_nothing(family, dtype):
+    model, ids = tiny_model(family, dtype=dtype), token_ids()
     expected, grads = logits(model, ids), gradients(model, ids)
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     patch(model)
@@ -73,42 +78,35 @@ def test_every_family_on_the_cpu_is_bit_equal_and_moves_nothing(family, width):
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes_on_the_cpu(dtype):
-    model, ids = tiny_model(dtype=dtype), token_ids()
-    expected = logits(model, ids)
-    assert torch.equal(logits(patch(model), ids), expected)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_half_precision_fused(family):
-    model, ids = tiny_model(family, dtype=torch.float16, device=DEVICE), token_ids(device=DEVICE)
-    expected = logits(model, ids)
-    patch(model, "triton")
-    assert_fused(model)
-    assert_same(logits(model, ids), expected, torch.float16)
-
-
-@pytest.mark.parametrize("width", [1, 77, 128, 130])
-def test_biases_and_widths(width):
-    model, ids = tiny_model(width=width, mlp_bias=True, device=DEVICE), token_ids(device=DEVICE)
-    with torch.no_grad():
-        for mlp in mlps(model):
-            for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                projection.bias.normal_()
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("phi3", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": "silu", "hidden_activation": "silu"}),
+        ("granite", {"mlp_bias": True}),
+        ("smollm3", {"mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    ],
+    ids=str,
+)
+def test_activations_and_biases_other_than_the_family_usually_has(family, settings, kernel_calls):
+    model, ids = tiny_model(family, device=DEVICE, **settings), token_ids(device=DEVICE)
     expected = logits(model, ids)
     patch(model, "triton")
     assert_fused(model)
     assert_same(logits(model, ids), expected)
+    assert len(kernel_calls) == 2
 
 
-def test_bfloat16_weights_are_aligned_and_fall_back_to_nothing_else(kernel_calls):
-    """Dots of bf16 are wrong in the interpreter, so only what reaches the kernels is looked at here."""
-    model = tiny_model(dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize("family, width", [("llama", 1), ("llama", 130), ("phi3", 1), ("phi3", 130), ("phi3", 128)])
+def test_biases_and_widths(family, width):
+    model = tiny_model(family, width, mlp_bias=True, device=DEVICE)
+    assert len(list(mlps(model)[0].parameters())) == (6 if family == "llama" else 2)
+    ids = token_ids(device=DEVICE)
+    expected = logits(model, ids)
     patch(model, "triton")
     assert_fused(model)
-    logits(model, token_ids(device=DEVICE))
-    assert len(kernel_calls) == 2
+    assert_same(logits(model, ids), expected)
 
 
 def test_float64_is_left_to_pytorch():
@@ -119,20 +117,13 @@ def test_float64_is_left_to_pytorch():
     assert torch.equal(logits(model, ids), expected)
 
 
-def test_packed_width_that_cannot_be_padded_is_left():
-    model, ids = tiny_model("phi3", 77), token_ids()
-    expected = logits(model, ids)
-    patch(model, "triton")
-    assert "width 77 is no multiple of 128" in fusion_status(model)[0].reason
-    assert torch.equal(logits(model, ids), expected)
-
-
 # --- generation, training ---
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generate(cache, kernel_calls):
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_generate(family, cache, kernel_calls):
+    model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)
     expected = greedy(model, ids, cache_implementation=cache)
     patch(model, "triton")
     assert torch.equal(greedy(model, ids, cache_implementation=cache), expected)
@@ -223,8 +214,9 @@ def test_inputs_that_do_not_fit_fail_as_they_did(x):
 # --- conversion, copies, checkpoints ---
 
 
-def test_conversions_keep_the_weights_aligned():
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_conversions_keep_the_weights_aligned(family):
+    model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)
     reference = copy.deepcopy(model)
     patch(model, "triton")
     for convert in (lambda m: m.half(), lambda m: m.to(torch.float32), lambda m: m.to("cpu", torch.float16).to(DEVICE)):
@@ -247,9 +239,11 @@ def test_built_on_meta_then_loaded_with_assign():
     assert_same(logits(model, ids), logits(source, ids))
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_load_state_dict_after_patching(assign):
-    model, other, ids = tiny_model(device=DEVICE), tiny_model(seed=1, device=DEVICE), token_ids(device=DEVICE)
+def test_load_state_dict_after_patching(family, assign):
+    model, other = tiny_model(family, device=DEVICE), tiny_model(family, seed=1, device=DEVICE)
+    ids = token_ids(device=DEVICE)
     patch(model, "triton")
     model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
     assert_fused(model)
@@ -276,7 +270,7 @@ def test_copies_are_fused_and_independent(copied):
     assert type(mlps(twin)[0]) is LlamaMLP and torch.equal(logits(twin, ids), expected)
 
 
-@pytest.mark.parametrize("family, width", [("llama", 77), ("llama", 128), ("phi3", 128)])
+@pytest.mark.parametrize("family, width", [("llama", 77), ("llama", 128), ("phi3", 77)])
 def test_saves_bit_equal_and_without_a_copy(family, width, tmp_path, monkeypatch, caplog):
     model = tiny_model(family, width, dtype=torch.bfloat16, device=DEVICE)
     model.save_pretrained(tmp_path / "before")
@@ -339,7 +333,7 @@ def test_extra_memory_stays_under_one_layer():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 def test_unpatch_brings_back_the_exact_former_state(family, backend):
-    model = tiny_model(family, tiny_width(family), device=DEVICE)
+    model = tiny_model(family, device=DEVICE)
     before = snapshot(model)
     patch(model, backend)
     assert isinstance(mlps(model)[0], FusedGLU) and snapshot(model) != before
@@ -417,21 +411,18 @@ def test_weights_in_a_foreign_buffer_stay_there():
 
 
 @pytest.mark.parametrize("order", ["prune first", "patch first"])
-@pytest.mark.parametrize("multiple_of", [1, 8])
-def test_prune_and_patch_in_either_order(order, multiple_of):
-    from gluprune import prune
-
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
+@pytest.mark.parametrize("family, multiple_of", [("llama", 1), ("llama", 8), ("phi3", 1)])
+def test_prune_and_patch_in_either_order(order, family, multiple_of):
+    """Narrowing gives a patched model new weights; they are aligned again without another call of `patch`."""
+    model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)
     reference = copy.deepcopy(model)
-    prune(reference, pruning_ratio=0.3, multiple_of=multiple_of)
+    gluprune.prune(reference, pruning_ratio=0.3, multiple_of=multiple_of)
     if order == "prune first":
-        prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
+        gluprune.prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
         patch(model, "triton")
     else:
         patch(model, "triton")
-        prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
-        assert_same(logits(model, ids), logits(reference, ids))
-        patch(model, "triton")
+        gluprune.prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
     assert_fused(model)
     assert_same(logits(model, ids), logits(reference, ids))
     assert snapshot(unpatch(model)).keys() == snapshot(reference).keys()
@@ -564,14 +555,3 @@ def test_failure_in_the_middle_changes_nothing(monkeypatch):
 
 def test_the_llama_names_are_the_general_ones():
     assert patch_llama is patch and unpatch_llama is unpatch
-
-
-def test_prune_after_patch_stays_fused():
-    """Narrowing gives a patched model new weights; they are aligned again without another call of `patch`."""
-    model = tiny_model(device=DEVICE)
-    reference = tiny_model(device=DEVICE)
-    patch(model, backend="triton")
-    gluprune.prune(model, pruning_ratio=0.3, multiple_of=1)
-    gluprune.prune(reference, pruning_ratio=0.3, multiple_of=1)
-    assert all(entry.fused for entry in fusion_status(model))
-    torch.testing.assert_close(logits(model, token_ids()), logits(reference, token_ids()), rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ import gluprune
 from gluprune import narrow as narrow_module
 from gluprune import pruning as pruning_module
 from gluprune.families import FAMILIES, model_glus
-from tests.conftest import assert_same, make_tiny_model, snapshot
+from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -310,7 +310,7 @@ def test_failure_before_every_step_changes_nothing(tiny_model, monkeypatch, fami
         try:
             gluprune.prune(model, pruning_ratio=0.5, multiple_of=1, layers=[0, 2])
         except Injected:
-            assert_same(model, before)
+            assert_unchanged(model, before)
         else:
             break
     assert step >= least_steps

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals import quality
 from gluprune.records import read
-from tests.conftest import make_tiny_model
+from tests.tiny_models import make_tiny_model
 
 WORDS = [f"w{number}" for number in range(60)]
 

@@ -106,14 +106,45 @@ def test_slices_within_a_buffer_are_not_taken_for_zero_padded(width, data):
     assert gate_up[:, narrower:].eq(0).all() and padded_down[:, narrower:].eq(0).all()
 
 
-def test_packed_halves_are_aligned_as_they_are_at_multiples_of_128():
-    for width, expected in ((128, True), (256, True), (100, False)):
-        packed, down = nn.Parameter(torch.randn(2 * width, 24)), nn.Parameter(torch.randn(24, width))
-        gate, up = packed.chunk(2)
-        buffers = storage.padded_buffers(gate, up, down)
-        assert (buffers is not None) == expected
-        if buffers:
-            assert torch.equal(buffers[0].flatten(0, 1), packed) and torch.equal(buffers[1], down)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_packed_weight_stays_contiguous_and_keeps_every_bit(width, monkeypatch):
+    poison_new_memory(monkeypatch)
+    packed, down = nn.Parameter(torch.randn(2 * width, 24)), nn.Parameter(torch.randn(24, width))
+    before, address, padded = packed.detach().clone(), packed.data_ptr(), -(-width // 128) * 128
+    assert (storage.padded_buffers(*packed.chunk(2), down) is None) == (width % 128 > 0)
+    storage.align_packed(packed, down)
+    assert torch.equal(packed, before) and packed.is_contiguous()
+    assert (packed.data_ptr() == address) == (width % 128 == 0)
+    gate_up, padded_down = storage.padded_buffers(*packed.chunk(2), down)
+    assert gate_up.shape == (2, padded, 24) and gate_up.stride() == (width * 24, 24, 1)
+    assert torch.equal(gate_up[0, :width], before[:width]) and torch.equal(gate_up[1, :width], before[width:])
+    assert gate_up[1, width:].eq(0).all() and padded_down[:, width:].eq(0).all()
+    gate_up[1, 0, 0] = 7  # the weight's own memory
+    assert packed[width, 0] == 7
+
+    address = packed.data_ptr()
+    storage.align_packed(packed, down)
+    assert packed.data_ptr() == address and storage.is_alone(packed)
+    alias = storage.with_own_storage(packed)
+    assert alias.data_ptr() == address and alias.untyped_storage().nbytes() == packed.nbytes
+    storage.separate(packed)
+    assert packed.untyped_storage().nbytes() == packed.nbytes and packed[width, 0] == 7
+    assert (packed.data_ptr() == address) == (width % 128 == 0)
+
+
+def test_packed_halves_of_anything_else_are_not_aligned():
+    packed, down = nn.Parameter(torch.randn(2 * 37, 24)), nn.Parameter(torch.randn(24, 37))
+    other = nn.Parameter(packed.detach().clone())
+    storage.align_packed(packed, down)
+    storage.align_packed(other, down)
+    (gate, up), (_, other_up) = packed.chunk(2), other.chunk(2)
+    assert storage.is_aligned(gate, up, down)
+    for first, second in ((up, gate), (gate, gate), (gate, other_up), (gate[:36], up[:36]), (gate, up[:36])):
+        assert not storage.is_aligned(first, second, down)
+    narrower = packed.data[:72]  # 36 neurons would follow each other here, but in the memory of 37
+    assert not storage.is_aligned(*narrower.chunk(2), down)
+    down.data = down.detach().clone()
+    assert not storage.is_aligned(gate, up, down)
 
 
 def test_only_memory_that_is_theirs_alone_may_be_replaced():

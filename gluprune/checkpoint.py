@@ -97,7 +97,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     Raises:
         ValueError: the path is no model, or its family is not supported.
     """
-    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder", "local_files_only") if key in kwargs}
+    of_the_hub = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
+    hub = {key: kwargs[key] for key in of_the_hub if key in kwargs}
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     family_of(config)
     if len(set(layer_widths(config))) == 1:

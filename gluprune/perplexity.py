@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def windows(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    """Cut token ids `[T]` into consecutive windows `[1, length]`; the last may be shorter, but has two tokens at least."""
+    """Cut token ids `[T]` into consecutive windows `[1, length]`; the last may be shorter, but of at least two tokens."""
     for start in range(0, ids.numel() - 1, length):
         yield ids[start : start + length + 1].unsqueeze(0)
 

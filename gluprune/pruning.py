@@ -99,7 +99,8 @@ def _check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) ->
                 raise ValueError(f"{label}.weight has dtype {weight.dtype}: allowed are bf16, fp16, fp32 and fp64")
 
     # Two parameters must not share memory with an MLP's: narrowing one would leave the other behind.
-    pruned = {id(p) for index in layers for projection in glus[index].projections.values() for p in projection.parameters()}
+    projections = [projection for index in layers for projection in glus[index].projections.values()]
+    pruned = {id(parameter) for projection in projections for parameter in projection.parameters()}
     ranges = sorted(
         (str(parameter.device), *_address_range(parameter), name, id(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -36,7 +36,8 @@ def target_width(
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
-            f"give exactly one of {', '.join(targets)}; got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}"
+            f"give exactly one of {', '.join(targets)}; "
+            f"got {' and '.join(f'{name}={value}' for name, value in given.items()) or 'none'}"
         )
     (name, value), *_ = given.items()
     if isinstance(value, bool) or not isinstance(value, int if name == "intermediate_size" else (int, float)):

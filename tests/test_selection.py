@@ -113,7 +113,9 @@ def test_bad_targets(arguments, message):
         target_width(400, 100, **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"width": 10.0}, {"width": True}, {"pruning_ratio": "0.4"}, {"expansion_ratio": True}])
+@pytest.mark.parametrize(
+    "arguments", [{"width": 10.0}, {"width": True}, {"pruning_ratio": "0.4"}, {"expansion_ratio": True}]
+)
 def test_targets_of_the_wrong_type(arguments):
     with pytest.raises(TypeError, match="must be"):
         target_width(400, 100, **arguments)

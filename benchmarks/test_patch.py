@@ -1,0 +1,82 @@
+"""`gluprune.patch_llama` on SmolLM2-135M-Instruct: the memory that it takes for a moment, and that it leaves taken.
+
+On the CPU the kernels' storage is wanted only in Triton's interpreter, so each measurement runs there, in a process of
+its own. On a GPU the same is allocated, by another allocator.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gluprune.records import Record
+
+PERCENTS = {1536: 0, 922: 40}  # the model's own width, a multiple of 128, and what 40 % pruned leave: 922
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+import gluprune
+from gluprune.patching import fusion_status
+from gluprune.smollm2 import smollm2_checkpoint
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def storage():
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+model = AutoModelForCausalLM.from_pretrained(smollm2_checkpoint())
+for parameter in model.parameters():  # out of the mapped file, into memory
+    parameter.data = parameter.data.clone()
+if int(sys.argv[1]):
+    gluprune.prune(model, pruning_ratio=int(sys.argv[1]) / 100, multiple_of=1)
+before = storage()
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+start = resident("VmRSS")
+gluprune.patch_llama(model, backend="triton")
+peak = resident("VmHWM") - start
+assert all(entry.fused for entry in fusion_status(model))
+after = storage()
+gluprune.unpatch_llama(model)
+layer = sum(p.nbytes for p in model.model.layers[0].mlp.parameters())
+print(json.dumps({"width": model.config.intermediate_size, "layer": layer, "above": peak, "before": before,
+                  "after": after, "unpatched": storage()}))
+"""
+
+
+def measure(percent):
+    command = [sys.executable, "-c", SCRIPT, str(percent)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("width", PERCENTS)
+def test_memory(benchmark, keep, width):
+    """Never more than one layer above the model at a time; afterwards the padding, and nothing once unpatched."""
+    runs = [measure(PERCENTS[width]) for _ in range(3)]
+    first = runs[0]
+    assert first["width"] == width and first["unpatched"] == first["before"]
+    padded = -(-width // 128) * 128
+    padding = first["after"] - first["before"]
+    assert all(run["above"] - padding < run["layer"] for run in runs)
+    shape = {
+        "model": "SmolLM2-135M-Instruct",
+        "width": width,
+        "padded width": padded,
+        "bytes of one layer's MLP": first["layer"],
+    }
+    figures = {
+        "patch: peak memory above the model": [run["above"] for run in runs],
+        "patch: storage of all parameters before": [first["before"]],
+        "patch: storage of all parameters after": [first["after"]],
+    }
+    for what, values in figures.items():
+        keep(Record.of(what, "gluprune", shape, torch.bfloat16, "bytes", values))
+    benchmark.extra_info.update(first)
+    benchmark.pedantic(measure, args=(PERCENTS[width],), rounds=1)

@@ -1,4 +1,4 @@
-"""The command line: `gluprune prune | calibrate | info | bench | report | demo`."""
+"""The command line: `gluprune prune | calibrate | info | bench | eval | study | report | demo`."""
 
 from __future__ import annotations
 
@@ -152,9 +152,27 @@ def _report(arguments: argparse.Namespace) -> int:
         comparison = compare(*(report.read_all([path]) for path in arguments.compare))
         print(json.dumps(comparison.to_dict()) if arguments.json else comparison)
         return 1 if comparison.regressions else 0
+    studies = [path for path in arguments.paths if (Path(path) / "study.json").is_file()]
+    if studies:
+        return _report_study(arguments, studies)
     records = report.read_all(arguments.paths)
     first = Path(arguments.paths[0])
     written = report.write(records, arguments.out or (first if first.is_dir() else first.parent))
+    print(json.dumps({"report": str(written), "records": len(records)}) if arguments.json else written)
+    return 0
+
+
+def _report_study(arguments: argparse.Namespace, studies: list[str]) -> int:
+    """The folder of a study, and records of what its widths cost, if given."""
+    from evals import report as study_report
+    from evals.study import Folder
+    from gluprune import report
+
+    if len(studies) > 1:
+        raise ValueError(f"one study a report, got {' and '.join(studies)}")
+    others = [path for path in arguments.paths if path not in studies]
+    records = report.read_all(others) if others else []
+    written = study_report.write(Folder(studies[0]), arguments.out or studies[0], records)
     print(json.dumps({"report": str(written), "records": len(records)}) if arguments.json else written)
     return 0
 
@@ -164,6 +182,79 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     record = run(arguments.model, arguments.out)
     print(json.dumps(record) if arguments.json else summary(record, arguments.out))
+
+
+def _study_settings(arguments: argparse.Namespace):
+    from evals.study import Settings
+    from evals.tasks import Limits
+
+    calibration = getattr(arguments, "calibration", None)
+    return Settings(
+        limits=Limits(arguments.limit, small=arguments.budget == "small"),
+        data=arguments.data,
+        dtype=arguments.dtype,
+        calibration=calibration and calibration.read_text(encoding="utf-8"),
+        patch=arguments.patch,
+        backend=arguments.backend,
+        model_args=arguments.model_args,
+        log_samples=arguments.log_samples,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace, models: list[str], configurations: list) -> None:
+    from evals.report import summary
+    from evals.study import Folder, Source, run
+
+    sources = [Source.find(model) for model in models]
+    settings = _study_settings(arguments)
+    results = run(Folder(arguments.out), sources, configurations, _task_list(arguments.tasks), settings)
+    if arguments.json:
+        print(json.dumps([json.loads(result.to_json()) for result in results]))
+    else:
+        print(summary(results), arguments.out, sep="\n")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from evals.study import Configuration
+
+    _evaluate(arguments, [arguments.model], [Configuration()])
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from evals.study import Recipe, grid
+
+    recipes = [Recipe.parse(score) for score in arguments.scores]
+    _evaluate(arguments, arguments.models, grid(arguments.ratios, recipes, arguments.multiple_of))
+
+
+def _task_list(names: list[str]) -> list[str]:
+    """Names of tasks, with `base` and `instruct` for the lists of the published study."""
+    from evals.tasks import BASE_TASKS, INSTRUCT_TASKS
+
+    lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
+    return [task for name in names for task in lists.get(name, (name,))]
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help="results (default: %(default)s)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["base"],
+        metavar="TASK",
+        help="base (13 tasks), instruct (7 tasks) or names of tasks (default: %(default)s)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="local files instead of the Hub's data")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--limit", type=int, metavar="N", help="a seeded choice of N documents a task")
+    size.add_argument("--budget", choices=["small"], help="a fixed, seeded subset of every task, sized for 2 CPU cores")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ... (default: %(default)s)"
+    )
+    parser.add_argument("--patch", action="store_true", help="run with gluprune.patch_llama")
+    parser.add_argument("--backend", metavar="NAME", help="evaluate a checkpoint in an lm-eval backend: hf, vllm, ...")
+    parser.add_argument("--model-args", default="", metavar="KEY=VALUE,...", help="arguments of the backend")
+    parser.add_argument("--log-samples", action="store_true", help="keep requests, answers and generated lengths")
 
 
 def _layer_list(text: str) -> list[int]:
@@ -266,10 +357,11 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser(
         "report",
-        help="tables and plots from records",
-        description="Tables and plots from records of measurements, or what got worse between two runs.",
+        help="tables and plots from records or a study",
+        description="Tables and plots from records of measurements, or what got worse between two runs. Of a study's folder:"
+        " scores, findings and correlations, and scores against J/token and TPOT where records are given after it.",
     )
-    report.add_argument("paths", nargs="*", metavar="PATH", help="file of records, or folder of such files (*.jsonl)")
+    report.add_argument("paths", nargs="*", metavar="PATH", help="file or folder of records (*.jsonl), or a study")
     report.add_argument(
         "--out",
         metavar="FOLDER",
@@ -288,6 +380,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="score one model with lm-eval",
+        description="Score one model on the tasks of the study. Results already in the folder are not made again.",
+    )
+    evaluate.add_argument("model", help="model folder or Hub id")
+    _add_evaluation_options(evaluate, "eval_output")
+    evaluate.set_defaults(run=_eval)
+
+    study = commands.add_parser(
+        "study",
+        help="score models at several widths with lm-eval",
+        description="Score models, dense and pruned: models x ratios x scores x tasks. A study that was killed goes on"
+        " where it was when the same command is given again.",
+    )
+    study.add_argument("models", nargs="+", metavar="MODEL", help="model folders or Hub ids")
+    study.add_argument(
+        "--ratios",
+        nargs="*",
+        type=float,
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        metavar="P",
+        help="shares of the neurons to remove (default: those of arXiv 2512.22671)",
+    )
+    study.add_argument(
+        "--scores",
+        nargs="+",
+        default=["maw"],
+        metavar="SCORE",
+        help="as of prune; +compensate after it re-solves down_proj (default: %(default)s)",
+    )
+    study.add_argument("--multiple-of", type=int, default=1, metavar="N", help="of the widths (default: exact widths)")
+    study.add_argument("--calibration", type=Path, metavar="FILE", help="text for calibrated scores and +compensate")
+    _add_evaluation_options(study, "study_output")
+    study.set_defaults(run=_study)
+
     demo = commands.add_parser(
         "demo",
         help="narrow a small real model and look at the result",
@@ -297,7 +425,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, calibrate, info, bench, report, demo):
+    for command in (prune, calibrate, info, bench, evaluate, study, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 

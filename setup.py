@@ -1,4 +1,4 @@
-"""Two packages in one distribution: `csrc_triton` (kernels, know no model) and `gluprune` (the library)."""
+"""Three packages in one distribution: `csrc_triton` (kernels, know no model), `gluprune` (the library) and `evals` (the study)."""
 
 from setuptools import setup
 

@@ -34,7 +34,7 @@ from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES
 from gluprune.smollm2 import cache_folder
 
 PAPER_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of arXiv 2512.22671
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 64, 512
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 128, 512
 COMPENSATED = "+compensate"
 _SAMPLED = 1 << 20  # bytes at each end of a weight file that go into its fingerprint
 
@@ -112,28 +112,28 @@ class Folder:
     def common(self) -> Path:
         return self.path / "study.json"
 
-    def claim(self, settings: dict, revisions: dict) -> None:
-        """Make the folder, or check that it holds a study of the same settings and states of its models.
+    def claim(self, settings: dict, pinned: dict) -> None:
+        """Write what the results have in common, or check that this folder's have the same.
+
+        Args:
+            settings: what all results share.
+            pinned: what those share that it concerns, such as the state of a model: added when it is first needed.
 
         Raises:
             ValueError: it holds another study (names the difference), or something else.
         """
-        found = None
+        known = {}
         if self.common.is_file():
-            found = json.loads(self.common.read_text(encoding="utf-8"))
+            known = json.loads(self.common.read_text(encoding="utf-8"))
         elif any(path.suffix != ".unfinished" for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no study")
-        known = found or {}
-        for name in settings if found else ():
-            if known.get(name) != settings[name]:
+        merged = settings | pinned | known
+        for name, value in (settings | pinned).items():
+            if merged[name] != value:
                 raise ValueError(
-                    f"{self.path} holds a study with {name} {known.get(name)!r}, this one has {settings[name]!r}:"
-                    " use another folder"
+                    f"{self.path} holds a study with {name} {merged[name]!r}, this one has {value!r}: use another folder"
                 )
-        for name, revision in revisions.items():
-            if known.get(name, revision) != revision:
-                raise ValueError(f"{self.path} has {name} {known[name]}, but it is {revision} now: use another folder")
-        if known != (merged := known | settings | revisions):
+        if merged != known:
             files.write_file(self.common, [json.dumps(merged, indent=1).encode() + b"\n"])
 
     def file(self, model: str, configuration: Configuration, task: str) -> Path:
@@ -175,7 +175,8 @@ class Source:
 class Settings:
     """What all results of a folder have in common, and how they are made.
 
-    limits, data, dtype, calibration: what to run on; patch: with `patch_llama`; backend, model_args: as a checkpoint in
+    limits, data, dtype: what to run on; calibration, windows: text for calibrated recipes, and how many windows of it;
+    patch: with `patch_llama`; backend, model_args: as a checkpoint in
     an lm-eval backend instead of in memory; log_samples: keep requests, answers and generated lengths.
     """
 
@@ -199,17 +200,19 @@ class Settings:
 
     def identity(self) -> dict:
         """What two results must share to stand in one table."""
-        digest = hashlib.sha256(self.calibration.encode()).hexdigest()[:16] if self.calibration else None
         return {
             "limits": str(self.limits),
             "data": "Hub" if self.data is None else "local files",
             "dtype": self.dtype,
-            "calibration": digest and f"{digest}, {self.windows} windows of {CALIBRATION_LENGTH} tokens",
             "patched": self.patch,
             "backend": self.backend or "in memory",
             "model_args": self.model_args,
             "lm_eval": version("lm-eval"),
         }
+
+    def calibration_identity(self) -> str:
+        digest = hashlib.sha256(self.calibration.encode()).hexdigest()[:16]
+        return f"text {digest}, {self.windows} windows of {CALIBRATION_LENGTH} tokens"
 
 
 def _prepared(source: Source, configuration: Configuration, settings: Settings):
@@ -295,7 +298,8 @@ def run(
     """
     require_lm_eval()
     tasks = check_tasks(tasks)
-    if any(c.recipe and c.recipe.is_calibrated for c in configurations) and settings.calibration is None:
+    calibrated = any(c.recipe and c.recipe.is_calibrated for c in configurations)
+    if calibrated and settings.calibration is None:
         raise ValueError("calibrated scores and +compensate need --calibration FILE")
     for name in {source.name for source in sources}:
         if len({source.path for source in sources if source.name == name}) > 1:
@@ -304,8 +308,10 @@ def run(
     if is_first:
         folder.path.mkdir(parents=True, exist_ok=True)
         with files.locked(folder.path):
-            revisions = {f"revision of {source.name}": source.revision for source in sources}
-            folder.claim(settings.identity(), revisions)
+            pinned = {f"revision of {source.name}": source.revision for source in sources}
+            if calibrated:
+                pinned["calibration"] = settings.calibration_identity()
+            folder.claim(settings.identity(), pinned)
     pairs = [(source, configuration) for source in sources for configuration in configurations]
     with tqdm(total=len(pairs) * len(tasks), unit="task", desc="study") as progress:
         for source, configuration in pairs:

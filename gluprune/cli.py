@@ -188,16 +188,19 @@ def _study_settings(arguments: argparse.Namespace):
     from evals.study import Settings
     from evals.tasks import Limits
 
-    calibration = getattr(arguments, "calibration", None)
+    calibration = {}
+    if getattr(arguments, "calibration", None):
+        text = arguments.calibration.read_text(encoding="utf-8")
+        calibration = {"calibration": text, "windows": arguments.calibration_windows}
     return Settings(
         limits=Limits(arguments.limit, small=arguments.budget == "small"),
         data=arguments.data,
         dtype=arguments.dtype,
-        calibration=calibration and calibration.read_text(encoding="utf-8"),
         patch=arguments.patch,
         backend=arguments.backend,
         model_args=arguments.model_args,
         log_samples=arguments.log_samples,
+        **calibration,
     )
 
 
@@ -413,6 +416,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--multiple-of", type=int, default=1, metavar="N", help="of the widths (default: exact widths)")
     study.add_argument("--calibration", type=Path, metavar="FILE", help="text for calibrated scores and +compensate")
+    study.add_argument(
+        "--calibration-windows", type=int, default=128, metavar="N", help="of 512 tokens each (default: %(default)s)"
+    )
     _add_evaluation_options(study, "study_output")
     study.set_defaults(run=_study)
 

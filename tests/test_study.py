@@ -138,7 +138,7 @@ def test_a_changed_model_is_told(inputs, tmp_path, capsys):
     assert main(command) == 0
     save_tiny_model(tmp_path / "tiny", seed=2)
     assert main(command) == 2
-    assert "has revision of tiny" in capsys.readouterr().err
+    assert "holds a study with revision of tiny" in capsys.readouterr().err
 
 
 def test_processes_share_a_study(inputs, tmp_path):
@@ -201,6 +201,10 @@ def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
     assert found.value == pytest.approx(expected.value, rel=1e-6)
     assert found.configuration["intermediate_size"] == 61 and found.configuration["recipe"] == "hybrid+compensate"
     assert len(list((tmp_path / "cache" / "gluprune").glob("study-tiny-*"))) == 1
+    more += ["--calibration-windows", 4]
+    assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
+    assert "with calibration 'text " in capsys.readouterr().err
+    assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
 
 
 @pytest.mark.parametrize("ratios", [(), ("0.4",)])

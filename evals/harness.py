@@ -206,7 +206,7 @@ def evaluate(
         The result; None on all ranks but the first where lm-eval runs on several.
 
     Raises:
-        ValueError, RuntimeError: see `evals.tasks.build`.
+        ValueError, RuntimeError: see `evals.tasks.build`; or lm-eval cannot run the task on this model.
     """
     from lm_eval.evaluator import evaluate as lm_evaluate
 
@@ -217,13 +217,10 @@ def evaluate(
     generates = next(iter(tasks.values())).OUTPUT_TYPE == "generate_until"
     cap = _configure(tasks, spec.shots, limits)
     start = time.perf_counter()
-    found = lm_evaluate(
-        lm,
-        {"tasks": tasks, "groups": {}},
-        samples=samples,
-        bootstrap_iters=BOOTSTRAPS,
-        log_samples=True,
-    )
+    try:
+        found = lm_evaluate(lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+    except AssertionError as error:  # lm-eval's way to say that a model and a task do not go together
+        raise ValueError(f"{name} cannot be run: {error}") from error
     seconds = time.perf_counter() - start
     if found is None:
         return None

@@ -70,6 +70,10 @@ class Configuration:
     ratio: float = 0.0
     multiple_of: int = 1
 
+    def __post_init__(self):
+        if self.recipe and not 0 < self.ratio < 1:
+            raise ValueError(f"pruning ratios must lie between 0 and 1 (both excluded), got {self.ratio}")
+
     def to_dict(self) -> dict:
         return {"recipe": self.recipe and str(self.recipe), "ratio": self.ratio, "multiple_of": self.multiple_of}
 

@@ -98,7 +98,7 @@ def write_data(folder, count=6):
 
 def save_tiny_model(folder, seed=1, **config):
     """A random llama with a tokenizer of one token a word."""
-    model = make_tiny_model(seed=seed, max_position_embeddings=256, **config)
+    model = make_tiny_model(seed=seed, **{"max_position_embeddings": 512, **config})
     model.save_pretrained(folder)
     vocabulary = {word: number + 3 for number, word in enumerate(WORDS)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))

@@ -23,7 +23,7 @@ from gluprune.cli import main
 from gluprune.pruning import prune
 from tests.study_cases import WORDS, save_tiny_model, write_data
 
-TASKS = ["wikitext", "lambada_openai", "gsm8k", "arc_challenge"]
+TASKS = ["wikitext", "lambada_openai", "hellaswag", "arc_challenge"]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,9 @@ def test_processes_share_a_study(inputs, tmp_path):
     settings = Settings(limits=Limits(2), data=inputs / "data")
     configurations = grid([0.2, 0.4], [Recipe("maw")])
     taken = folder.file("tiny", configurations[1], "x").parent
-    taken.mkdir(parents=True)
+    folder.path.mkdir()
     folder.claim(settings.identity(), {})
+    taken.mkdir(parents=True)
     with files.locked(taken):
         found = run(folder, [source], configurations, ["wikitext"], settings)
     assert [result.configuration["ratio"] for result in found] == [0.0, 0.4]
@@ -234,8 +235,8 @@ def test_samples_and_lengths(inputs, tmp_path):
 
 def test_patched_is_unpatched(smollm2_path, tmp_path):
     """SmolLM2, patched and not: the same accuracies, perplexity within 0.1 %."""
-    data = write_data(tmp_path / "data", count=3)
-    command = ["eval", smollm2_path, "--data", data, "--tasks", "wikitext", "arc_challenge", "--out"]
+    data = write_data(tmp_path / "data", count=2)
+    command = ["eval", smollm2_path, "--data", data, "--dtype", "float32", "--tasks", "wikitext", "arc_challenge", "--out"]
     assert main([str(a) for a in [*command, tmp_path / "stock"]]) == 0
     assert main([str(a) for a in [*command, tmp_path / "patched", "--patch"]]) == 0
     stock, patched = (contents(tmp_path / name) for name in ("stock", "patched"))
@@ -259,7 +260,7 @@ def test_patched_is_unpatched(smollm2_path, tmp_path):
         (["--data", "nowhere"], "data folder nowhere is not there"),
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--tasks", "mmlu_pro"], "unknown task 'mmlu_pro'"),
-        (["--ratios", "1.5"], "pruning_ratio must lie between 0 and 1"),
+        (["--ratios", "1.5"], "pruning ratios must lie between 0 and 1 (both excluded), got 1.5"),
     ],
 )
 def test_bad_input_is_one_line(inputs, tmp_path, capsys, more, message):
@@ -292,3 +293,10 @@ def test_fingerprint(tmp_path):
         model.model.layers[2].mlp.down_proj.weight[3, 4] += 1
     model.save_pretrained(second)
     assert fingerprint(str(first), read_config(first)) != fingerprint(str(second), read_config(second))
+
+
+def test_a_context_too_short_for_the_task(inputs, tmp_path, capsys):
+    save_tiny_model(tmp_path / "short", max_position_embeddings=128)
+    command = ["eval", tmp_path / "short", "--data", inputs / "data", "--out", tmp_path / "out", "--tasks", "gsm8k"]
+    assert main([str(a) for a in command]) == 2
+    assert "gsm8k cannot be run: Invalid configuration" in capsys.readouterr().err

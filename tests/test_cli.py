@@ -26,7 +26,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

@@ -182,7 +182,8 @@ def test_data_without_a_field_keeps_what_is_finished(inputs, tmp_path, capsys):
     command = ["eval", str(inputs / "tiny"), "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", *TASKS]
     assert main(command) == 2
     assert "line 1 has no field 'choices'" in capsys.readouterr().err.splitlines()[-1]
-    assert sorted(contents(tmp_path / "out")) == [f"tiny/dense/{name}.json" for name in sorted(TASKS[:3])]
+    finished = ["tiny/dense/lambada_openai.json", "tiny/dense/wikitext.json"]  # those before it
+    assert sorted(contents(tmp_path / "out")) == finished
 
 
 def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):

@@ -38,6 +38,7 @@ REQUIRED = (
     "pytest_benchmark",
     "tqdm",
 )
+PROVIDERS = ("transformers", "gluprune")  # of whole models
 OPTIONAL = {
     "liger_kernel": "both of Liger's MLPs are recorded as refusing",
     "flash_swiglu_mlp": "its MLP is recorded as refusing",
@@ -88,8 +89,9 @@ def steps() -> list[Step]:
     def mlp(part: str, name: str, M: int) -> Step:
         return _benchmarks(f"{part}-{name}-M{M:04}", "benchmarks/test_mlp.py", f"{part} and {name} and M{M:04}")
 
-    def model(name: str, width: int) -> Step:
-        return _benchmarks(f"model-{name}-{width}", "benchmarks/test_model.py", f"{name} and {width}")
+    def model(name: str, width: int, provider: str) -> Step:
+        selected = f"{name} and {width} and {provider}"
+        return _benchmarks(f"model-{name}-{width}-{provider}", "benchmarks/test_model.py", selected)
 
     kernels = ("test_glu_kernels", "test_glu_mlp", "test_neuron_scores", "test_ops")
     listed = [
@@ -102,12 +104,12 @@ def steps() -> list[Step]:
             for name in (small, large)
         ),
         *(step for M in tokens[:2] for step in (tune(small, M), mlp("forward", small, M))),
-        *(model(small, width) for width in (8192, 4916)),
+        *(model(small, width, provider) for width in (8192, 4916) for provider in PROVIDERS),
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
         # Then the whole grid, part by part.
         *(step for M in tokens[2:] for step in (tune(small, M), mlp("forward", small, M))),
         *(step for M in tokens for step in (tune(large, M), mlp("forward", large, M))),
-        *(model(name, width) for name in (small, large) for width in widths[name]),
+        *(model(name, width, provider) for name in (small, large) for width in widths[name] for provider in PROVIDERS),
         *(mlp("backward", name, M) for name in (small, large) for M in tokens),
         *(tune(huge, M) for M in tokens),
         _tests("tests-patching", "tests/test_patching.py", "tests/test_patch_interop.py", minutes=8),

@@ -1,11 +1,12 @@
 """Whole models at forced length: TTFT, TPOT, TTLT and tokens/s against the width; on a GPU also memory and joules.
 
 The full set, which needs a GPU, takes random weights of the shapes of Llama-3.2-1B and 3B and does what `gluprune bench`
-does: every width is a test of its own, of minutes (choose with `-k`). SmolLM2-135M-Instruct is timed everywhere, its widths
-in turns, so that a busy moment of the machine meets all of them.
+does: every width and provider is a test of its own, of minutes (choose with `-k`). SmolLM2-135M-Instruct is timed
+everywhere, its widths in turns, so that a busy moment of the machine meets all of them.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,9 @@ from gluprune.smollm2 import NAME, smollm2_checkpoint
 
 PLAN = Plan(
     workloads=tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024)),
-    decodings=("generate", "compiled", "graph"),
+    decodings=("generate", "graph", "compiled"),
+    repeats=3,
+    energy_seconds=3.0,
 )
 CASES = [
     (name, width) for name in ("llama-3.2-1b", "llama-3.2-3b") for width in all_widths(CONFIGS[name].intermediate_size)
@@ -40,14 +43,15 @@ def meter_and_idle(device):
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("provider", PLAN.providers)
 @pytest.mark.parametrize("name, width", CASES, ids=[f"{name}-I{width}" for name, width in CASES])
-def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width):
+def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width, provider):
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
 
     def measure():
-        model, label = dense(name, shapes.dtype), f"{name}, random weights"
-        for records in bench.bench_width(model, label, width, PLAN, device, *meter_and_idle):
+        model, label, plan = dense(name, shapes.dtype), f"{name}, random weights", replace(PLAN, providers=(provider,))
+        for records in bench.bench_width(model, label, width, plan, device, *meter_and_idle):
             for record in records:
                 keep(record)
 
@@ -57,7 +61,9 @@ def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width):
 def test_smollm2(benchmark, request, shapes, device, keep):
     model = load(smollm2_checkpoint(), dtype=shapes.dtype).eval()
     original = model.config.intermediate_size
-    models = {width: bench.narrowed(model, width).to(device) for width in (original, *paper_widths(original))}
+    set_name = request.config.getoption("--shapes")
+    widths = (original, *paper_widths(original)) if set_name != "tiny" else (original, 615)
+    models = {width: bench.narrowed(model, width).to(device) for width in widths}
     prompt = bench.random_prompts(models[original], WORKLOAD, seed=0, count=1)[0]
     generators = {w: make_generator("generate", narrow, prompt, WORKLOAD.new_tokens) for w, narrow in models.items()}
     timings = {width: [] for width in models}
@@ -66,7 +72,7 @@ def test_smollm2(benchmark, request, shapes, device, keep):
         for width, generator in generators.items():
             timings[width].append(time_generator(generator, [prompt], WORKLOAD.new_tokens))
 
-    benchmark.pedantic(one_round, rounds=ROUNDS[request.config.getoption("--shapes")])
+    benchmark.pedantic(one_round, rounds=ROUNDS[set_name])
     for width, runs in timings.items():
         ttfts, ttlts = zip(*((run.ttft, run.ttlt) for run in runs))
         timing = GenerationTiming(WORKLOAD.batch, WORKLOAD.prompt, WORKLOAD.new_tokens, ttfts, ttlts)

@@ -55,6 +55,7 @@ class Plan:
     """What is measured.
 
     ratios: shares of the neurons to remove, beside none. decodings: keys of `gluprune.generation.DECODINGS`.
+    providers: who runs the MLPs, transformers or gluprune; gluprune where it has kernels alone.
     seeds: of the prompts, which are random; repeats: timed runs for each.
     energy_seconds: a window of energy at the least; idle_seconds: the window before, with nothing running.
     """
@@ -64,6 +65,7 @@ class Plan:
     ratios: tuple[float, ...] = (0.4,)
     seeds: tuple[int, ...] = (0,)
     repeats: int = 5
+    providers: tuple[str, ...] = (STOCK, OURS)
     energy_seconds: float = 5.0
     idle_seconds: float = 10.0
 
@@ -150,7 +152,7 @@ def calibrated_meter(device: torch.device, plan: Plan) -> tuple[Meter, Energy]:
 
 
 def _cells(plan: Plan, device: torch.device) -> list[tuple[str, str, Workload]]:
-    providers = (STOCK, OURS) if device.type == "cuda" else (STOCK,)
+    providers = [provider for provider in plan.providers if provider == STOCK or device.type == "cuda"]
     return list(product(providers, plan.decodings, plan.workloads))
 
 

@@ -105,14 +105,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} cannot be had: torch finds no CUDA device")
+    sizes = {"batches": arguments.batch, "prompts": arguments.prompt, "new_tokens": arguments.new_tokens}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if arguments.preset and given:
+        raise ValueError(
+            f"--preset {arguments.preset} has its own workloads: leave out --batch, --prompt and --new-tokens"
+        )
     plan = bench.plan_of(
-        arguments.preset,
-        device,
-        ratios=arguments.pruning_ratio,
-        decodings=arguments.decoding,
-        batches=arguments.batch,
-        prompts=arguments.prompt,
-        new_tokens=arguments.new_tokens,
+        arguments.preset, device, ratios=arguments.pruning_ratio, decodings=arguments.decoding, **given
     )
     bench.check(plan, device)
     if arguments.random:
@@ -348,11 +348,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--preset", choices=("paper",), help="the study's workloads, widths, seeds and idle calibration")
     shape = bench.add_argument_group("without a preset")
-    shape.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="default: 1 8")
-    shape.add_argument(
-        "--prompt", type=int, nargs="+", default=[128, 1024], metavar="N", help="tokens (default: 128 1024)"
-    )
-    shape.add_argument("--new-tokens", type=int, default=64, metavar="N", help="forced length (default: %(default)s)")
+    shape.add_argument("--batch", type=int, nargs="+", metavar="B", help="default: 1 8")
+    shape.add_argument("--prompt", type=int, nargs="+", metavar="N", help="tokens (default: 128 1024)")
+    shape.add_argument("--new-tokens", type=int, metavar="N", help="forced length (default: 64)")
     bench.add_argument(
         "--out", default="bench_output", metavar="FOLDER", help="records are appended there (default: %(default)s)"
     )

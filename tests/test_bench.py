@@ -199,6 +199,7 @@ def test_command_with_random_weights_says_so(monkeypatch, tiny_model, tmp_path, 
         (["absent", "--new-tokens", "1"], "new tokens must be at least 2, got 1"),
         (["absent", "--batch", "0"], "batch must be at least 1, got 0"),
         (["absent", "--pruning-ratio", "1.5"], "pruning ratios lie between 0 and 1 (both excluded), got 1.5"),
+        (["absent", "--preset", "paper", "--batch", "4"], "--preset paper has its own workloads: leave out --batch"),
         (["absent", "--device", "abacus"], "abacus"),
     ],
 )

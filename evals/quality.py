@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from evals.wikitext import detokenised
 from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import load
 from gluprune.perplexity import perplexity
@@ -46,13 +46,14 @@ class Method:
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
+    "OBS, re-solved": Method("obs", compensate=True, windows=128),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
-    "activation, re-solved": Method("activation", compensate=True, windows=128),
-    "MAW, re-solved": Method("maw", compensate=True, windows=128),
     "hybrid": Method("hybrid", windows=128),
     "MAW gate+up+down": Method("maw_gud"),
     "MAW": Method("maw"),
-    "hybrid, re-solved on 4 times the text": Method("hybrid", compensate=True, windows=512),
+    "MAW, re-solved": Method("maw", compensate=True, windows=128),
+    "activation, re-solved": Method("activation", compensate=True, windows=128),
+    "OBS, re-solved on twice the text": Method("obs", compensate=True, windows=256),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 
@@ -60,8 +61,7 @@ WINDOW = 512  # tokens, of calibration and of evaluation
 def read_text(path: str | Path) -> str:
     """Running text of a file: plain text, or JSON lines with `text`, `page`, or `question` and `answer`.
 
-    The ` @-@ `, ` @,@ ` and ` @.@ ` of the tokenised WikiText are written as `-`, `,` and `.` again, its `<unk>`, which
-    stands for rare words, is left out.
+    The tokenised release of WikiText is made running text again (`evals.wikitext`).
 
     Raises:
         ValueError: a JSON line without these fields.
@@ -76,7 +76,7 @@ def read_text(path: str | Path) -> str:
                 raise ValueError(f"{path}, line {number} has none of the fields text, page, question and answer")
             pieces.append(piece)
         text = "\n\n".join(pieces)
-    return re.sub(r" @([-,.])@ ", r"\1", text).replace(" <unk>", "")
+    return detokenised(text)
 
 
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
@@ -167,6 +167,7 @@ def measure(
                 compensate=method.compensate,
             )
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
+        pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
         for text in missing:
             value = windows_perplexity(pruned, held_out[text])
             measurements.add("perplexity", label, shapes[text], "perplexity", value)
@@ -183,7 +184,7 @@ def table(records: list[Record]) -> str:
         f"# {settings['model']}: perplexity after pruning, without a gradient step",
         "",
         (
-            f"{records[-1].dtype}, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell:"
+            f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell:"
             " perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. –: not measured."
         ),
     ]
@@ -207,9 +208,7 @@ def table(records: list[Record]) -> str:
     lines += [
         "",
         f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
-        " for all ratios: "
-        + ", ".join(f"{seconds:.0f} s for {windows} windows" for windows, seconds in times)
-        + ".",
+        " for all ratios: " + ", ".join(f"{seconds:.0f} s for {windows} windows" for windows, seconds in times) + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from gluprune.families import GLU, model_glus
+from gluprune.families import GLU, decoder_layers, model_glus
 
 logger = logging.getLogger(__name__)
 
 # Rows of X upcast to float32 at a time: bounds the scratch however large a batch is.
 _ROWS = 4096
+# Columns of a block of the Gram matrix. Only blocks on and above the diagonal are computed: about half the operations.
+_BLOCK = 256
 _FORMAT = "gluprune statistics 1"
 
 
@@ -59,15 +61,24 @@ class LayerStatistics:
         return LayerStatistics(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
     def add(self, x: torch.Tensor) -> None:
-        """Take in one batch, `[T, I]` of any dtype."""
+        """Take in one batch, `[T, I]` of any dtype. The Gram matrix is valid only after `complete`."""
         squares = torch.zeros_like(self.squares)
         for rows in x.split(_ROWS):
             rows = rows.float()
             squares += rows.square().sum(0)
             if self.gram is not None:
-                self.gram.addmm_(rows.T, rows)
+                for start in range(0, rows.shape[1], _BLOCK):
+                    stop = start + _BLOCK
+                    self.gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self.squares += squares
         self.batch_norms += squares.sqrt()
+
+    def complete(self) -> None:
+        """Mirror the part of the Gram matrix above the diagonal, which is what `add` sums up, to below it."""
+        if self.gram is not None:
+            for start in range(0, len(self.gram), _BLOCK):
+                stop = start + _BLOCK
+                self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
 
 
 @dataclass
@@ -145,7 +156,8 @@ def calibrate(
         model: a Hugging Face causal LM of a supported family, patched or not. Left as it was.
         calibration: an iterable of batches: int tensors of token ids `[B, S]`, dicts with `input_ids` and maybe
             `attention_mask` `[B, S]` (0 is padding and left out), or tuples of these two. A DataLoader is such a thing.
-        gram: whether to collect the Gram matrices, which `compensate=True` needs.
+        gram: whether to collect the Gram matrices, which `compensate=True` and `score="obs"` need. Decoder layers on a
+            CPU then run in float32 whatever their dtype; without, the model runs as it is.
         layers: layer indices; None means all.
 
     Returns:
@@ -270,6 +282,36 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
 
 
+@contextmanager
+def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Run decoder layers on a CPU in float32, each with a float32 copy of its weights that lives as long as its forward.
+
+    Most CPUs know no bf16 or fp16 arithmetic and take many times as long for it. Elsewhere layers run as they are.
+    """
+    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def upcast(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        for parameter in layer.parameters():
+            if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
+                originals.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
+        if originals:
+            args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
+        return args, kwargs
+
+    def restore(*_) -> None:
+        while originals:
+            parameter, data = originals.pop()
+            parameter.data = data
+
+    with ExitStack() as stack:
+        stack.callback(restore)
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(upcast, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(restore).remove)
+        yield
+
+
 @torch.no_grad()
 def _collect(
     model: nn.Module,
@@ -295,6 +337,8 @@ def _collect(
     tokens = 0
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
+        if gram:
+            stack.enter_context(_in_float32(decoder_layers(model)))
         for index, statistics in found.items():
             handle = glus[index].down.register_forward_pre_hook(taking_into(statistics))
             stack.callback(handle.remove)
@@ -305,6 +349,8 @@ def _collect(
             for index, statistics in found.items():
                 if not statistics.squares.isfinite().all():
                     raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
+    for statistics in found.values():
+        statistics.complete()
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

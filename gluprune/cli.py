@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="maw",
-        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid (default: %(default)s)",
+        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid, obs (default: %(default)s)",
     )
     prune.add_argument(
         "--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)"

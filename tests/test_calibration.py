@@ -13,9 +13,17 @@ from torch.utils.data import DataLoader, TensorDataset
 import gluprune
 from gluprune import calibration as calibration_module
 from gluprune import pruning as pruning_module
-from gluprune.calibration import Statistics, batches_from_text, calibrate, calibrate_in_passes, plan_passes
+from gluprune.calibration import (
+    LayerStatistics,
+    Statistics,
+    batches_from_text,
+    calibrate,
+    calibrate_in_passes,
+    plan_passes,
+)
 from gluprune.families import model_glus
 from gluprune.patching import fusion_status, patch
+from gluprune.scores import calibrated_score
 from tests.tiny_models import make_tiny_model
 
 GIB = 1 << 30
@@ -71,8 +79,23 @@ def test_statistics(family, dtype):
         close(statistics.gram, x.T @ x, dtype)
 
 
-def test_batches_larger_than_one_block(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_calibrated_in_float32(dtype):
+    """The Gram matrices are those of the same weights in float32, and the weights are the very tensors they were."""
+    model = make_tiny_model("qwen2", dtype=dtype, seed=17)
+    batches = [*random_batches(), padded((9, 4, 1, 12), "left")[:2]]
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    found, expected = calibrate(model, batches), calibrate(copy.deepcopy(model).float(), batches)
+    for layer, statistics in expected.layers.items():
+        close(found.layers[layer].gram, statistics.gram.double(), torch.float32)
+        close(found.layers[layer].batch_norms, statistics.batch_norms.double(), torch.float32)
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("block", [40, 101, 1000])
+def test_batches_larger_than_one_block(monkeypatch, block):
     monkeypatch.setattr(calibration_module, "_ROWS", 7)
+    monkeypatch.setattr(calibration_module, "_BLOCK", block)
     model, batches = make_tiny_model(seed=2), random_batches()
     found = calibrate(model, batches)
     truth = captured(model, [sequence for batch in batches for sequence in batch])
@@ -134,7 +157,8 @@ def test_layers_that_are_not_there(layers):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(fails):
-    model = make_tiny_model(seed=6).train()
+    model = make_tiny_model(seed=6, dtype=torch.bfloat16).train()
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
     model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
     if fails:
@@ -143,7 +167,8 @@ def test_the_model_is_left_as_it_was(fails):
     with pytest.raises(ValueError, match="layer 1 has NaN or Inf") if fails else nullcontext():
         calibrate(model, random_batches())
     assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
@@ -176,12 +201,42 @@ def test_activation_score_and_re_solved_weights(family):
         scores = x.norm(dim=0) * down.norm(dim=0)
         kept = report.kept[layer]
         assert torch.equal(kept, scores.topk(61).indices.sort().values)
-        ridge = (0.01 * x.square().sum(0).mean()) ** 0.5
+        ridge = (0.3 * x.square().sum(0).median()) ** 0.5
         rows = torch.cat([x[:, kept], ridge * torch.eye(61, dtype=torch.float64)])
         values = torch.cat([x @ down.T, ridge * down.T[kept]])
         expected = torch.linalg.lstsq(rows, values, driver="gelsd").solution.T
         torch.testing.assert_close(glu.weights()[2].double(), expected, rtol=1e-3, atol=1e-4)
         assert (bias is None and glu.down.bias is None) or torch.equal(glu.down.bias, bias)
+
+
+def test_obs_score():
+    """Each neuron's score is what the other neurons leave of it, one ridge regression at a time."""
+    model, batches = make_tiny_model(seed=18), random_batches([(7, 40)] * 2)
+    weights = [glu.weights() for glu in model_glus(copy.deepcopy(model))]
+    xs = captured(model, [sequence for batch in batches for sequence in batch])
+    statistics = calibrate(model, batches)
+    report = gluprune.prune(model, pruning_ratio=0.4, multiple_of=1, score="obs", calibration=iter(batches))
+    for layer, (x, (_, _, down)) in enumerate(zip(xs, weights)):
+        ridge = (0.3 * x.square().sum(0).median()) ** 0.5
+        scores = []
+        for i in range(101):
+            others = [j for j in range(101) if j != i]
+            rows = torch.cat([x[:, others], ridge * torch.eye(100, dtype=torch.float64)])
+            values = torch.cat([x[:, i], torch.zeros(100, dtype=torch.float64)])
+            rest = values - rows @ torch.linalg.lstsq(rows, values[:, None]).solution[:, 0]
+            scores.append(rest.square().sum() * down[:, i].double().square().sum())
+        scores = torch.stack(scores)
+        found = calibrated_score("obs", *weights[layer], statistics.layers[layer])
+        torch.testing.assert_close(found.double(), scores, rtol=1e-3, atol=1e-6 * scores.max().item())
+        assert torch.equal(report.kept[layer], scores.topk(61).indices.sort().values)
+
+
+@pytest.mark.parametrize("gram", [torch.zeros(101, 101), torch.full((101, 101), torch.inf)], ids=["dead", "hopeless"])
+def test_obs_score_without_a_usable_gram(gram):
+    weights, squares = make_tiny_model(seed=18).model.layers[0].mlp, torch.rand(101)
+    gate, up, down = (p.weight.detach() for p in (weights.gate_proj, weights.up_proj, weights.down_proj))
+    found = calibrated_score("obs", gate, up, down, LayerStatistics(squares, squares.sqrt(), gram))
+    torch.testing.assert_close(found, squares * down.square().sum(0))
 
 
 def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
@@ -191,7 +246,7 @@ def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
     assert statistics.tokens == 2 * 7 * 40
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
     for width in (91, 81, 71, 61, 50, 40, 30):
-        for score in ("hybrid", "activation", "maw_gud"):
+        for score in ("hybrid", "activation", "maw_gud", "obs"):
             one, other = copy.deepcopy(dense), copy.deepcopy(dense)
             for model, calibration in ((one, statistics), (other, iter(batches))):
                 gluprune.prune(
@@ -200,7 +255,7 @@ def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
                     multiple_of=1,
                     score=score,
                     calibration=calibration,
-                    compensate=score != "activation",
+                    compensate=True,
                 )
             for (name, found), expected in zip(one.state_dict().items(), other.state_dict().values()):
                 assert torch.equal(found, expected), (width, score, name)
@@ -235,7 +290,13 @@ def test_patched_model(backend):
     plain = make_tiny_model(seed=12, dtype=torch.bfloat16)
     patched = patch(copy.deepcopy(plain), backend=backend)
     assert all(status.fused for status in fusion_status(patched)) == (backend == "triton")
-    arguments = {"pruning_ratio": 0.3, "multiple_of": 1, "score": "activation", "calibration": batches, "compensate": True}
+    arguments = {
+        "pruning_ratio": 0.3,
+        "multiple_of": 1,
+        "score": "activation",
+        "calibration": batches,
+        "compensate": True,
+    }
     expected, found = gluprune.prune(plain, **arguments), gluprune.prune(patched, **arguments)
     for layer, kept in expected.kept.items():
         assert torch.equal(found.kept[layer], kept)
@@ -308,6 +369,7 @@ def arguments(**given):
     [
         (arguments(), ValueError, "score='hybrid' needs calibration data"),
         (arguments(score="activation"), ValueError, "score='activation' needs calibration data"),
+        (arguments(score="obs"), ValueError, "score='obs' needs calibration data"),
         (arguments(score="maw", compensate=True), ValueError, "compensate=True needs calibration data"),
         (arguments(compensate=1, calibration=[IDS]), TypeError, "compensate must be True or False, got 1"),
         (arguments(calibration=[]), ValueError, "calibration holds no tokens"),
@@ -340,8 +402,10 @@ def test_statistics_of_another_model_change_nothing(tiny_model, unchanged):
     with unchanged(model), pytest.raises(ValueError, match=r"have no layer 1: they have \[0, 2\]"):
         gluprune.prune(model, **arguments(calibration=some))
     without_gram = calibrate(model, [IDS], gram=False)
-    with unchanged(model), pytest.raises(ValueError, match="needs statistics with Gram matrices"):
+    with unchanged(model), pytest.raises(ValueError, match="need statistics with Gram matrices"):
         gluprune.prune(model, **arguments(calibration=without_gram, compensate=True))
+    with unchanged(model), pytest.raises(ValueError, match="need statistics with Gram matrices"):
+        gluprune.prune(model, **arguments(calibration=without_gram, score="obs"))
 
 
 @pytest.mark.parametrize("broken", [0, 2])

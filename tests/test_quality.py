@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from evals import quality
+from evals.wikitext import detokenised
 from gluprune.records import read
 from tests.tiny_models import make_tiny_model
 
@@ -82,9 +83,29 @@ def test_read_text(tmp_path):
     page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
     rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert quality.read_text(path) == " = A = \n two-part , 1,000 men\n\nQ?\nA.\n\nt"
+    assert quality.read_text(path) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
     (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")
     assert quality.read_text(tmp_path / "plain.txt") == "a 1.5 b"
+
+
+@pytest.mark.parametrize(
+    "tokens, text",
+    [
+        (" \n = A b = \n \n = = C = = \n \n D \n", "\n= A b =\n\n== C ==\n\nD\n"),
+        ('x ( see " y z " ) ; w [ 2 ] ...', 'x (see "y z"); w [2]...'),
+        ('she said : " no ! " and " go ? "', 'she said: "no!" and "go?"'),
+        ("it 's the dogs ' own , don 't they 're", "it's the dogs' own, don't they're"),
+        ("$ 5 @.@ 2 million , 30 % of 1 : 2 – 3", "$5.2 million, 30% of 1: 2 – 3"),
+        ("the <unk> , a <unk> <unk> .", "the, a."),
+    ],
+)
+def test_detokenised(tokens, text):
+    assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
+
+
+def test_other_text_is_left_alone():
+    text = '  A " b " , c . \n\n\n\n d \'s'
+    assert detokenised(text) == text
 
 
 def test_bad_input(command, tmp_path, capsys):

@@ -180,7 +180,8 @@ def calibrate_in_passes(
     """The statistics of every layer in turn, held for as many layers at a time as fit into memory.
 
     Arguments and errors are those of `calibrate`. On every device the Gram matrices may take half of the memory that is
-    free at the start; where they would take more, the calibration data is run through the model several times.
+    free at the start; where they would take more, the calibration data is run through the model several times. On a CPU
+    one decoder layer at a time takes a float32 copy of its weights.
 
     Yields:
         Layer index and statistics, in the order of `layers`.
@@ -296,7 +297,7 @@ def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
                 originals.append((parameter, parameter.data))
                 parameter.data = parameter.data.float()
         if originals:
-            args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
+            args = args[0].float(), *args[1:]  # the hidden states
         return args, kwargs
 
     def restore(*_) -> None:

@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--gram",
         action="store_true",
-        help="with the Gram matrices that --compensate needs: 4 bytes a pair of neurons, all layers in memory at once",
+        help="with the Gram matrices that --compensate and the score obs need: 4 bytes a pair of neurons, all layers in memory at once",
     )
     calibrate.set_defaults(run=_calibrate)
 

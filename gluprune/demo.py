@@ -44,7 +44,7 @@ PAPER = Recipe("maw", "MAW: the paper's criterion (gate, up)", "maw")
 RECIPES = (
     PAPER,
     Recipe("maw_gud", "MAW over gate, up and down", "maw_gud"),
-    Recipe("recommended", "recommended: OBS score, down re-solved", "obs", calibrated=True),
+    Recipe("recommended", "recommended: hybrid score, down re-solved", "hybrid", calibrated=True),
 )
 RECOMMENDED = RECIPES[-1]
 SAVED_RATIO = 0.2  # of the recommended recipe, whose checkpoint is written

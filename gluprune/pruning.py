@@ -14,7 +14,7 @@ from gluprune.calibration import LayerStatistics, Statistics, calibrate_in_passe
 from gluprune.compensate import replace_down, resolved_down
 from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
-from gluprune.scores import CALIBRATED_SCORES, GRAM_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
+from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, needs_gram, static_score
 from gluprune.selection import select, target_width
 
 
@@ -260,7 +260,7 @@ def prune(
     original_parameters = count_parameters(model)
     calibrated = is_calibrated or compensate
     if calibrated:
-        activations = _activations(model, glus, indices, calibration, gram=compensate or score in GRAM_SCORES)
+        activations = _activations(model, glus, indices, calibration, gram=needs_gram(score, compensate))
     else:
         activations = ((index, None) for index in indices)
 

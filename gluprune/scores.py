@@ -130,8 +130,6 @@ def _obs(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tenso
     return unexplained.clamp(min=0).float() * weights.down_l2.square()
 
 
-# Scores that need the Gram matrix.
-GRAM_SCORES = ("obs",)
 CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch.Tensor]] = {
     # ||x_i|| * ||W_down[:, i]||: the exact Frobenius norm of what neuron i adds to the layer's output over all tokens,
     # x_i W_down[:, i]^T. Wanda (arXiv 2306.11695) multiplies the same norms per weight, FLAP (arXiv 2312.11983) takes
@@ -162,3 +160,8 @@ def calibrated_score(
         float32 `[I]` on the device of the weights.
     """
     return CALIBRATED_SCORES[name](WeightStatistics(gate, up, down), activations)
+
+
+def needs_gram(score: str | Score, compensate: bool) -> bool:
+    """Whether pruning by a score, and re-solving the down projection or not, takes the Gram matrices of calibration."""
+    return compensate or score == "obs"

@@ -233,11 +233,13 @@ def test_obs_score():
         assert torch.equal(report.kept[layer], scores.topk(61).indices.sort().values)
 
 
-@pytest.mark.parametrize("gram", [torch.zeros(101, 101), torch.full((101, 101), torch.inf)], ids=["dead", "hopeless"])
-def test_obs_score_without_a_usable_gram(gram):
+@pytest.mark.parametrize("value", [0.0, torch.inf], ids=["dead", "hopeless"])
+def test_obs_score_without_a_usable_gram(value):
     weights, squares = make_tiny_model(seed=18).model.layers[0].mlp, torch.rand(101)
     gate, up, down = (p.weight.detach() for p in (weights.gate_proj, weights.up_proj, weights.down_proj))
-    found = calibrated_score("obs", gate, up, down, LayerStatistics(squares, squares.sqrt(), gram))
+    found = calibrated_score(
+        "obs", gate, up, down, LayerStatistics(squares, squares.sqrt(), torch.full((101, 101), value))
+    )
     torch.testing.assert_close(found, squares * down.square().sum(0))
 
 

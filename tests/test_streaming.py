@@ -168,6 +168,7 @@ CALIBRATED += [
     ("llama", "activation", False),
     ("llama", "hybrid", False),
     ("llama", "maw", True),
+    ("phi3", "obs", True),
 ]
 
 
@@ -204,6 +205,7 @@ def test_statistics_that_do_not_fit(llama, tmp_path):
     some = calibrated(llama, tmp_path / "some", gram=False, layers=[0, 2])
     refused(r"no layer 1: they have \[0, 2\]", score="hybrid", statistics=some)
     refused("need.* statistics with Gram matrices", compensate=True, layers=[0], statistics=some)
+    refused("need.* statistics with Gram matrices", score="obs", layers=[0], statistics=some)
     refused("absent", compensate=True, statistics=tmp_path / "absent")
     refused("holds no calibration statistics", score="hybrid", statistics=llama / SINGLE_FILE)
     refused("config.json is no complete safetensors file", score="hybrid", statistics=llama / "config.json")

@@ -113,12 +113,13 @@ def model_in_memory(model: torch.nn.Module, tokenizer):
     return chosen(pretrained=model.eval(), tokenizer=tokenizer, batch_size=CPU_BATCH if on_cpu else "auto")
 
 
-def model_by_backend(backend: str, path: str, model_args: str = ""):
+def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: str = ""):
     """A checkpoint (folder or Hub id) in any backend of lm-eval.
 
     Args:
         backend: lm-eval's name of it: hf, vllm, sglang, ...
-        model_args: lm-eval's `key=value,...` for it, such as `tensor_parallel_size=2,dtype=bfloat16`.
+        dtype: of the weights; auto is the checkpoint's own.
+        model_args: lm-eval's `key=value,...` for it, such as `tensor_parallel_size=2`.
 
     Raises:
         ValueError: lm-eval has no such backend, or the packages it needs are not there.
@@ -130,7 +131,7 @@ def model_by_backend(backend: str, path: str, model_args: str = ""):
         chosen = get_model(backend)
     except (KeyError, ValueError, ImportError) as error:
         raise ValueError(f"backend {backend!r} cannot be used: {error}") from None
-    arguments = ",".join(part for part in (f"pretrained={path}", model_args) if part)
+    arguments = ",".join(part for part in (f"pretrained={path},dtype={dtype}", model_args) if part)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = "auto" if torch.cuda.is_available() or backend != "hf" else CPU_BATCH
     return chosen.create_from_arg_string(arguments, {"batch_size": batch, "device": device})
@@ -218,7 +219,9 @@ def evaluate(
     cap = _configure(tasks, spec.shots, limits)
     start = time.perf_counter()
     try:
-        found = lm_evaluate(lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+        found = lm_evaluate(
+            lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True
+        )
     except AssertionError as error:  # lm-eval's way to say that a model and a task do not go together
         raise ValueError(f"{name} cannot be run: {error}") from error
     seconds = time.perf_counter() - start

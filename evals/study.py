@@ -180,8 +180,8 @@ class Settings:
     """What all results of a folder have in common, and how they are made.
 
     limits, data, dtype: what to run on; calibration, windows: text for calibrated recipes, and how many windows of it;
-    patch: with `patch_llama`; backend, model_args: as a checkpoint in
-    an lm-eval backend instead of in memory; log_samples: keep requests, answers and generated lengths.
+    patch: with `patch_llama`; backend, model_args: as a checkpoint in an lm-eval backend instead of in memory;
+    log_samples: keep requests, answers and generated lengths.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -206,6 +206,7 @@ class Settings:
         """What two results must share to stand in one table."""
         return {
             "limits": str(self.limits),
+            "subset": self.limits.subset(),
             "data": "Hub" if self.data is None else "local files",
             "dtype": self.dtype,
             "patched": self.patch,
@@ -278,7 +279,9 @@ def _language_model(
                 path = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='gluprune-'))}/{source.name}"
                 save(model, path, tokenizer)
             del model
-            lm = model_by_backend(settings.backend, path, settings.model_args)
+            if settings.dtype != "auto":
+                dtype = settings.dtype
+            lm = model_by_backend(settings.backend, path, settings.dtype, settings.model_args)
         yield lm, shape, dtype
 
 

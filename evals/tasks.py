@@ -8,6 +8,7 @@ in `.gz`. For ifeval the folder also holds NLTK's `punkt_tab` tables under `nltk
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -115,6 +116,13 @@ class Limits:
 
     def __str__(self) -> str:
         return "budget small" if self.small else f"limit {self.documents}" if self.documents else "all documents"
+
+    def subset(self) -> str:
+        """What tells this choice of documents from another version's of the same name."""
+        chosen = [SEED, self.documents]
+        if self.small:
+            chosen += [self.small_tokens, *((name, spec.documents, spec.subjects) for name, spec in TASKS.items())]
+        return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
 
     def leaves(self, spec: TaskSpec, names: list[str]) -> list[str]:
         """The leaves to run: all, or a seeded choice of the small budget's number of them."""

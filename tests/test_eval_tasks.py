@@ -114,6 +114,7 @@ def test_subsets_are_fixed():
     names = [f"mmlu_{n:02}" for n in range(57)]
     assert len(small.leaves(TASKS["mmlu"], names)) == TASKS["mmlu"].subjects
     assert Limits(2).leaves(TASKS["mmlu"], names) == names
+    assert len({Limits().subset(), Limits(3).subset(), Limits(4).subset(), small.subset(), Limits(3).subset()}) == 4
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         Limits(0)
     with pytest.raises(ValueError, match="not both"):

@@ -209,16 +209,20 @@ def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
     assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
 
 
-@pytest.mark.parametrize("ratios", [(), ("0.4",)])
-def test_checkpoint_in_a_backend(inputs, tmp_path, ratios):
+@pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-5), ("bfloat16", 0.1)])
+def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
     """The checkpoint of a configuration in lm-eval's own hf backend scores as the model in memory does."""
-    assert main(arguments(inputs, tmp_path / "memory", ratios=ratios)) == 0
-    assert main(arguments(inputs, tmp_path / "backend", "--backend", "hf", ratios=ratios)) == 0
+    assert main(arguments(inputs, tmp_path / "memory", tasks=TASKS[:2])) == 0
+    more = ["--backend", "hf", "--dtype", dtype]
+    assert main(arguments(inputs, tmp_path / "backend", *more, tasks=TASKS[:2])) == 0
     for name, result in contents(tmp_path / "memory").items():
         other = contents(tmp_path / "backend")[name]
         assert other["configuration"] == result["configuration"] and other["backend"] == "hf"
+        assert other["dtype"] == ("float32" if dtype == "auto" else dtype)
         for metric, value in result["metrics"].items():
-            assert other["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-4)
+            assert other["metrics"][metric]["value"] == pytest.approx(value["value"], rel=tolerance)
+        if result["task"] == "lambada_openai" and dtype != "auto":  # the dtype did reach the backend
+            assert other["per_document"] != pytest.approx(result["per_document"], rel=1e-5)
 
 
 def test_samples_and_lengths(inputs, tmp_path):
@@ -237,7 +241,18 @@ def test_samples_and_lengths(inputs, tmp_path):
 def test_patched_is_unpatched(smollm2_path, tmp_path):
     """SmolLM2, patched and not: the same accuracies, perplexity within 0.1 %."""
     data = write_data(tmp_path / "data", count=2)
-    command = ["eval", smollm2_path, "--data", data, "--dtype", "float32", "--tasks", "wikitext", "arc_challenge", "--out"]
+    command = [
+        "eval",
+        smollm2_path,
+        "--data",
+        data,
+        "--dtype",
+        "float32",
+        "--tasks",
+        "wikitext",
+        "arc_challenge",
+        "--out",
+    ]
     assert main([str(a) for a in [*command, tmp_path / "stock"]]) == 0
     assert main([str(a) for a in [*command, tmp_path / "patched", "--patch"]]) == 0
     stock, patched = (contents(tmp_path / name) for name in ("stock", "patched"))

@@ -62,7 +62,7 @@ def test_shots_are_the_official_ones(tmp_path):
 
 def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
     """Its subjects' accuracies weigh as many documents as they have, and each has five shots of its own subject."""
-    sizes = {"mmlu_anatomy": 5, "mmlu_virology": 2}
+    sizes = {"mmlu_anatomy": 23, "mmlu_virology": 8}
     made = {
         leaf: [
             {"question": f"{leaf} {n}", "subject": leaf, "choices": list("abcd"), "answer": n % 4} for n in range(size)
@@ -78,8 +78,9 @@ def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
     monkeypatch.setattr(Limits, "leaves", lambda self, spec, names: sorted(sizes))
     model = OracleLM()
     result = evaluate(model, "mmlu", Limits(), data=tmp_path, **IDENTITY)
-    assert result.documents == 7 and result.shots == 5
-    assert result.value == pytest.approx(sum(result.per_document) / 7)
+    assert result.documents == 31 and result.shots == 5
+    assert result.value == pytest.approx(sum(result.per_document) / 31) and 0 < result.value < 1
+    assert sum(result.per_document[:23]) / 23 != sum(result.per_document[23:]) / 8
     assert all(sum(f"shot {n}" in prompt for n in range(5)) == 5 for _, (prompt, _) in model.seen)
 
 

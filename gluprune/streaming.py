@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -432,7 +431,7 @@ def _make_plan(
 
 
 class _Selector:
-    """Selects the neurons of a layer when they are asked for, and keeps every selection on the disk for a later run.
+    """Selects the neurons of a layer when they are asked for, and keeps the selections on the disk for a later run.
 
     What was read to score a layer is held until the next layer is scored: its tensors are usually due at once.
 
@@ -448,15 +447,17 @@ class _Selector:
         sizes = [sum(_aligned(tensor.nbytes) for tensor in self._scored(layer)) for layer in plan.report.layers]
         self.buffer = torch.empty(max(sizes), dtype=torch.uint8)
         self.held: dict[str, torch.Tensor] = {}
+        saved = (json.loads(file.read_text()) for file in folder.glob("*.json"))
+        self._kept = {int(layer): torch.tensor(kept) for file in saved for layer, kept in file.items()}
+        self._unsaved: dict[int, list[int]] = {}
 
     def _scored(self, layer: int) -> list[StoredTensor]:
         return [self._plan.mlps[layer][f"{name}.weight"] for name in self._names]
 
     def kept_by(self, layer: int) -> torch.Tensor:
         """int64 `[width]`, ascending."""
-        file = self._folder / f"{layer}.json"
-        if file.is_file():
-            return torch.tensor(json.loads(file.read_text()))
+        if layer in self._kept:
+            return self._kept[layer]
         self.held.clear()
         rest = self.buffer
         for stored in self._scored(layer):
@@ -465,8 +466,14 @@ class _Selector:
         weights = _Weights.of(self._plan.family, list(self.held.values()))
         score = score_layer(self._plan.report.score, weights, layer, self._activations(layer))
         kept = select(score, self._plan.report.intermediate_size)
-        files.write_file(file, [json.dumps(kept.tolist()).encode()])
+        self._kept[layer], self._unsaved[layer] = kept, kept.tolist()
         return kept
+
+    def save(self, name: str) -> None:
+        """Keep what was selected since the last call in a file of its own."""
+        if self._unsaved:
+            files.write_file(self._folder / f"{name}.json", [json.dumps(self._unsaved).encode()])
+            self._unsaved = {}
 
     def _activations(self, layer: int) -> LayerStatistics | None:
         if self._plan.statistics is None:
@@ -524,6 +531,15 @@ def _ahead(items: Iterator, depth: int, threads: int) -> Iterator:
         torch.set_num_threads(torch_threads)  # the number for threads to come
 
 
+def _chunks(shards: list[_OutputShard], selector: _Selector) -> Iterator[bytes | memoryview | None]:
+    """The bytes of the shards in order; None ends a shard."""
+    for shard in shards:
+        yield from shard.chunks(selector)
+        # Before the shard has its name: it must not outlive the selections that it was made with.
+        selector.save(shard.name)
+        yield None
+
+
 def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     """Fill the folder, going on with what an earlier run left there. Returns the selection of every pruned layer."""
     selector = _Selector(plan, folder.with_name(_SELECTIONS))
@@ -531,11 +547,11 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     needed, free = sum(shard.nbytes for shard in unfinished), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, {free:,} are free", str(folder.parent.parent))
-    # Far enough ahead to write one layer while the next is scored; None ends a shard.
+    # Far enough ahead to write one layer while the next is scored.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     # Scoring takes less time than reading: helpers that wait for one another would contend with the writing for the cores.
     threads = torch.get_num_threads() if plan.compensate else 1
-    chunks = _ahead((chunk for shard in unfinished for chunk in chain(shard.chunks(selector), [None])), depth, threads)
+    chunks = _ahead(_chunks(unfinished, selector), depth, threads)
     # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
     bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
     with closing(chunks), bar:

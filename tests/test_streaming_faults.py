@@ -226,7 +226,7 @@ def test_without_resume_it_begins_anew(source, expected, tmp_path):
     assert contents(partial / "checkpoint") == expected
     # Whole as they look, they come from who knows where.
     for file in (partial / "selections").iterdir():
-        file.write_text(json.dumps(list(range(20))))
+        file.write_text(json.dumps({layer: list(range(20)) for layer in (0, 1)}))
     for file in (partial / "checkpoint").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-2] + b"??")
     (partial / "checkpoint" / "stranger").mkdir()
@@ -240,7 +240,9 @@ def test_a_selection_once_made_is_kept(source, expected, tmp_path):
         prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     (partial,) = tmp_path.glob(".out.*.partial")
     other = list(range(20))
-    (partial / "selections" / "1.json").write_text(json.dumps(other))
+    for file in (partial / "selections").iterdir():
+        saved = json.loads(file.read_text())
+        file.write_text(json.dumps({layer: other if layer == "1" else kept for layer, kept in saved.items()}))
     shutil.rmtree(partial / "checkpoint")
     report = prune_checkpoint(source, tmp_path / "out", resume=True, **ARGUMENTS)
     assert report.kept[1].tolist() == other and report.kept[0].tolist() != other
@@ -394,6 +396,7 @@ KILL_SCRIPT = """
         assert contents(source) == before
         if out.exists():
             found["whole"] += 1
+            duration *= 0.9  # too late, most likely: the machine has become faster
         else:
             found["absent"] += 1
             found["with finished shards"] += any(work.glob(".out.*.partial/checkpoint/*.safetensors"))

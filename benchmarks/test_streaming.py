@@ -23,7 +23,7 @@ from gluprune.records import Record
 from gluprune.shards import INDEX_FILE
 
 EXPANSION_RATIO = 2.4
-REPEATS = 5
+REPEATS = 3
 CASES = {
     "llama-3.2-1b": (10**9, ["cp", "gluprune", "optipfair"], 8e9),
     "llama-3.1-8b": (5 * 10**9, ["cp", "gluprune"], 45e9),

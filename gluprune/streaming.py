@@ -319,7 +319,7 @@ def _read_config(folder: Path, tensor_count: int) -> tuple[dict, _Config]:
         widths = [raw["intermediate_size"]] * layers
         return raw, _Config(family, raw["hidden_size"], widths, raw["tie_word_embeddings"])
 
-    # Only where the JSON leaves defaults to transformers, or layers differ: importing it takes as long as importing torch.
+    # Where the JSON leaves defaults to transformers, or layers differ. Importing it takes as long as importing torch.
     from gluprune.checkpoint import layer_widths, read_config
 
     try:
@@ -549,8 +549,9 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, {free:,} are free", str(folder.parent.parent))
     # Far enough ahead to write one layer while the next is scored.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
-    # Scoring takes less time than reading: helpers that wait for one another would contend with the writing for the cores.
-    threads = torch.get_num_threads() if plan.compensate else 1
+    # Without matrix products scoring takes less time than reading: helpers that wait for one another would only contend
+    # with the writing for the cores.
+    threads = torch.get_num_threads() if needs_gram(plan.report.score, plan.compensate) else 1
     chunks = _ahead(_chunks(unfinished, selector), depth, threads)
     # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
     bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
@@ -605,12 +606,12 @@ def prune_checkpoint(
         source: a model folder, or a Hub id, which is downloaded first. It is never written to.
         destination: a folder that does not exist or is empty, outside the source.
         expansion_ratio, pruning_ratio, intermediate_size, multiple_of, layers: as in `prune`.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation",
-            "hybrid" and "obs".
-        statistics: the file of a calibration pass (`Statistics.save`, `gluprune calibrate`) over the same model, for the
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation", "hybrid" and
+            "obs".
+        statistics: the file of a calibration pass (`Statistics.save`, `gluprune calibrate`) over this model, for the
             calibrated scores and for `compensate`, otherwise not looked at. One layer of it is read at a time.
-        compensate: re-solve the down projections, as in `prune`; needs statistics with Gram matrices, as "obs" does. Takes a few float32
-            matrices of `[I, I]` above the memory named above.
+        compensate: re-solve the down projections, as in `prune`. This and "obs" need statistics with Gram matrices, and
+            take a few float32 matrices `[I, I]` above the memory named above.
         dry_run: check headers and arguments and report what would come out; no weight is read, nothing is written.
         resume: go on where an earlier run with the same source and arguments stopped. Without it, begin anew.
 

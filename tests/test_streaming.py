@@ -168,6 +168,7 @@ CALIBRATED += [
     ("llama", "activation", False),
     ("llama", "hybrid", False),
     ("llama", "maw", True),
+    ("llama", "obs", False),
     ("phi3", "obs", True),
 ]
 
@@ -178,7 +179,7 @@ def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, 
     source = tmp_path / "source"
     tiny_model(family, DTYPES[len(family + score) % 3], seed=len(score)).save_pretrained(source)
     reshard(source, 3, seed=len(family))
-    file = calibrated(source, tmp_path / "statistics", compensate)
+    file = calibrated(source, tmp_path / "statistics", gram=compensate or score == "obs")
     arguments = dict(pruning_ratio=0.4, score=score, multiple_of=1, compensate=compensate)
     expected = in_memory(source, tmp_path / "expected", calibration=Statistics.load(file), **arguments)
     with monkeypatch.context() as patch:

@@ -3,8 +3,8 @@
     python -m evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
 
 calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
-picture (`quality.png`). What is in the records already is not measured again, so an interrupted run goes on where it
-stopped. No gradient step is taken anywhere.
+picture (`quality.png`). What is in the records already, on the very same text, is not measured again, so an interrupted
+run goes on where it stopped. No gradient step is taken anywhere.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> flo
     return math.exp(sum(math.log(perplexity(model, window[0], WINDOW)) for window in windows) / len(windows))
 
 
+def digest(batches: Sequence[torch.Tensor]) -> str:
+    """What tells one text, as cut into windows of token ids, from another."""
+    return hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:16]
+
+
 class Measurements:
     """A file of records that every figure is looked up in before it is measured."""
 
@@ -128,16 +133,26 @@ def measure(
         for text, content in texts.items()
     }
 
+    @lru_cache
+    def calibrated_on(windows: int) -> dict:
+        """What the shape of a record says of the calibration."""
+        return (
+            {"calibration_windows": windows, "calibration_digest": digest(calibration_batches(windows))}
+            if windows
+            else {}
+        )
+
+    def calibration_batches(windows: int) -> list[torch.Tensor]:
+        return batches_from_text(tokenizer, calibration, windows, WINDOW)
+
     @lru_cache(maxsize=1)
     def statistics(windows: int) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
-        batches = batches_from_text(tokenizer, calibration, windows, WINDOW)
-        digest = hashlib.sha256(torch.cat(batches).numpy().tobytes()).hexdigest()[:16]
-        path = cache_folder() / f"quality-{name}-{digest}.safetensors"
-        shape = settings | {"calibration_windows": windows}
+        shape = settings | calibrated_on(windows)
+        path = cache_folder() / f"quality-{name}-{shape['calibration_digest']}.safetensors"
         if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
             start = time.perf_counter()
-            found = calibrate(model, batches)
+            found = calibrate(model, calibration_batches(windows))
             measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
@@ -146,11 +161,14 @@ def measure(
     rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
-        shape = settings | {"ratio": ratio} | ({"calibration_windows": method.windows} if method.windows else {})
-        shapes = {text: shape | {"text": text, "windows": len(held)} for text, held in held_out.items()}
+        shape = settings | {"ratio": ratio} | calibrated_on(method.windows)
+        shapes = {
+            text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
+            for text, held in held_out.items()
+        }
         missing = [text for text in shapes if not measurements.has("perplexity", label, shapes[text])]
         if method.windows:
-            measurements.has("calibrate", "gluprune", settings | {"calibration_windows": method.windows})
+            measurements.has("calibrate", "gluprune", settings | calibrated_on(method.windows))
         if not missing:
             measurements.has("prune", label, shape)
             continue

@@ -64,6 +64,8 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert (out / "quality.png").stat().st_size > 10_000
     assert quality.main(command) == 0 and len(measured) == 19
     assert (out / "quality.md").read_text() == table
+    (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
+    assert quality.main(command) == 0 and len(measured) == 19 + 9
 
 
 def test_perplexity_of_windows():

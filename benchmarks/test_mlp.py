@@ -56,10 +56,6 @@ def error(results, expected):
 
 
 def words(raised):
-    return f"{type(raised).__name__}: {raised}".removesuffix(": ")
-
-
-def words(raised):
     """Kind and message of an exception; of one without a message the line that raised it."""
     return f"{type(raised).__name__}: {str(raised) or traceback.extract_tb(raised.__traceback__)[-1].line}"
 
@@ -86,7 +82,7 @@ def measure(what, case, device, shapes, ceilings, keep):
             passes[name] = timing.prepare([partial(run, module, x, grad) for module in modules], device)
         except torch.AcceleratorError:
             raise  # the device is lost
-        except Exception as raised:  # whatever a provider raises is its refusal
+        except Exception as raised:  # noqa: BLE001 - whatever a provider raises is its refusal
             refusals[name] = words(raised)
     times = timing.in_turns(passes, shapes.repeats)
 

@@ -128,7 +128,7 @@ def heat_map(wins: dict[tuple[tuple[str, int], int], float], title: str, path: P
     columns = sorted({column for _, column in wins})
     grid = [[math.log2(wins[row, column]) if (row, column) in wins else math.nan for column in columns] for row in rows]
     limit = max(0.1, *(abs(v) for line in grid for v in line if not math.isnan(v)))
-    figure = Figure(figsize=(3.2 + 0.9 * len(columns), 1.6 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(6, 3.2 + 0.9 * len(columns)), 1.6 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid, cmap="RdBu", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for y, row in enumerate(rows):

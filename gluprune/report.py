@@ -190,7 +190,8 @@ def _wins(records: Sequence[Record], out: Path) -> str:
         if not wins:
             continue
         path = out / f"wins{_suffix(len(pictures))}.png"
-        plots.heat_map(wins, f"{group[0].what}: times as fast as the best peer", path)
+        title = f"{group[0].what}: times better than the best peer\n{group[0].dtype}, {group[0].hardware}"
+        plots.heat_map(wins, title, path)
         mean = statistics.geometric_mean(wins.values())
         lost = sum(advantage < 1 for advantage in wins.values())
         lines.append(

@@ -26,6 +26,7 @@ from pathlib import Path
 from benchmarks.shapes import MODELS, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
+LEAST_SECONDS = 30  # with less left, no step is begun
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 REQUIRED = (
     "torch",
@@ -145,7 +146,7 @@ def rehearsal() -> list[Step]:
 
 @dataclass
 class Outcome:
-    """How a step went: "done", "failed" (its exit code is not 0), or "stopped" at its limit."""
+    """How a step went: "done", "failed" (its exit code is not 0), "stopped" at its limit, or "out of time" before it."""
 
     status: str
     code: int | None
@@ -195,8 +196,14 @@ class State:
         known = json.loads(path.read_text()) if path.is_file() else {}
         self.outcomes = {name: Outcome(**outcome) for name, outcome in known.items()}
 
-    def is_done(self, step: Step) -> bool:
-        return step.name in self.outcomes and self.outcomes[step.name].status == "done"
+    def status(self, step: Step) -> str:
+        return self.outcomes[step.name].status if step.name in self.outcomes else "not run"
+
+    def pending(self, todo: Sequence[Step]) -> list[Step]:
+        """Steps that are not done: first those that had no chance yet, in order, then those that failed or were too long."""
+        had_chance = ("failed", "stopped")
+        left = [step for step in todo if self.status(step) != "done"]
+        return sorted(left, key=lambda step: self.status(step) in had_chance)
 
     def add(self, step: Step, outcome: Outcome) -> None:
         self.outcomes[step.name] = outcome
@@ -217,19 +224,21 @@ def run(
 ) -> State:
     """Run the steps that are not done, as long as there is time; the last one gets what is left."""
     state, start = State(out / "state.json"), clock()
-    for number, step in enumerate(todo, 1):
+    pending = state.pending(todo)
+    if len(pending) < len(todo):
+        tell(f"{len(todo) - len(pending)} of {len(todo)} steps were done before")
+    for number, step in enumerate(pending, 1):
         left = seconds - (clock() - start)
-        label = f"[{number}/{len(todo)}] {step.name}"
-        if state.is_done(step):
-            tell(f"{label}: done before")
-            continue
-        if left < 30:
+        label = f"[{number}/{len(pending)}] {step.name}"
+        if left < LEAST_SECONDS:
             tell(f"{label}: no time left; call again to go on")
             break
         tell(f"{label} (at most {min(step.minutes, left / 60):.1f} min)")
         places = {"{records}": str(out / "records" / step.name), "{tuned}": str(tuned)}
         command = [sys.executable, "-m", *(places.get(argument, argument) for argument in step.arguments)]
         outcome = execute(command, out / "logs" / f"{step.name}.log", min(step.minutes * 60, left), environment)
+        if outcome.status == "stopped" and left < step.minutes * 60:
+            outcome.status = "out of time"
         state.add(step, outcome)
         tell(f"    {outcome.status} after {outcome.seconds:.0f} s: {outcome.last_line}")
         if tuned.is_file():
@@ -331,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = run(todo, out, tuned, options.minutes * 60, environment)
     print(summarize(todo, state, out, absent))
     print(f"everything is in {out}")
-    return 0 if all(state.is_done(step) for step in todo) else 1
+    return 1 if state.pending(todo) else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import Step, main, rehearsal, run, steps
 from benchmarks.shapes import SETS
+from benchmarks.test_model import CASES as MODEL_CASES
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -34,6 +35,14 @@ def test_the_parts_make_the_whole_grid(part):
     selections = [step.arguments[-1].split(" and ") for step in steps() if step.name.startswith(part)]
     for case in cases:
         assert sum(all(word in case for word in selection) for selection in selections) == 1, case
+
+
+def test_the_parts_make_all_model_benchmarks():
+    cases = [f"test_llama[{name}-I{width}]" for name, width in MODEL_CASES]
+    selections = [step.arguments[-1].split(" and ") for step in steps() if step.name.startswith("model")]
+    assert [sum(all(word in case for word in selection) for selection in selections) for case in cases] == [1] * len(
+        cases
+    )
 
 
 def test_every_shape_of_the_tables_is_tuned():
@@ -74,9 +83,20 @@ def test_a_second_call_goes_on(tmp_path):
     assert "$ " in (tmp_path / "logs" / "bad.log").read_text()
     slow = python("slow", "pass")
     state, told = go([good, bad, slow], tmp_path)
-    assert mark.read_text() == "x" and told[0] == "[1/3] good: done before"
+    assert mark.read_text() == "x" and told[0] == "1 of 3 steps were done before"
     assert [outcome.status for outcome in state.outcomes.values()] == ["done", "failed", "done"]
     assert json.loads((tmp_path / "state.json").read_text())["slow"]["code"] == 0
+
+
+def test_what_failed_waits_for_what_had_no_chance(tmp_path, monkeypatch):
+    """A failing test must not eat the time of every call; a step that the call's end cut short goes on first."""
+    slow = python("slow", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    times = iter((0.0, 10.0, 15.0, 598.0, 599.5))
+    todo = [python("bad", "raise ValueError"), python("long", "import time; time.sleep(60)", minutes=0.03), slow]
+    state, _ = go([*todo, python("last", "pass")], tmp_path, clock=lambda: next(times))
+    assert [outcome.status for outcome in state.outcomes.values()] == ["failed", "stopped", "out of time"]
+    assert [step.name for step in state.pending([*todo, python("last", "pass")])] == ["slow", "last", "bad", "long"]
 
 
 def test_no_step_is_begun_without_time(tmp_path):

@@ -9,16 +9,19 @@ from benchmarks import timing
 from gluprune.records import Record
 
 SLEEP = 0.01
-REPEATS = 15
+REPEATS = 31
 
 
 @pytest.fixture
 def products(device, shapes):
-    """Matrix products of once, twice and four times the same work."""
-    n = 2048 if device.type == "cuda" else 256
+    """Matrix products of once, twice and four times the same work, on a CPU by one thread: others' work disturbs two more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    n = 2048 if device.type == "cuda" else 128  # short enough for a turn of a busy CPU
     a = torch.randn(n, n, device=device).to(shapes.dtype)
     wide = [torch.randn(n, n * factor, device=device).to(shapes.dtype) for factor in (1, 2, 4)]
-    return {f"{factor} x": [lambda b=b: a @ b] * 16 for factor, b in zip((1, 2, 4), wide)}
+    yield {f"{factor} x": [lambda b=b: a @ b] * 4 for factor, b in zip((1, 2, 4), wide)}
+    torch.set_num_threads(threads)
 
 
 def measured(steps, device, names=None):
@@ -34,13 +37,16 @@ def test_known_sleep(benchmark, keep, shapes):
 
 
 def test_known_kernel(benchmark, keep, shapes, device, products):
-    """Twice the work takes twice the time: what the timer adds of its own would show in the smallest."""
+    """Twice the work takes twice the time: what the timer adds of its own would show in the smallest.
+
+    Of all repeats the shortest is compared, which other work on the machine has disturbed least.
+    """
     times = benchmark.pedantic(measured, args=(products, device), rounds=1)
     found = {}
     for name, values in times.items():
         shape = {"work": name, "kernel": "matrix product"}
-        keep(record := Record.of("timer: known kernel", "torch", shape, shapes.dtype, "s", values))
-        found[name] = record.p50
+        keep(Record.of("timer: known kernel", "torch", shape, shapes.dtype, "s", values))
+        found[name] = min(values)
     assert found["2 x"] / found["1 x"] == pytest.approx(2, rel=0.25)
     assert found["4 x"] / found["2 x"] == pytest.approx(2, rel=0.25)
 
@@ -54,7 +60,7 @@ def test_order_and_repetition(benchmark, device, products):
     runs = benchmark.pedantic(both_ways, rounds=1)
     first, second = ({name: sorted(values) for name, values in run.items()} for run in runs)
     for run in (first, second):
-        assert sorted(run, key=lambda name: run[name][REPEATS // 2]) == ["1 x", "2 x", "4 x"]
+        assert sorted(run, key=lambda name: run[name][0]) == ["1 x", "2 x", "4 x"]
     for name in products:  # the ranges of the inner three fifths meet
         low, high = REPEATS // 5, REPEATS - 1 - REPEATS // 5
         assert first[name][low] <= second[name][high] and second[name][low] <= first[name][high], name

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from gluprune import explain, plots
+from gluprune.compare import Change
 from gluprune.files import write_file
 from gluprune.records import Record, read
 
@@ -133,14 +134,23 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def rivals(records: Iterable[Record]) -> tuple[Record, Record] | None:
+    """Our record of one shape and the best peer's; None where either was not measured."""
+    records = [record for record in records if record.p50]
+    ours = next((record for record in records if record.provider == OURS), None)
+    peers = [record for record in records if is_peer(record)]
+    if ours is None or not peers:
+        return None
+    return ours, (max if ours.higher_is_better else min)(peers, key=lambda record: record.p50)
+
+
 def win(records: Iterable[Record]) -> float | None:
     """How many times better our figure of one shape is than the best peer's; None where either was not measured."""
-    records = [record for record in records if record.p50]
-    ours = [record.p50 for record in records if record.provider == OURS]
-    peers = [record.p50 for record in records if is_peer(record)]
-    if not ours or not peers:
+    pair = rivals(records)
+    if pair is None:
         return None
-    return ours[0] / max(peers) if records[0].higher_is_better else min(peers) / ours[0]
+    ours, peer = pair
+    return ours.p50 / peer.p50 if ours.higher_is_better else peer.p50 / ours.p50
 
 
 def _spread(records: Iterable[Record]) -> str:
@@ -183,19 +193,20 @@ def _wins(records: Sequence[Record], out: Path) -> str:
     pictures, lines = [], []
     cells = [record for record in records if {"I", "M"} <= record.shape.keys()]
     for group in groups(cells, lambda r: (r.what, r.unit, r.dtype, r.hardware, r.method)):
-        wins = {}
+        wins, lost = {}, 0
         for row in groups(group, lambda r: tuple(r.shape.items())):
-            if advantage := win(row):
-                wins[(_model(row[0]), row[0].shape["I"]), row[0].shape["M"]] = advantage
+            if pair := rivals(row):
+                wins[(_model(row[0]), row[0].shape["I"]), row[0].shape["M"]] = win(row)
+                lost += Change(pair[1], pair[0]).verdict == "worse"
         if not wins:
             continue
         path = out / f"wins{_suffix(len(pictures))}.png"
         title = f"{group[0].what}: times better than the best peer\n{group[0].dtype}, {group[0].hardware}"
         plots.heat_map(wins, title, path)
         mean = statistics.geometric_mean(wins.values())
-        lost = sum(advantage < 1 for advantage in wins.values())
         lines.append(
-            f"- {group[0].what}: slower than the best peer in {lost} of {len(wins)} cells; geometric mean {mean:.2f}×."
+            f"- {group[0].what}: behind the best peer by more than the spread in {lost} of {len(wins)} cells; geometric mean"
+            f" {mean:.2f}×."
         )
         pictures.append(f"![{group[0].what}: wins and losses]({path.name})\n")
     return "\n".join(["## Wins and losses\n", *lines, "", *pictures]) if pictures else ""

@@ -75,6 +75,14 @@ def test_higher_is_better_for_rates():
     assert report.win(rows) == pytest.approx(3) and report.win([measured("eager", 4.0), measured("gluprune", 1.0)]) == 4
 
 
+def test_what_lies_within_the_spread_is_no_loss(tmp_path):
+    """Two percent behind is a loss at a spread of one percent, and none at one of ten."""
+    for spread, lost in ((0.01, 1), (0.1, 0)):
+        rows = [measured("eager", 1.0, spread=spread), measured("gluprune", 1.02, spread=spread)]
+        markdown = report.write(rows, tmp_path).read_text()
+        assert f"by more than the spread in {lost} of 1 cells; geometric mean 0.98×" in markdown
+
+
 def test_forced_paths_are_no_peers():
     rows = [measured("eager", 4.0), measured("gluprune", 2.0), measured("gluprune, triton", 1.0)]
     assert report.win(rows) == 2
@@ -87,7 +95,7 @@ def test_report_of_a_folder(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "records"), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(out / "report.md"), "records": len(run)}
     markdown = (out / "report.md").read_text()
-    assert "slower than the best peer in 2 of 4 cells; geometric mean 1.10×" in markdown
+    assert "behind the best peer by more than the spread in 2 of 4 cells; geometric mean 1.10×" in markdown
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"roofline.png", "width.png", "wins.png"}
     assert all(f"({name})" in markdown for name in pictures)

@@ -125,6 +125,7 @@ def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Pa
     parts = [
         "# " + ", ".join(dict.fromkeys(series.model for series in every)) + ": capability against width\n",
         _conditions(results),
+        _in_short(every),
         *(_scores(series) for series in every),
         _groups(every),
         _findings(every),
@@ -162,6 +163,32 @@ def _conditions(results: Sequence[Result]) -> str:
         f"- {len(seconds)} configurations, {spent[0]:.0f} to {spent[-1]:.0f} s of evaluation each, as the machine was.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _in_short(every: list[Series]) -> str:
+    """What the results show, and what their noise forbids to say."""
+    lines = ["## In short", ""]
+    for series in every:
+        if not series.ratios:
+            continue
+        shown, hidden = [], []
+        for task in series.results:
+            counts = _counts(series, [task])
+            moved = ", ".join(f"{mark} {counts[mark]}" for mark in (WORSE, BETTER) if counts[mark])
+            if moved:
+                shown.append(f"{task} ({moved} of {sum(counts.values())})")
+            elif counts[NOISE]:
+                hidden.append(task)
+        bare = [task for task, found in series.results.items() if has_nothing_to_lose(found.get(0.0))]
+        lines += [
+            f"**{series.model}, {series.recipe}**",
+            "",
+            f"- Shown, beyond the noise of these documents: {', '.join(shown) or 'nothing'}.",
+            f"- Forbidden to say anything about, every change within the noise: {', '.join(hidden) or 'nothing'}.",
+            f"- The dense model itself is not above chance, or at zero, on: {', '.join(bare) or 'none'}.",
+            "",
+        ]
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _scores(series: Series) -> str:

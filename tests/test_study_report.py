@@ -221,6 +221,10 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "study.md")
     text = (out / "study.md").read_text()
     assert "| mmlu | acc | 0 | 60 of 99 | 0.900 ±0.050 | 0.750 ±0.050 ▼ |" in text
+    assert (
+        "the noise of these documents: lambada_openai (▼ 4 of 4), mmlu (▼ 4 of 4), truthfulqa_mc2 (▲ 4 of 4)." in text
+    )
+    assert "every change within the noise: gsm8k, winogrande." in text and "or at zero, on: gsm8k." in text
     assert "| mmlu | 40% | -66.7 % ▼ | -13.6 % | " in text
     assert "does not hold: 0 of 3" in text and "r = -0.864, p = 0.012" in text
     assert "| m | maw | gsm8k | 40% | 84 | 128 | 0 of 8 |" in text

@@ -46,14 +46,13 @@ class Method:
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
-    "OBS, re-solved": Method("obs", compensate=True, windows=128),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),
     "hybrid": Method("hybrid", windows=128),
     "MAW gate+up+down": Method("maw_gud"),
     "activation, re-solved": Method("activation", compensate=True, windows=128),
     "MAW, re-solved": Method("maw", compensate=True, windows=128),
-    "OBS, re-solved on twice the text": Method("obs", compensate=True, windows=256),
+    "hybrid, re-solved on twice the text": Method("hybrid", compensate=True, windows=256),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 

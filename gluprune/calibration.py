@@ -156,8 +156,8 @@ def calibrate(
         model: a Hugging Face causal LM of a supported family, patched or not. Left as it was.
         calibration: an iterable of batches: int tensors of token ids `[B, S]`, dicts with `input_ids` and maybe
             `attention_mask` `[B, S]` (0 is padding and left out), or tuples of these two. A DataLoader is such a thing.
-        gram: whether to collect the Gram matrices, which `compensate=True` and `score="obs"` need. Decoder layers on a
-            CPU then run in float32 whatever their dtype; without, the model runs as it is.
+        gram: whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers on a CPU
+            then run in float32 whatever their dtype; without, the model runs as it is.
         layers: layer indices; None means all.
 
     Returns:

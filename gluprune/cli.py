@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="maw",
-        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid, obs (default: %(default)s)",
+        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid (default: %(default)s)",
     )
     prune.add_argument(
         "--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)"
@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--gram",
         action="store_true",
-        help="with the Gram matrices that --compensate and the score obs need: 4 bytes a pair of neurons, all layers in memory at once",
+        help="with the Gram matrices that --compensate needs: 4 bytes a pair of neurons, all layers in memory at once",
     )
     calibrate.set_defaults(run=_calibrate)
 

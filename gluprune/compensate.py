@@ -5,10 +5,10 @@ go, the new weight is
 
     W' = argmin ||X W - X_S W'||^2 + lambda ||W' - W_S||^2  =  W_S + (G_SS + lambda I)^-1 G_SR W_R,    G = X^T X,
 
-so it follows from the Gram matrix alone, and the text need not be kept; lambda is that of `gluprune.ridge`. Rebuilding a
-layer's output by linear least squares after channels were removed is from *Channel Pruning for Accelerating Very Deep
-Neural Networks* (He et al., arXiv 1707.06168, eq. 1, solved for W). The ridge pulls towards the weights that are there,
-not towards zero: with no neuron removed, or no data, nothing changes.
+so it follows from the Gram matrix alone, and the text need not be kept. Rebuilding a layer's output by linear least
+squares after channels were removed is from *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al.,
+arXiv 1707.06168, eq. 1, solved for W). The ridge pulls towards the weights that are there, not towards zero: with no
+neuron removed, or no data, nothing changes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from gluprune.ridge import cholesky, ridge_of
-
 logger = logging.getLogger(__name__)
+
+# lambda, as a share of the mean of G's diagonal.
+RIDGE = 0.01
+# A Gram matrix that is singular in spite of the ridge (rounding, a few neurons that dwarf the others) is tried again in
+# float64, then with more ridge.
+_ATTEMPTS = ((torch.float32, 1), (torch.float64, 1), (torch.float64, 10), (torch.float64, 100))
 
 
 def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, label: str = "down_proj") -> torch.Tensor:
@@ -47,16 +51,12 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
     kept_gram = gram[kept][:, kept]  # [width, width]
     if dead := int((kept_gram.diagonal() == 0).sum()):
         logger.info("%s: %d of %d kept neurons are dead on the calibration data", label, dead, len(kept))
-    ridge = ridge_of(gram)
-    if not ridge > 0:  # dead on all of the data: nothing to solve
-        return plain
-    found = cholesky(kept_gram, ridge, label)
-    if found is None:
-        return plain
-    lower, _ = found
     # What the removed neurons wrote, seen from the kept ones.
     target = gram[kept][:, removed] @ down[:, removed].float().T  # [width, H]
-    change = torch.cholesky_solve(target.to(lower.dtype), lower).float()
+    change = _solve(kept_gram, target, RIDGE * gram.diagonal().mean(), label)
+    if change is None:
+        logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
+        return plain
     resolved = (plain.float() + change.T).to(down.dtype)
     change = (resolved.float() - plain.float()).T
     # ||X W - X_S W_S||^2 - ||X W - X_S W'||^2, rounding to the dtype included.
@@ -65,6 +65,24 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
         logger.info("%s: re-solving gains nothing on the calibration data; its weights are kept as they were", label)
         return plain
     return resolved
+
+
+def _solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: str) -> torch.Tensor | None:
+    """(gram + ridge I)^-1 target in float32, or None where no attempt gives finite numbers."""
+    if not ridge > 0:  # dead on all of the data: nothing to solve
+        return torch.zeros_like(target)
+    for number, (dtype, factor) in enumerate(_ATTEMPTS):
+        regularized = gram.to(dtype, copy=True)
+        regularized.diagonal().add_(ridge.to(dtype) * factor)
+        lower, failed = torch.linalg.cholesky_ex(regularized)
+        if not failed:
+            change = torch.cholesky_solve(target.to(dtype), lower).float()
+            if change.isfinite().all():
+                if number:
+                    message = "%s: Gram matrix near singular, solved in %s with %d times the ridge"
+                    logger.warning(message, label, dtype, factor)
+                return change
+    return None
 
 
 def replace_down(projection: nn.Linear, weight: torch.Tensor, undo: ExitStack) -> None:

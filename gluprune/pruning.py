@@ -14,7 +14,7 @@ from gluprune.calibration import LayerStatistics, Statistics, calibrate_in_passe
 from gluprune.compensate import replace_down, resolved_down
 from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
-from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, needs_gram, static_score
+from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
 from gluprune.selection import select, target_width
 
 
@@ -167,7 +167,7 @@ def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequ
                 " statistics are of the model before it is pruned"
             )
         if gram and layer.gram is None:
-            raise ValueError("score='obs' and compensate=True need statistics with Gram matrices: calibrate(..., gram=True)")
+            raise ValueError("compensate=True needs statistics with Gram matrices: calibrate(..., gram=True)")
 
 
 def _activations(
@@ -215,8 +215,8 @@ def prune(
         expansion_ratio: intermediate size over hidden size. Exactly one of the three targets must be given.
         pruning_ratio: share of the neurons to remove, between 0 and 1.
         intermediate_size: neurons to keep.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation", "hybrid" and
-            "obs"; or a callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation" and "hybrid"; or
+            a callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
         multiple_of: the width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
         calibration: text for the calibrated scores and for `compensate`, otherwise not looked at: an iterable of int
             tensors of token ids `[B, S]`, of dicts with `input_ids` and maybe `attention_mask` (0 is padding and left
@@ -260,7 +260,7 @@ def prune(
     original_parameters = count_parameters(model)
     calibrated = is_calibrated or compensate
     if calibrated:
-        activations = _activations(model, glus, indices, calibration, gram=needs_gram(score, compensate))
+        activations = _activations(model, glus, indices, calibration, gram=compensate)
     else:
         activations = ((index, None) for index in indices)
 

@@ -14,7 +14,6 @@ import torch
 
 from gluprune import ops
 from gluprune.calibration import LayerStatistics
-from gluprune.ridge import cholesky, ridge_of
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -120,16 +119,6 @@ def _hybrid(weights: WeightStatistics, activations: LayerStatistics) -> torch.Te
     return (gate + up + down) * activations.batch_norms
 
 
-def _obs(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tensor:
-    ridge = ridge_of(activations.gram)
-    found = cholesky(activations.gram, ridge, "score obs") if ridge > 0 else None
-    if found is None:  # nothing to tell neurons apart by but their own activity
-        return activations.squares * weights.down_l2.square()
-    lower, ridge = found
-    unexplained = 1 / torch.cholesky_inverse(lower).diagonal() - ridge
-    return unexplained.clamp(min=0).float() * weights.down_l2.square()
-
-
 CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch.Tensor]] = {
     # ||x_i|| * ||W_down[:, i]||: the exact Frobenius norm of what neuron i adds to the layer's output over all tokens,
     # x_i W_down[:, i]^T. Wanda (arXiv 2306.11695) multiplies the same norms per weight, FLAP (arXiv 2312.11983) takes
@@ -139,10 +128,6 @@ CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch
     # ||x_i|| is the sum of the batches' norms, no norm of all tokens, and so depends on the batches; kept as it is, so
     # that equal batches select equal neurons.
     "hybrid": _hybrid,
-    # What the layer's output loses when neuron i goes and all others stand in for it as well as they can:
-    # ||W_down[:, i]||^2 * min_a ||x_i - X_others a||^2, with the ridge of the re-solved weights. The saliency of Optimal
-    # Brain Surgeon (Hassibi and Stork, 1992, eq. 5) for a whole column, as in ZipLM (arXiv 2302.04089).
-    "obs": _obs,
 }
 
 
@@ -160,8 +145,3 @@ def calibrated_score(
         float32 `[I]` on the device of the weights.
     """
     return CALIBRATED_SCORES[name](WeightStatistics(gate, up, down), activations)
-
-
-def needs_gram(score: str | Score, compensate: bool) -> bool:
-    """Whether pruning by a score, and re-solving the down projection or not, takes the Gram matrices of calibration."""
-    return compensate or score == "obs"

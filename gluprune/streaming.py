@@ -33,7 +33,7 @@ from gluprune.families import Family, family_of_type
 from gluprune.files import check_destination, complete_folder
 from gluprune.narrow import width_entries
 from gluprune.pruning import PruneReport, check_layers, check_statistics, score_layer
-from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, needs_gram, static_score
+from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
 from gluprune.shards import DTYPES, INDEX_FILE, Shard, StoredTensor, encode_header, read_checkpoint, read_json_object
 
@@ -383,7 +383,7 @@ def _make_plan(
     original = before.pop()
     width = target_width(original, hidden_size, **target)
     if statistics is not None:
-        check_statistics(Statistics.load(statistics), widths, indices, gram=needs_gram(score, compensate))
+        check_statistics(Statistics.load(statistics), widths, indices, gram=compensate)
 
     pruned = {}
     for index in indices:
@@ -551,7 +551,7 @@ def _write(plan: _Plan, folder: Path) -> dict[int, torch.Tensor]:
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     # Without matrix products scoring takes less time than reading: helpers that wait for one another would only contend
     # with the writing for the cores.
-    threads = torch.get_num_threads() if needs_gram(plan.report.score, plan.compensate) else 1
+    threads = torch.get_num_threads() if plan.compensate else 1
     chunks = _ahead(_chunks(unfinished, selector), depth, threads)
     # Closing waits for the thread: after a failure nothing may be written any more when the folder is given up.
     bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
@@ -606,12 +606,11 @@ def prune_checkpoint(
         source: a model folder, or a Hub id, which is downloaded first. It is never written to.
         destination: a folder that does not exist or is empty, outside the source.
         expansion_ratio, pruning_ratio, intermediate_size, multiple_of, layers: as in `prune`.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation", "hybrid" and
-            "obs".
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation" and "hybrid".
         statistics: the file of a calibration pass (`Statistics.save`, `gluprune calibrate`) over this model, for the
             calibrated scores and for `compensate`, otherwise not looked at. One layer of it is read at a time.
-        compensate: re-solve the down projections, as in `prune`. This and "obs" need statistics with Gram matrices, and
-            take a few float32 matrices `[I, I]` above the memory named above.
+        compensate: re-solve the down projections, as in `prune`. This needs statistics with Gram matrices, and
+            takes a few float32 matrices `[I, I]` above the memory named above.
         dry_run: check headers and arguments and report what would come out; no weight is read, nothing is written.
         resume: go on where an earlier run with the same source and arguments stopped. Without it, begin anew.
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gluprune.compensate import replace_down, resolved_down
+from gluprune.compensate import RIDGE, replace_down, resolved_down
 
 SIZES = {
     "tokens": st.integers(1, 90),
@@ -34,12 +34,6 @@ def case(tokens, neurons, hidden, share, dead, seed, dtype=torch.float32):
     return x, down, kept
 
 
-def ridge_of(x):
-    """0.3 times the median of the squared column norms, zeros left out; the lower one of two medians."""
-    squares = sorted(value for value in x.square().sum(0).tolist() if value)
-    return 0.3 * squares[(len(squares) - 1) // 2]
-
-
 def ridge_solution(x, down, kept, ridge):
     """argmin ||X W - X_S W'||^2 + ridge ||W' - W_S||^2 in float64, as one stacked problem: `[H, width]`."""
     weight = down.double().T
@@ -58,9 +52,10 @@ def test_least_squares(tokens, neurons, hidden, share, dead, seed):
     x, down, kept = case(tokens, neurons, hidden, share, dead, seed)
     gram = x.T @ x
     found = resolved_down(down, kept, gram.float())
-    expected = ridge_solution(x, down, kept, ridge_of(x)) if x.any() else down[:, kept].double()
+    ridge = 0.01 * gram.diagonal().mean().item()
+    expected = ridge_solution(x, down, kept, ridge) if ridge else down[:, kept].double()
     assert found.dtype == down.dtype and found.shape == expected.shape and found.is_contiguous()
-    # float32 Gram, condition at most about 10 * I * (mean / median of the diagonal): errors stay near 4000 * 1.2e-7.
+    # float32 Gram, condition at most 100 * I: errors stay near 4000 * 1.2e-7.
     torch.testing.assert_close(found.double(), expected, rtol=5e-4, atol=5e-4)
 
 
@@ -77,7 +72,7 @@ def test_never_worse_than_plain_narrowing(dtype, **sizes):
 def test_much_better_where_neurons_are_correlated(dtype):
     x, down, kept = case(2000, 40, 16, 0.75, 0, seed=5, dtype=dtype)
     found = resolved_down(down, kept, (x.T @ x).float())
-    assert residual(x, down, kept, found) < 0.2 * residual(x, down, kept, down[:, kept])
+    assert residual(x, down, kept, found) < 0.05 * residual(x, down, kept, down[:, kept])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,7 +102,7 @@ def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
     """The optimum is 0.6 of a step of float16; rounding takes the whole step, which is still nearer than none."""
     step = 2.0**-10
     x = torch.eye(2, dtype=torch.float64)
-    x[0, 1] = 0.8
+    x[0, 1] = 0.61
     down = torch.tensor([[1.0, step]], dtype=torch.float16)
     found = resolved_down(down, torch.tensor([0]), (x.T @ x).float())
     assert found.item() == 1 + step
@@ -132,16 +127,16 @@ def indefinite(neurons, share):
 
 
 def test_singular_gram_is_solved_with_more_ridge(caplog):
-    gram, down = indefinite(20, 0.5), torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    gram, down = indefinite(20, 0.05), torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     kept = torch.arange(10)
     found = resolved_down(down, kept, gram, "layer 4")
     assert "layer 4: Gram matrix near singular, solved in torch.float64 with 10 times the ridge" in caplog.text
-    solved = gram[:10, :10].double() + 3 * torch.eye(10, dtype=torch.float64)
+    solved = gram[:10, :10].double() + 10 * RIDGE * torch.eye(10, dtype=torch.float64)
     change = torch.linalg.solve(solved, gram[:10, 10:].double() @ down[:, 10:].double().T).T
     torch.testing.assert_close(found.double(), down[:, kept].double() + change, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("gram", [indefinite(20, 50.0), torch.full((20, 20), torch.inf)], ids=["indefinite", "inf"])
+@pytest.mark.parametrize("gram", [indefinite(20, 5.0), torch.full((20, 20), torch.inf)], ids=["indefinite", "inf"])
 def test_hopeless_gram_gives_the_weights_back(gram, caplog):
     down = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resolved_down(down, torch.arange(10), gram, "layer 4"), down[:, :10])

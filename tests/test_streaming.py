@@ -168,8 +168,6 @@ CALIBRATED += [
     ("llama", "activation", False),
     ("llama", "hybrid", False),
     ("llama", "maw", True),
-    ("llama", "obs", False),
-    ("phi3", "obs", True),
 ]
 
 
@@ -179,7 +177,7 @@ def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, 
     source = tmp_path / "source"
     tiny_model(family, DTYPES[len(family + score) % 3], seed=len(score)).save_pretrained(source)
     reshard(source, 3, seed=len(family))
-    file = calibrated(source, tmp_path / "statistics", gram=compensate or score == "obs")
+    file = calibrated(source, tmp_path / "statistics", gram=compensate)
     arguments = dict(pruning_ratio=0.4, score=score, multiple_of=1, compensate=compensate)
     expected = in_memory(source, tmp_path / "expected", calibration=Statistics.load(file), **arguments)
     with monkeypatch.context() as patch:
@@ -206,7 +204,6 @@ def test_statistics_that_do_not_fit(llama, tmp_path):
     some = calibrated(llama, tmp_path / "some", gram=False, layers=[0, 2])
     refused(r"no layer 1: they have \[0, 2\]", score="hybrid", statistics=some)
     refused("need.* statistics with Gram matrices", compensate=True, layers=[0], statistics=some)
-    refused("need.* statistics with Gram matrices", score="obs", layers=[0], statistics=some)
     refused("absent", compensate=True, statistics=tmp_path / "absent")
     refused("holds no calibration statistics", score="hybrid", statistics=llama / SINGLE_FILE)
     refused("config.json is no complete safetensors file", score="hybrid", statistics=llama / "config.json")

@@ -446,8 +446,8 @@ def _lengths(every: list[Series]) -> str:
             "## Length of what was generated",
             "",
             (
-                "Tokens until the model or a stop word ended it. The published latency followed this length, not the time a token"
-                " took."
+                "Tokens of the text until the model or a stop word ended it, tokenized again: garbled text comes out"
+                " shorter. The published latency followed this length, not the time a token took."
             ),
             "",
             "| model | recipe | task | removed | mean tokens | limit | at the limit |",

@@ -13,6 +13,7 @@ from benchmarks import gpu
 from benchmarks.gpu import Step, main, rehearsal, run, steps
 from benchmarks.shapes import SETS
 from benchmarks.test_model import CASES as MODEL_CASES
+from benchmarks.test_model import PLAN
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -38,11 +39,10 @@ def test_the_parts_make_the_whole_grid(part):
 
 
 def test_the_parts_make_all_model_benchmarks():
-    cases = [f"test_llama[{name}-I{width}]" for name, width in MODEL_CASES]
+    cases = [f"test_llama[{name}-I{width}-{provider}]" for name, width in MODEL_CASES for provider in PLAN.providers]
     selections = [step.arguments[-1].split(" and ") for step in steps() if step.name.startswith("model")]
-    assert [sum(all(word in case for word in selection) for selection in selections) for case in cases] == [1] * len(
-        cases
-    )
+    for case in cases:
+        assert sum(all(word in case for word in selection) for selection in selections) == 1, case
 
 
 def test_every_shape_of_the_tables_is_tuned():

@@ -3,8 +3,10 @@
 First of all everybody's result is compared with one in float64; who is wrong, or refuses, gets no time but its words.
 """
 
+import ast
 import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +58,15 @@ def error(results, expected):
 
 
 def words(raised):
-    """Kind and message of an exception; of one without a message the line that raised it."""
-    return f"{type(raised).__name__}: {str(raised) or traceback.extract_tb(raised.__traceback__)[-1].line}"
+    """Kind and message of an exception; of one without a message the statement that raised it."""
+    return f"{type(raised).__name__}: {str(raised) or statement(traceback.extract_tb(raised.__traceback__)[-1])}"
+
+
+def statement(frame):
+    """The source of the statement that a frame is at, in one line."""
+    tree = ast.parse(Path(frame.filename).read_text(encoding="utf-8"))
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= frame.lineno <= n.end_lineno]
+    return " ".join(ast.unparse(max(around, key=lambda node: node.lineno)).split())
 
 
 def measure(what, case, device, shapes, ceilings, keep):

@@ -190,8 +190,9 @@ def _study_settings(arguments: argparse.Namespace):
 
     calibration = {}
     if getattr(arguments, "calibration", None):
-        text = arguments.calibration.read_text(encoding="utf-8")
-        calibration = {"calibration": text, "windows": arguments.calibration_windows}
+        from evals.quality import read_text
+
+        calibration = {"calibration": read_text(arguments.calibration), "windows": arguments.calibration_windows}
     return Settings(
         limits=Limits(arguments.limit, small=arguments.budget == "small"),
         data=arguments.data,

@@ -111,7 +111,10 @@ def against_width(records: Sequence[Record], path: Path) -> None:
             axes.grid(alpha=0.3)
     figure.axes[1].legend(fontsize="x-small")
     model = records[0].shape.get("model", f"H {records[0].shape['H']}" if "H" in records[0].shape else "")
-    figure.suptitle(f"{records[0].what}, {model}, {records[0].dtype}\n{records[0].hardware}", fontsize="medium")
+    title = f"{records[0].what}, {model}, {records[0].dtype}\n{records[0].hardware}"
+    if any(r.shape["I"] % ALIGNMENT for r in records):
+        title += f"; crosses: widths that are no multiple of {ALIGNMENT}"
+    figure.suptitle(title, fontsize="medium")
     _save(figure, path)
 
 

@@ -33,7 +33,10 @@ def refuse(weights):
 
 
 def stop(weights):
-    raise AssertionError
+    raise (
+        # without a message
+        AssertionError
+    )
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_a_wrong_gradient_is_no_matter_forward(kept):
 def test_refusals_in_their_words(kept):
     found, unexpected = kept(FORWARD, peer=refuse, silent=stop, gluprune=refuse)
     assert found["peer"].refusal == "ValueError: width must be a multiple of 8"
-    assert found["silent"].refusal == "AssertionError: raise AssertionError"  # the line that raised it
+    assert found["silent"].refusal == "AssertionError: raise AssertionError"  # the statement that raised it
     assert found["peer"].method == "wall clock"  # of the same table as the others
     assert unexpected == {"gluprune": "ValueError: width must be a multiple of 8"}
 

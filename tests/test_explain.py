@@ -30,6 +30,13 @@ def test_every_part_alone():
             assert getattr(found, part) == pytest.approx(expected if part == name else 0.0), (name, part)
 
 
+def test_every_part_at_once():
+    """Tokens more at what a token cost before, everything else for the tokens that there are now."""
+    found = split(Cost(11, 0.02, 0.1, 0.015), Cost(21, 0.05, 0.2, 0.025))
+    expected = {"output_length": 10 * 0.02, "prefill": 0.1, "per_token": 20 * 0.02, "launches": 20 * 0.01}
+    assert vars(found) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("has_first", [True, False])
 @pytest.mark.parametrize("has_launch", [True, False])
 def test_nothing_is_left_over(has_first, has_launch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evals import published
 from evals.harness import Result
-from evals.significance import Change, Correlation, paired_change, pearson
+from evals.significance import Change, Correlation, is_beyond_chance, paired_change, pearson
 from evals.study import Folder
 from evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 from gluprune.files import write_file
@@ -171,21 +171,25 @@ def _in_short(every: list[Series]) -> str:
     for series in every:
         if not series.ratios:
             continue
-        shown, hidden = [], []
-        for task in series.results:
+        shown, hidden, bare = [], [], []
+        for task, found in series.results.items():
             counts = _counts(series, [task])
+            total = sum(counts.values())
             moved = ", ".join(f"{mark} {counts[mark]}" for mark in (WORSE, BETTER) if counts[mark])
-            if moved:
-                shown.append(f"{task} ({moved} of {sum(counts.values())})")
-            elif counts[NOISE]:
-                hidden.append(task)
-        bare = [task for task, found in series.results.items() if has_nothing_to_lose(found.get(0.0))]
+            told = f"{task} ({moved} of {total})" if moved else task
+            if has_nothing_to_lose(found.get(0.0)):
+                bare.append(told)
+            elif any(is_beyond_chance(counts[mark], total) for mark in (WORSE, BETTER)):
+                shown.append(told)
+            elif total:
+                hidden.append(told)
         lines += [
             f"**{series.model}, {series.recipe}**",
             "",
             f"- Shown, beyond the noise of these documents: {', '.join(shown) or 'nothing'}.",
-            f"- Forbidden to say anything about, every change within the noise: {', '.join(hidden) or 'nothing'}.",
-            f"- The dense model itself is not above chance, or at zero, on: {', '.join(bare) or 'none'}.",
+            f"- Forbidden to say anything about, no more changes than chance gives: {', '.join(hidden) or 'nothing'}.",
+            "- No loss can show, the dense model itself is not above chance, or at zero:"
+            f" {', '.join(bare) or 'nowhere'}.",
             "",
         ]
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -274,15 +278,11 @@ def verdict(claim: Claim, series: Series) -> str:
     agree, against = (counts[BETTER], counts[WORSE]) if claim.better else (counts[WORSE], counts[BETTER])
     told = f"{agree} of {total} changes with it beyond the noise, {against} against it"
     nothing = [task for task in tasks if has_nothing_to_lose(series.results[task].get(0.0))]
-    if nothing and not claim.better and not agree:
+    if nothing and not claim.better:
         return f"**cannot be told**: the dense model is not above chance on {', '.join(nothing)}"
-    if agree and not against:
-        return f"**holds** ({told})"
-    if against and not agree:
-        return f"**does not hold** ({told})"
-    if agree:
-        return f"**mixed** ({told})"
-    return f"**within the noise** ({told})"
+    holds, fails = is_beyond_chance(agree, total), is_beyond_chance(against, total)
+    word = "mixed" if holds and fails else "holds" if holds else "does not hold" if fails else "within the noise"
+    return f"**{word}** ({told})"
 
 
 def has_nothing_to_lose(dense: Result | None) -> bool:

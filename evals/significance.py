@@ -72,6 +72,14 @@ def _interval(values: list[float], total: float) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def is_beyond_chance(marked: int, total: int) -> bool:
+    """Whether `marked` changes in one direction, of `total` tested at 95 %, are more than chance gives at that level.
+
+    Binomial, as if the changes were independent; those of one model at several ratios are less than that.
+    """
+    return marked > 0 and stats.binom.sf(marked - 1, total, (1 - LEVEL) / 2) < 1 - LEVEL
+
+
 @dataclass(frozen=True)
 class Correlation:
     """Pearson's r of n pairs, its two-sided p and its 95 % confidence interval (Fisher's z)."""

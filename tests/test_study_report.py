@@ -14,7 +14,7 @@ from scipy import stats
 from evals import published, report
 from evals.harness import Metric, Result
 from evals.report import BETTER, CLAIMS, NOISE, WORSE, all_series, verdict
-from evals.significance import paired_change, pearson
+from evals.significance import is_beyond_chance, paired_change, pearson
 from evals.study import Folder
 from evals.tasks import BASE_TASKS, INSTRUCT_TASKS, TASKS
 from gluprune import files
@@ -204,6 +204,36 @@ def test_marks_and_verdicts(folder):
     assert verdict(ifeval, series) == "**does not hold** (0 of 2 changes with it beyond the noise, 2 against it)"
 
 
+def test_one_mark_of_six_is_no_finding():
+    """A score that falls once and stays five times; one below chance; one that does both."""
+
+    def series_of(task, shares):
+        found = [made(task, ratio / 10, some(share, 200)) for ratio, share in enumerate(shares)]
+        return all_series(found)[0]
+
+    claims = {claim.tasks[0]: claim for claim in CLAIMS}
+    once = series_of("mmlu", [0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.9])
+    assert verdict(claims["mmlu"], once).startswith("**within the noise** (1 of 6")
+    twice = series_of("mmlu", [0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.5])
+    assert verdict(claims["mmlu"], twice).startswith("**holds** (2 of 6")
+    low = series_of("mmlu", [0.25, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05])
+    assert verdict(claims["mmlu"], low) == "**cannot be told**: the dense model is not above chance on mmlu"
+    both = series_of("ifeval", [0.5, 0.9, 0.9, 0.5, 0.5, 0.1, 0.1])
+    assert verdict(claims["ifeval"], both).startswith("**mixed** (2 of 6 changes with it beyond the noise, 2 against")
+    short = report._in_short([once, twice, low])
+    assert short.count("Shown, beyond the noise of these documents: nothing") == 2 and f"mmlu ({WORSE} 2 of 6)" in short
+    assert f"no more changes than chance gives: mmlu ({WORSE} 1 of 6)" in short
+    assert f"at zero: mmlu ({WORSE} 6 of 6)" in short
+
+
+@pytest.mark.parametrize("total, least", [(1, 1), (2, 1), (3, 2), (6, 2), (12, 2), (24, 3)])
+def test_marks_beyond_chance(total, least):
+    """The least number of marks that a binomial gives in less than one case in twenty, summed up by hand."""
+    chances = [math.comb(total, k) * 0.025**k * 0.975 ** (total - k) for k in range(total + 1)]
+    assert sum(chances[least:]) < 0.05 <= sum(chances[least - 1 :])
+    assert is_beyond_chance(least, total) and not is_beyond_chance(least - 1, total)
+
+
 def test_published_findings_are_told_plainly(folder):
     """IFEval rises for the two base models; the published instruct model falls."""
     ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
@@ -224,7 +254,7 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     assert (
         "the noise of these documents: lambada_openai (▼ 4 of 4), mmlu (▼ 4 of 4), truthfulqa_mc2 (▲ 4 of 4)." in text
     )
-    assert "every change within the noise: gsm8k, winogrande." in text and "or at zero, on: gsm8k." in text
+    assert "no more changes than chance gives: winogrande." in text and "or at zero: gsm8k." in text
     assert "| mmlu | 40% | -66.7 % ▼ | -13.6 % | " in text
     assert "does not hold: 0 of 3" in text and "r = -0.864, p = 0.012" in text
     assert "| m | maw | gsm8k | 40% | 84 | 128 | 0 of 8 |" in text

@@ -3,7 +3,8 @@
     python tests/transformers_llama.py FOLDER [--backend triton] [-k EXPRESSION]
 
 FOLDER is a transformers source tree of the installed version, from its repository (its Llama test file is run) or its
-source distribution, which holds only the common model tests (they are run on Llama). Nothing is downloaded.
+source distribution, which holds only the common model tests (they are run on Llama). Nothing is downloaded; the tests
+need the package `parameterized`.
 """
 
 import argparse
@@ -107,6 +108,8 @@ def run_tests(folder, backend, expression, record):
     import pytest
 
     sys.path[:1] = [str(folder)]  # in place of this script's folder
+    sys.modules["tests"] = types.ModuleType("tests")  # theirs, even where this repository is on the path
+    sys.modules["tests"].__path__ = [str(folder / "tests")]
     patch_every_model(backend)
     target = folder / LLAMA_TESTS
     if not target.exists():

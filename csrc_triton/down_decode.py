@@ -109,9 +109,7 @@ def down_splitk_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def sum_partials_kernel(
-    partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
-):
+def sum_partials_kernel(partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     inside = columns < H

@@ -161,9 +161,7 @@ def gate_up_tma_kernel(
         a.store([token, neuron], out.to(a.dtype))  # rows past M are dropped by the descriptor
 
 
-def plan_gate_up_tma(
-    x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpTma, sm: int
-) -> Plan:
+def plan_gate_up_tma(x, gate_up, intermediate_size, activation, gate_bias, up_bias, config: GateUpTma, sm: int) -> Plan:
     """`[M, H]` -> `[M, IP]` with hardware tile copies (sm_90 and later).
 
     As many programs as multiprocessors, each taking every n-th tile. The rows of `x` and of the weights must start at

@@ -138,7 +138,9 @@ def _plot(rows: list[Row], name: str, hardware: str, path: Path) -> None:
     quality.set_yscale("log")
     for recipe in RECIPES:
         points = [dense] + [row for row in rows if row.recipe == recipe.name]
-        quality.plot([r.expansion_ratio for r in points], [r.perplexity for r in points], marker="o", label=recipe.label)
+        quality.plot(
+            [r.expansion_ratio for r in points], [r.perplexity for r in points], marker="o", label=recipe.label
+        )
     quality.set_ylim(top=quality.get_ylim()[1] * 30)  # room for the legend
     quality.axhline(dense.perplexity, color="grey", linestyle=":", label="dense")
     quality.set(ylabel="perplexity (lower is better)", title="Quality: the recipe decides")

@@ -131,9 +131,7 @@ def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     return sorted(layers)
 
 
-def score_layer(
-    score: str | Score, glu: GLU, index: int, activations: LayerStatistics | None = None
-) -> torch.Tensor:
+def score_layer(score: str | Score, glu: GLU, index: int, activations: LayerStatistics | None = None) -> torch.Tensor:
     weights = glu.weights()
     if callable(score):
         values = score(*weights)

@@ -29,7 +29,9 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        names = (
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        )
         name = next(names, name)
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -57,7 +59,9 @@ def commit() -> str | None:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -147,9 +151,7 @@ class Record:
         method: str | None = None,
     ) -> Record:
         """The record of a provider that does not take the shape, in its own words."""
-        return cls(
-            what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, method=method, refusal=words
-        )
+        return cls(what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, method=method, refusal=words)
 
 
 def _name(dtype: torch.dtype) -> str:

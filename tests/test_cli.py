@@ -26,7 +26,9 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])

@@ -250,6 +250,8 @@ def test_work_is_repeated_until_the_window_is_full(powercap):
     used, runs = find_meter("cpu").repeat(work, seconds=0.3)
     assert used.seconds >= 0.3 and 1 < runs <= 30 and runs == len(done) - 1  # and one before the window
     assert used.joules / runs == pytest.approx(0.1)
+    used, runs = find_meter("cpu").repeat(work, seconds=0)  # no shorter than what the counter resolves
+    assert used.seconds >= 0.05 and used.joules / runs == pytest.approx(0.1)
 
 
 def test_idle_is_subtracted_by_time():

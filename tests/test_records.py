@@ -33,7 +33,9 @@ def test_append_and_read(tmp_path):
 
 def test_floor_and_refusal(tmp_path):
     """Half of the floor's speed is a share of one half; a refusal has words and no figure; both survive the file."""
-    slow = records.Record.of("copy", "torch", {}, torch.float32, "s", [4.0], nbytes=10, flops=20, floor=2.0, method="clock")
+    slow = records.Record.of(
+        "copy", "torch", {}, torch.float32, "s", [4.0], nbytes=10, flops=20, floor=2.0, method="clock"
+    )
     assert slow.share_of_floor == 0.5
     refused = records.Record.refused("mlp", "peer", {"I": 7373}, torch.bfloat16, "s", "not a multiple of 8")
     assert (refused.p20, refused.p50, refused.p80, refused.repeats) == (None, None, None, 0)

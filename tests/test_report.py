@@ -161,6 +161,18 @@ def test_regressions_beyond_the_spread(unit, worse):
     assert list(verdicts.values()) == ["same", "same", "same", "worse", "better"]
 
 
+def test_ranges_that_touch_are_the_same():
+    """From p20 to p80 in both: neither a median outside of the other's range nor its end alone is enough."""
+    old = dataclasses.replace(measured("eager", 10.0), p20=9.0, p50=10.0, p80=11.0)
+    for p20, p50, p80, verdict in [
+        (10.9, 12, 13, "same"),
+        (11.1, 12, 13, "worse"),
+        (7, 8, 9.1, "same"),
+        (7, 8, 8.9, "better"),
+    ]:
+        assert compare([old], [dataclasses.replace(old, p20=p20, p50=p50, p80=p80)]).changes[0].verdict == verdict
+
+
 def test_what_cannot_be_compared():
     once = measured("eager", 1.0, repeats=1)
     result = compare([once, measured("peer", 1.0)], [faster(once, 9), measured("eager", 1.0, M=8)])

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 def tracked():
     try:
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     return [Path(name) for name in listed]
@@ -50,7 +52,9 @@ def test_text_files_name_no_machine():
     """No path of a developer's machine, no address of a package registry."""
     pattern = re.compile(r"/work/|/root/|/tmp/|file:///|pythonhosted|pypi\.org/simple")
     for path in tracked():
-        if path.suffix in {".py", ".md", ".txt", ".toml", ".json", ".jsonl", ""} and path != Path("tests/test_repository.py"):
+        if path.suffix in {".py", ".md", ".txt", ".toml", ".json", ".jsonl", ""} and path != Path(
+            "tests/test_repository.py"
+        ):
             found = pattern.search((ROOT / path).read_text(encoding="utf-8"))
             assert not found, f"{path}: {found.group()}"
 

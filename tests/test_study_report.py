@@ -12,8 +12,9 @@ import torch
 from scipy import stats
 
 from evals import published, report
+from evals.findings import CLAIMS, published_verdict, verdict
 from evals.harness import Metric, Result
-from evals.report import BETTER, CLAIMS, NOISE, WORSE, all_series, verdict
+from evals.series import BETTER, NOISE, WORSE, all_series
 from evals.significance import is_beyond_chance, paired_change, pearson
 from evals.study import Folder
 from evals.tasks import BASE_TASKS, INSTRUCT_TASKS, TASKS
@@ -237,7 +238,7 @@ def test_marks_beyond_chance(total, least):
 def test_published_findings_are_told_plainly(folder):
     """IFEval rises for the two base models; the published instruct model falls."""
     ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
-    told = [report.published_verdict(ifeval, model) for model in published.MODELS]
+    told = [published_verdict(ifeval, model) for model in published.MODELS]
     assert told == ["holds: 6 of 6", "holds: 6 of 6", "does not hold: 0 of 3"]
 
 

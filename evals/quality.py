@@ -52,7 +52,6 @@ METHODS = {
     "MAW gate+up+down": Method("maw_gud"),
     "activation, re-solved": Method("activation", compensate=True, windows=128),
     "MAW, re-solved": Method("maw", compensate=True, windows=128),
-    "hybrid, re-solved on twice the text": Method("hybrid", compensate=True, windows=256),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 

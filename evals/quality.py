@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import json
 import math
 import sys
 import time
@@ -26,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from evals.wikitext import detokenised
+from evals.text import digest, read_text
 from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import load
 from gluprune.perplexity import perplexity
@@ -56,35 +54,9 @@ METHODS = {
 WINDOW = 512  # tokens, of calibration and of evaluation
 
 
-def read_text(path: str | Path) -> str:
-    """Running text of a file: plain text, or JSON lines with `text`, `page`, or `question` and `answer`.
-
-    The tokenised release of WikiText is made running text again (`evals.wikitext`).
-
-    Raises:
-        ValueError: a JSON line without these fields.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    if str(path).endswith(".jsonl"):
-        pieces = []
-        for number, line in enumerate(text.splitlines(), 1):
-            row = json.loads(line)
-            piece = "\n".join(row[name] for name in ("text", "page", "question", "answer") if name in row)
-            if not piece:
-                raise ValueError(f"{path}, line {number} has none of the fields text, page, question and answer")
-            pieces.append(piece)
-        text = "\n\n".join(pieces)
-    return detokenised(text)
-
-
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
     """exp of the mean negative log-likelihood a token over windows `[1, WINDOW + 1]`; the first token is given."""
     return math.exp(sum(math.log(perplexity(model, window[0], WINDOW)) for window in windows) / len(windows))
-
-
-def digest(batches: Sequence[torch.Tensor]) -> str:
-    """What tells one text, as cut into windows of token ids, from another."""
-    return hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:16]
 
 
 class Measurements:

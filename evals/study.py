@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from evals.harness import Result, evaluate, model_by_backend, model_in_memory, require_lm_eval
 from evals.tasks import Limits, check_tasks
+from evals.text import digest
 from gluprune import files
 from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import build_empty, load, read_config, save
@@ -95,15 +96,15 @@ def fingerprint(source: str, config) -> str:
     """
     if getattr(config, "_commit_hash", None):
         return config._commit_hash[:16]
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")) + [Path(source) / "config.json"]:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        state.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED))
+            state.update(file.read(_SAMPLED))
             file.seek(max(0, size - _SAMPLED))
-            digest.update(file.read(_SAMPLED))
-    return digest.hexdigest()[:16]
+            state.update(file.read(_SAMPLED))
+    return state.hexdigest()[:16]
 
 
 class Folder:
@@ -216,8 +217,8 @@ class Settings:
         }
 
     def calibration_identity(self) -> str:
-        digest = hashlib.sha256(self.calibration.encode()).hexdigest()[:16]
-        return f"text {digest}, {self.windows} windows of {CALIBRATION_LENGTH} tokens"
+        text = hashlib.sha256(self.calibration.encode()).hexdigest()[:16]
+        return f"text {text}, {self.windows} windows of {CALIBRATION_LENGTH} tokens"
 
 
 def _prepared(source: Source, configuration: Configuration, settings: Settings):
@@ -240,8 +241,7 @@ def _statistics(source: Source, settings: Settings) -> Statistics:
     """Of the dense model, collected once and kept in the user's cache for all ratios and later runs."""
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     batches = batches_from_text(tokenizer, settings.calibration, settings.windows, CALIBRATION_LENGTH)
-    digest = hashlib.sha256(torch.cat(batches).numpy().tobytes()).hexdigest()[:16]
-    path = cache_folder() / f"study-{source.name}-{source.revision}-{settings.dtype}-{digest}.safetensors"
+    path = cache_folder() / f"study-{source.name}-{source.revision}-{settings.dtype}-{digest(batches)}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate(load(source.path, dtype=settings.dtype).eval(), batches).save(path)

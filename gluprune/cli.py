@@ -190,7 +190,7 @@ def _study_settings(arguments: argparse.Namespace):
 
     calibration = {}
     if getattr(arguments, "calibration", None):
-        from evals.quality import read_text
+        from evals.text import read_text
 
         calibration = {"calibration": read_text(arguments.calibration), "windows": arguments.calibration_windows}
     return Settings(

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from evals import quality
-from evals.wikitext import detokenised
+from evals.text import detokenised, read_text
 from gluprune.records import read
 from tests.tiny_models import make_tiny_model
 
@@ -85,9 +85,9 @@ def test_read_text(tmp_path):
     page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
     rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert quality.read_text(path) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
+    assert read_text(path) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
     (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")
-    assert quality.read_text(tmp_path / "plain.txt") == "a 1.5 b"
+    assert read_text(tmp_path / "plain.txt") == "a 1.5 b"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_bad_input(command, tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text('{"text": "a"}\n{"label": 3}')
     with pytest.raises(ValueError, match="line 2 has none of the fields"):
-        quality.read_text(path)
+        read_text(path)
     assert quality.main([*command, "--text", "absent=nowhere.txt"]) == 2
     assert "nowhere.txt" in capsys.readouterr().err
     assert quality.main([*command, "--windows", "0"]) == 2

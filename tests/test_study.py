@@ -186,6 +186,18 @@ def test_data_without_a_field_keeps_what_is_finished(inputs, tmp_path, capsys):
     assert sorted(contents(tmp_path / "out")) == finished
 
 
+def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
+    """The release of WikiText and the same text as written are one calibration: the folder takes both."""
+    words = (inputs / "text.txt").read_text()
+    for name, joint in (("tokenised", " @-@ "), ("running", "-")):
+        (tmp_path / name).write_text(words + f" well{joint}known")
+        more = ["--scores", "hybrid", "--calibration", tmp_path / name]
+        assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 0
+    (tmp_path / "other").write_text(words + " unknown")
+    more = ["--scores", "hybrid", "--calibration", tmp_path / "other"]
+    assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 2
+
+
 def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
     """The model that is scored is the one that `prune` makes of the same text; statistics are collected once."""
     out = tmp_path / "out"

@@ -12,16 +12,24 @@ from evals.tasks import TASKS
 from gluprune.records import Record
 
 
-def _panels(count: int):
+def _panels(count: int, columns: int, width: float, height: float, margin: float):
+    """A figure of `count` panels, each `width` x `height` inches, with a `margin` for title and legend."""
     from matplotlib.figure import Figure
 
-    columns = min(4, count)
+    columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(3.4 * columns, 0.9 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, margin + height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for empty in panels[count:]:
         empty.set_axis_off()
     return figure, list(panels[:count])
+
+
+def _task_panels(own: list[Series]):
+    """A figure, and a panel for each task."""
+    tasks = list(dict.fromkeys(task for series in own for task in series.results))
+    figure, panels = _panels(len(tasks), columns=4, width=3.4, height=2.6, margin=0.9)
+    return figure, dict(zip(tasks, panels))
 
 
 def _titled(axes, task: str) -> None:
@@ -33,9 +41,8 @@ def _titled(axes, task: str) -> None:
 
 def capability(own: list[Series], path: Path) -> None:
     """Every task's score against the expansion ratio, a line a recipe, bars of one standard error."""
-    tasks = list(dict.fromkeys(task for series in own for task in series.results))
-    figure, panels = _panels(len(tasks))
-    for task, axes in zip(tasks, panels):
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
         for index, series in enumerate(own):
             found = dict(sorted(series.results.get(task, {}).items()))
             x = [result.configuration["expansion_ratio"] for result in found.values()]
@@ -56,9 +63,8 @@ def capability(own: list[Series], path: Path) -> None:
 
 def beside_published(own: list[Series], path: Path) -> None:
     """Every task's score over the dense model's against the share of neurons removed, with the published models."""
-    tasks = list(dict.fromkeys(task for series in own for task in series.results))
-    figure, panels = _panels(len(tasks))
-    for task, axes in zip(tasks, panels):
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
         axes.axhline(1, color="black", lw=0.8)
         for index, series in enumerate(own):
             found = dict(sorted(series.results.get(task, {}).items()))
@@ -92,9 +98,8 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
     }
     if max((len(pairs) for of in points.values() for pairs in of.values()), default=0) < 2:
         return False
-    tasks = list(dict.fromkeys(task for series in own for task in series.results))
-    figure, panels = _panels(len(tasks))
-    for task, axes in zip(tasks, panels):
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
         for index, (recipe, of) in enumerate(points.items()):
             if of.get(task):
                 axes.plot(*zip(*of[task]), marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe)
@@ -110,14 +115,7 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
 
 def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]], path: Path) -> None:
     """A matrix of r for each series; pairs with p < 0.05 carry their figure."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(table))
-    rows = math.ceil(len(table) / columns)
-    figure = Figure(figsize=(5.4 * columns, 4.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for empty in panels[len(table) :]:
-        empty.set_axis_off()
+    figure, panels = _panels(len(table), columns=3, width=5.4, height=4.9, margin=0.0)
     for axes, ((model, recipe), pairs) in zip(panels, table.items()):
         tasks = [task for task in TASKS if any(task in pair for pair in pairs)]
         grid = [[math.nan] * len(tasks) for _ in tasks]
@@ -134,7 +132,7 @@ def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]
         axes.set_xticks(range(len(tasks)), short, rotation=60, ha="right", fontsize=7)
         axes.set_yticks(range(len(tasks)), short, fontsize=7)
         axes.set_title(f"{model}, {recipe}", fontsize="small")
-    figure.colorbar(image, ax=list(panels), shrink=0.6, label="Pearson's r (figures where p < 0.05)")
+    figure.colorbar(image, ax=panels, shrink=0.6, label="Pearson's r (figures where p < 0.05)")
     figure.savefig(path, dpi=110)
 
 
@@ -144,7 +142,7 @@ def _label(series: Series) -> str:
 
 def _finish(figure, panels, title: str, path: Path) -> None:
     handles: dict[str, object] = {}
-    for axes in panels:
+    for axes in panels.values():
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     figure.legend(

@@ -39,6 +39,10 @@ def stop(weights):
     )
 
 
+def generated(weights):
+    exec(compile("raise AssertionError", "<generated>", "exec"))  # noqa: S102 - code without a source file
+
+
 @pytest.fixture
 def kept(monkeypatch):
     """Records by provider of a run of one benchmark with these providers."""
@@ -76,9 +80,10 @@ def test_a_wrong_gradient_is_no_matter_forward(kept):
 
 
 def test_refusals_in_their_words(kept):
-    found, unexpected = kept(FORWARD, peer=refuse, silent=stop, gluprune=refuse)
+    found, unexpected = kept(FORWARD, peer=refuse, silent=stop, sourceless=generated, gluprune=refuse)
     assert found["peer"].refusal == "ValueError: width must be a multiple of 8"
     assert found["silent"].refusal == "AssertionError: raise AssertionError"  # the statement that raised it
+    assert found["sourceless"].refusal == "AssertionError: <generated>, line 1"
     assert found["peer"].method == "wall clock"  # of the same table as the others
     assert unexpected == {"gluprune": "ValueError: width must be a multiple of 8"}
 

@@ -130,6 +130,7 @@ def test_points_of_the_plots(run, tmp_path, monkeypatch):
     assert lines["ratio of the bytes"][4915] == pytest.approx(8192 / 4915)
     odd = [line for line in gain.lines if list(line.get_xdata()) == [4915] and line.get_marker() == "x"]
     assert [line.get_ydata()[0] for line in odd] == pytest.approx([8192 / 4915, 2 * 8192 / 4915])
+    assert drawn["width.png"].get_suptitle().endswith("; crosses: widths that are no multiple of 128")
     heat = drawn["wins.png"].axes[0].images[0].get_array()
     assert heat.flatten().tolist() == pytest.approx([0.585, -0.737, 1, -0.322], abs=1e-3)
 

@@ -1,6 +1,7 @@
 """What pruning costs in quality: perplexity over dense, method by ratio, on two kinds of text.
 
-    python -m evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
+    gluprune sample MODEL --out sampled.txt
+    python -m evals.quality --calibration FILE [FILE ...] --sampled sampled.txt --text wikitext2=FILE --text lambada=FILE
 
 calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
 picture (`quality.png`). What is in the records already, on the very same text, is not measured again, so an interrupted
@@ -35,15 +36,17 @@ from gluprune.smollm2 import NAME, cache_folder, smollm2_checkpoint
 
 @dataclass(frozen=True)
 class Method:
-    """Arguments of `prune`, and how many windows of text it is calibrated on (0: none)."""
+    """Arguments of `prune`, how many windows of text it is calibrated on (0: none), and whether half are the model's own."""
 
     score: str
     compensate: bool = False
     windows: int = 0
+    sampled: bool = False
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
+    "hybrid, re-solved, half own text": Method("hybrid", compensate=True, windows=128, sampled=True),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),
     "hybrid": Method("hybrid", windows=128),
@@ -83,13 +86,14 @@ class Measurements:
 
 
 def measure(
-    source: str | Path, name: str, calibration: str, texts: dict[str, str], windows: int, out: Path
+    source: str | Path, name: str, calibration: str, sampled: str, texts: dict[str, str], windows: int, out: Path
 ) -> list[Record]:
     """Measure every figure that is not in `out / "quality.jsonl"` yet.
 
     Args:
         source: model folder or Hub id; name: as it is to stand in the records.
-        calibration: text to calibrate on; texts: name -> text to measure perplexity on.
+        calibration: text to calibrate on; sampled: text that the model wrote, for the methods that take half of it.
+        texts: name -> text to measure perplexity on.
         windows: how many windows of `WINDOW` tokens to measure on, spread evenly over each text.
 
     Returns:
@@ -104,25 +108,24 @@ def measure(
     }
 
     @lru_cache
-    def calibrated_on(windows: int) -> dict:
+    def calibrated_on(windows: int, with_sampled: bool) -> dict:
         """What the shape of a record says of the calibration."""
-        return (
-            {"calibration_windows": windows, "calibration_digest": digest(calibration_batches(windows))}
-            if windows
-            else {}
-        )
+        if not windows:
+            return {}
+        batches = calibration_batches(windows, with_sampled)
+        return {"calibration_windows": windows, "calibration_digest": digest(batches)}
 
-    def calibration_batches(windows: int) -> list[torch.Tensor]:
-        return batches_from_text(tokenizer, calibration, windows, WINDOW)
+    def calibration_batches(windows: int, with_sampled: bool) -> list[torch.Tensor]:
+        return batches_from_text(tokenizer, [calibration, sampled] if with_sampled else calibration, windows, WINDOW)
 
     @lru_cache(maxsize=1)
-    def statistics(windows: int) -> Statistics:
+    def statistics(windows: int, with_sampled: bool) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
-        shape = settings | calibrated_on(windows)
+        shape = settings | calibrated_on(windows, with_sampled)
         path = cache_folder() / f"quality-{name}-{shape['calibration_digest']}.safetensors"
         if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
             start = time.perf_counter()
-            found = calibrate(model, calibration_batches(windows))
+            found = calibrate(model, calibration_batches(windows, with_sampled))
             measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
@@ -131,27 +134,28 @@ def measure(
     rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
-        shape = settings | {"ratio": ratio} | calibrated_on(method.windows)
+        calibrated = method.windows, method.sampled
+        shape = settings | {"ratio": ratio} | calibrated_on(*calibrated)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
             for text, held in held_out.items()
         }
         missing = [text for text in shapes if not measurements.has("perplexity", label, shapes[text])]
         if method.windows:
-            measurements.has("calibrate", "gluprune", settings | calibrated_on(method.windows))
+            measurements.has("calibrate", "gluprune", settings | calibrated_on(*calibrated))
         if not missing:
             measurements.has("prune", label, shape)
             continue
         pruned = copy.deepcopy(model)
         if ratio:
-            calibrated = statistics(method.windows) if method.windows else None
+            found = statistics(*calibrated) if method.windows else None
             start = time.perf_counter()
             prune(
                 pruned,
                 pruning_ratio=ratio,
                 multiple_of=1,
                 score=method.score,
-                calibration=calibrated,
+                calibration=found,
                 compensate=method.compensate,
             )
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
@@ -173,7 +177,8 @@ def table(records: list[Record]) -> str:
         "",
         (
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell:"
-            " perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. –: not measured."
+            " perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. Own text: half of"
+            " the calibration windows are what the model wrote itself (`gluprune sample`). –: not measured."
         ),
     ]
     for text in texts:
@@ -192,11 +197,11 @@ def table(records: list[Record]) -> str:
             cells = [f"{value:.1f} ({value / dense.p50:.2f}×)" if value else "–" for value in values]
             total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
             lines.append(f"| {name} | {method.windows or 'none'} | {' | '.join(cells)} | {total:.0f} |")
-    times = sorted({r.shape["calibration_windows"]: r.p50 for r in records if r.what == "calibrate"}.items())
+    times = {r.shape["calibration_digest"]: r.p50 for r in records if r.what == "calibrate"}.values()
     lines += [
         "",
         f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
-        " for all ratios: " + ", ".join(f"{seconds:.0f} s for {windows} windows" for windows, seconds in times) + ".",
+        " for all ratios, each text: " + ", ".join(f"{seconds:.0f} s" for seconds in times) + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -225,6 +230,9 @@ def plot(records: list[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="text to calibrate on")
+    parser.add_argument(
+        "--sampled", required=True, metavar="FILE", help="text of the model's own, by `gluprune sample`"
+    )
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
@@ -234,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}
         calibration = "\n\n".join(read_text(path) for path in given.calibration)
         source, name = (given.model, Path(given.model).name) if given.model else (smollm2_checkpoint(), NAME)
-        records = measure(source, name, calibration, texts, given.windows, given.out)
+        sampled = read_text(given.sampled)
+        records = measure(source, name, calibration, sampled, texts, given.windows, given.out)
         result = table(records)
         (given.out / "quality.md").write_text(result, encoding="utf-8")
         plot(records, given.out / "quality.png")

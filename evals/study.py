@@ -180,7 +180,8 @@ class Source:
 class Settings:
     """What all results of a folder have in common, and how they are made.
 
-    limits, data, dtype: what to run on; calibration, windows: text for calibrated recipes, and how many windows of it;
+    limits, data, dtype: what to run on; calibration, windows: texts for calibrated recipes, and how many windows of
+    them together;
     patch: with `patch_llama`; backend, model_args: as a checkpoint in an lm-eval backend instead of in memory;
     log_samples: keep requests, answers and generated lengths.
     """
@@ -188,7 +189,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     data: Path | None = None
     dtype: str = "auto"
-    calibration: str | None = None
+    calibration: tuple[str, ...] = ()
     windows: int = CALIBRATION_WINDOWS
     patch: bool = False
     backend: str | None = None
@@ -217,8 +218,8 @@ class Settings:
         }
 
     def calibration_identity(self) -> str:
-        text = hashlib.sha256(self.calibration.encode()).hexdigest()[:16]
-        return f"text {text}, {self.windows} windows of {CALIBRATION_LENGTH} tokens"
+        texts = ", ".join(f"text {hashlib.sha256(text.encode()).hexdigest()[:16]}" for text in self.calibration)
+        return f"{texts}, {self.windows} windows of {CALIBRATION_LENGTH} tokens"
 
 
 def _prepared(source: Source, configuration: Configuration, settings: Settings):
@@ -306,7 +307,7 @@ def run(
     require_lm_eval()
     tasks = check_tasks(tasks)
     calibrated = any(c.recipe and c.recipe.is_calibrated for c in configurations)
-    if calibrated and settings.calibration is None:
+    if calibrated and not settings.calibration:
         raise ValueError("calibrated scores and +compensate need --calibration FILE")
     for name in {source.name for source in sources}:
         if len({source.path for source in sources if source.name == name}) > 1:

@@ -272,7 +272,8 @@ def _read_batch(batch: object, label: str) -> tuple[torch.Tensor, torch.Tensor |
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -337,7 +338,7 @@ def _collect(
 
     tokens = 0
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         if gram:
             stack.enter_context(_in_float32(decoder_layers(model)))
         for index, statistics in found.items():
@@ -359,14 +360,14 @@ def _collect(
 
 
 def batches_from_text(
-    tokenizer, text: str, windows: int = 128, length: int = 512, batch_size: int = 4
+    tokenizer, text: str | Sequence[str], windows: int = 128, length: int = 512, batch_size: int = 4
 ) -> list[torch.Tensor]:
     """Cut windows, evenly spread over a text, into calibration batches.
 
     Args:
         tokenizer: a Hugging Face tokenizer; no special tokens are added.
-        text: any length; a text too short for so many windows gives as many as it has.
-        windows: how many.
+        text: any length, or several texts, which give equally many windows; one too short gives as many as it has.
+        windows: how many of all texts together, at least one of each.
         length: tokens a window.
         batch_size: windows a batch.
 
@@ -374,15 +375,24 @@ def batches_from_text(
         int64 tensors `[batch_size, length]`, the last may have fewer rows.
 
     Raises:
-        ValueError: the text is shorter than one window, or a number below 1.
+        ValueError: a text is shorter than one window, or a number below 1, or there are more texts than windows.
     """
     for name, value in {"windows": windows, "length": length, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    available = ids.numel() // length
-    if not available:
-        raise ValueError(f"the calibration text has {ids.numel()} tokens: one window takes {length}")
-    rows = ids[: available * length].view(available, length)
-    chosen = torch.arange(min(windows, available)) * available // min(windows, available)
-    return list(rows[chosen].split(batch_size))
+    texts = [text] if isinstance(text, str) else list(text)
+    if not 1 <= len(texts) <= windows:
+        raise ValueError(
+            f"{len(texts)} calibration texts for {windows} windows: give at least one text, and a window to each"
+        )
+    rows = []
+    for index, content in enumerate(texts):
+        ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        available = ids.numel() // length
+        if not available:
+            label = "the calibration text" if len(texts) == 1 else f"calibration text {index + 1} of {len(texts)}"
+            raise ValueError(f"{label} has {ids.numel()} tokens: one window takes {length}")
+        share = windows * (index + 1) // len(texts) - windows * index // len(texts)
+        chosen = torch.arange(min(share, available)) * available // min(share, available)
+        rows.append(ids[: available * length].view(available, length)[chosen])
+    return list(torch.cat(rows).split(batch_size))

@@ -1,4 +1,4 @@
-"""The command line: `gluprune prune | calibrate | info | bench | eval | study | report | demo`."""
+"""The command line: `gluprune prune | sample | calibrate | info | bench | eval | study | report | demo`."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(report, "dry run: nothing was written" if arguments.dry_run else arguments.out, sep="\n")
 
 
-def _calibration(source: str, text_file: str):
-    """The model, its tokenizer, and batches of the text."""
+def _calibration(source: str, text_files: Sequence[str]):
+    """The model, its tokenizer, and batches of the texts."""
     from transformers import AutoTokenizer
 
     from gluprune.calibration import batches_from_text
     from gluprune.checkpoint import load
 
-    text = Path(text_file).read_text(encoding="utf-8")
+    texts = [Path(file).read_text(encoding="utf-8") for file in text_files]
     model = load(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return model, tokenizer, batches_from_text(tokenizer, text)
+    return model, tokenizer, batches_from_text(tokenizer, texts)
 
 
 def _prune_in_memory(arguments: argparse.Namespace, options: dict):
@@ -72,12 +72,37 @@ def _prune_in_memory(arguments: argparse.Namespace, options: dict):
     return report
 
 
+def _new_file(path: str) -> Path:
+    out = Path(path)
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} must be a new file in a folder that exists")
+    return out
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from gluprune.checkpoint import load
+    from gluprune.files import write_file
+    from gluprune.sample import sample_text
+
+    out = _new_file(arguments.out)
+    # Half precision is slow on most CPUs.
+    model = (
+        load(arguments.model).to("cuda") if torch.cuda.is_available() else load(arguments.model, dtype=torch.float32)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = sample_text(model, tokenizer, arguments.windows, arguments.length, seed=arguments.seed)
+    write_file(out, [text.encode()])
+    told = {"windows": arguments.windows, "tokens": arguments.windows * arguments.length, "file": str(out)}
+    print(json.dumps(told) if arguments.json else f"{out}: {told['windows']} texts, {told['tokens']:,} tokens")
+
+
 def _calibrate(arguments: argparse.Namespace) -> None:
     from gluprune.calibration import calibrate
 
-    out = Path(arguments.out)
-    if out.exists() or not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} must be a new file in a folder that exists")
+    out = _new_file(arguments.out)
     model, _, batches = _calibration(arguments.model, arguments.text)
     statistics = calibrate(model, batches, gram=arguments.gram)
     statistics.save(out)
@@ -192,7 +217,8 @@ def _study_settings(arguments: argparse.Namespace):
     if getattr(arguments, "calibration", None):
         from evals.text import read_text
 
-        calibration = {"calibration": read_text(arguments.calibration), "windows": arguments.calibration_windows}
+        texts = tuple(read_text(file) for file in arguments.calibration)
+        calibration = {"calibration": texts, "windows": arguments.calibration_windows}
     return Settings(
         limits=Limits(arguments.limit, small=arguments.budget == "small"),
         data=arguments.data,
@@ -296,7 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--layers", type=_layer_list, metavar="LIST", help="only these, such as 0,2,5-7 (default: all)")
     calibrated = prune.add_argument_group("calibration")
-    calibrated.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on; loads the whole model")
+    calibrated.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts to calibrate on, in equal parts; loads the whole model",
+    )
     calibrated.add_argument("--statistics", metavar="FILE", help="what `gluprune calibrate` wrote, instead of a text")
     calibrated.add_argument("--compensate", action="store_true", help="re-solve down_proj on the calibration text")
     streamed = prune.add_argument_group("without --calibration, one layer at a time is in memory")
@@ -304,13 +335,27 @@ def _parser() -> argparse.ArgumentParser:
     streamed.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     prune.set_defaults(run=_prune)
 
+    sample = commands.add_parser(
+        "sample",
+        help="let a model write calibration text",
+        description="Let a model write text of every kind it knows, at temperature 1, for --calibration and --text.",
+    )
+    sample.add_argument("model", help="model folder or Hub id")
+    sample.add_argument("--out", required=True, metavar="FILE", help="where to write; must not exist")
+    sample.add_argument("--windows", type=int, default=64, metavar="N", help="texts (default: %(default)s)")
+    sample.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    sample.set_defaults(run=_sample)
+
     calibrate = commands.add_parser(
         "calibrate",
         help="write the statistics of a calibration text",
         description="Run a text through a model once and write what its neurons did, for `prune --statistics`.",
     )
     calibrate.add_argument("model", help="model folder or Hub id")
-    calibrate.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    calibrate.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="UTF-8 texts to calibrate on, in equal parts"
+    )
     calibrate.add_argument("--out", required=True, metavar="FILE", help="where to write; must not exist")
     calibrate.add_argument(
         "--gram",
@@ -414,7 +459,13 @@ def _parser() -> argparse.ArgumentParser:
         help="as of prune; +compensate after it re-solves down_proj (default: %(default)s)",
     )
     study.add_argument("--multiple-of", type=int, default=1, metavar="N", help="of the widths (default: exact widths)")
-    study.add_argument("--calibration", type=Path, metavar="FILE", help="text for calibrated scores and +compensate")
+    study.add_argument(
+        "--calibration",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="texts for calibrated scores and +compensate, in equal parts",
+    )
     study.add_argument(
         "--calibration-windows", type=int, default=128, metavar="N", help="of 512 tokens each (default: %(default)s)"
     )
@@ -430,7 +481,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, calibrate, info, bench, evaluate, study, report, demo):
+    for command in (prune, sample, calibrate, info, bench, evaluate, study, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 

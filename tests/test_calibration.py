@@ -456,6 +456,24 @@ def test_windows_are_spread_over_the_text():
     assert torch.equal(every.flatten(), torch.arange(1000, 1100))
 
 
+def test_several_texts_give_equally_many_windows():
+    texts = [chr(1000 + number) * length for number, length in enumerate((300, 25, 300))]
+    found = torch.cat(batches_from_text(Characters(), texts, windows=10, length=10))
+    # 10 windows: 3, 3 and 4 of the texts; the second has two
+    assert found[:, 0].tolist() == [1000] * 3 + [1001] * 2 + [1002] * 4
+    assert torch.equal(found, found[:, :1].expand(-1, 10))
+    alone = [torch.cat(batches_from_text(Characters(), texts[i], windows=3 + i // 2, length=10)) for i in range(3)]
+    assert torch.equal(found, torch.cat(alone))
+    assert len(torch.cat(batches_from_text(Characters(), texts, windows=3, length=10))) == 3
+    for given, windows, message in [
+        (texts, 2, "3 calibration texts for 2 windows"),
+        ([], 2, "0 calibration texts for 2 windows"),
+        ([*texts, "x" * 9], 8, "calibration text 4 of 4 has 9 tokens: one window takes 10"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            batches_from_text(Characters(), given, windows=windows, length=10)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

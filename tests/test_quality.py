@@ -18,22 +18,26 @@ WORDS = [f"w{number}" for number in range(60)]
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Arguments of a run on a tiny model with two methods and short windows."""
+    """Arguments of a run on a tiny model with three methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
-    methods = {"MAW": quality.Method("maw"), "hybrid": quality.Method("hybrid", compensate=True, windows=6)}
+    methods = {
+        "MAW": quality.Method("maw"),
+        "hybrid": quality.Method("hybrid", compensate=True, windows=6),
+        "own": quality.Method("hybrid", compensate=True, windows=6, sampled=True),
+    }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
     words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
     generator = torch.Generator().manual_seed(0)
-    for name in ("calibration.txt", "one.txt", "two.txt"):
+    for name in ("calibration.txt", "sampled.txt", "one.txt", "two.txt"):
         words = [WORDS[i] for i in torch.randint(0, 60, (80,), generator=generator)]
         (tmp_path / name).write_text(" ".join(words))
     texts = [f"--text={name}={tmp_path / name}.txt" for name in ("one", "two")]
-    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--model", f"{tmp_path / 'model'}", "--windows", "3"]
-    return [*fixed, *texts, "--out", f"{tmp_path / 'out'}"]
+    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--sampled", f"{tmp_path / 'sampled.txt'}"]
+    return [*fixed, "--model", f"{tmp_path / 'model'}", "--windows", "3", *texts, "--out", f"{tmp_path / 'out'}"]
 
 
 def test_every_row_once(command, tmp_path, monkeypatch, capsys):
@@ -51,10 +55,12 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         quality.main(command)
     assert quality.main(command) == 0
-    assert len(measured) == 2 * (1 + 2 * 4) + 1
+    assert len(measured) == 2 * (1 + 3 * 4) + 1
     records = read(out / "quality.jsonl")
     found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
-    methods = [("dense", 0.0)] + [(method, ratio) for method in ("MAW", "hybrid") for ratio in (0.1, 0.2, 0.4, 0.6)]
+    methods = [("dense", 0.0)] + [
+        (method, ratio) for method in ("MAW", "hybrid", "own") for ratio in (0.1, 0.2, 0.4, 0.6)
+    ]
     assert sorted(found) == sorted((*row, text) for row in methods for text in ("one", "two"))
     table = (out / "quality.md").read_text()
     assert table in capsys.readouterr().out
@@ -62,10 +68,12 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
         if record.what == "perplexity":
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
-    assert quality.main(command) == 0 and len(measured) == 19
+    calibrations = {r.shape["calibration_digest"] for r in records if r.what == "calibrate"}
+    assert len(calibrations) == 2, "the model's own text is no other text"
+    assert quality.main(command) == 0 and len(measured) == 27
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
-    assert quality.main(command) == 0 and len(measured) == 19 + 9
+    assert quality.main(command) == 0 and len(measured) == 27 + 13
 
 
 def test_perplexity_of_windows():

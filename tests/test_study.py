@@ -199,13 +199,15 @@ def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
 
 
 def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
-    """The model that is scored is the one that `prune` makes of the same text; statistics are collected once."""
+    """The model that is scored is the one that `prune` makes of the same texts; statistics are collected once."""
     out = tmp_path / "out"
-    more = ["--scores", "hybrid+compensate", "--calibration", inputs / "text.txt"]
+    texts = [(inputs / "text.txt").read_text(), " ".join(reversed((inputs / "text.txt").read_text().split()))]
+    (tmp_path / "second.txt").write_text(texts[1])
+    more = ["--scores", "hybrid+compensate", "--calibration", inputs / "text.txt", tmp_path / "second.txt"]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"], ratios=("0.4", "0.6"))) == 0
     model = AutoModelForCausalLM.from_pretrained(inputs / "tiny").eval()
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tiny")
-    batches = batches_from_text(tokenizer, (inputs / "text.txt").read_text(), study.CALIBRATION_WINDOWS, 16)
+    batches = batches_from_text(tokenizer, texts, study.CALIBRATION_WINDOWS, 16)
     prune(model, pruning_ratio=0.4, multiple_of=1, score="hybrid", compensate=True, calibration=batches)
     lm = study.model_in_memory(model, tokenizer)
     expected = study.evaluate(
@@ -218,6 +220,8 @@ def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
     more += ["--calibration-windows", 4]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
     assert "with calibration 'text " in capsys.readouterr().err
+    more = ["--scores", "hybrid+compensate", "--calibration", inputs / "text.txt"]
+    assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
     assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
 
 

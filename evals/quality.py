@@ -1,7 +1,7 @@
 """What pruning costs in quality: perplexity over dense, method by ratio, on two kinds of text.
 
     gluprune sample MODEL --out sampled.txt
-    python -m evals.quality --calibration FILE [FILE ...] --sampled sampled.txt --text wikitext2=FILE --text lambada=FILE
+    python -m evals.quality --calibration FILE --sampled sampled.txt --text wikitext2=FILE --text lambada=FILE
 
 calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
 picture (`quality.png`). What is in the records already, on the very same text, is not measured again, so an interrupted
@@ -36,7 +36,7 @@ from gluprune.smollm2 import NAME, cache_folder, smollm2_checkpoint
 
 @dataclass(frozen=True)
 class Method:
-    """Arguments of `prune`, how many windows of text it is calibrated on (0: none), and whether half are the model's own."""
+    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether as many of the model's own join them."""
 
     score: str
     compensate: bool = False
@@ -46,7 +46,7 @@ class Method:
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
-    "hybrid, re-solved, half own text": Method("hybrid", compensate=True, windows=128, sampled=True),
+    "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, sampled=True),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),
     "hybrid": Method("hybrid", windows=128),
@@ -92,7 +92,7 @@ def measure(
 
     Args:
         source: model folder or Hub id; name: as it is to stand in the records.
-        calibration: text to calibrate on; sampled: text that the model wrote, for the methods that take half of it.
+        calibration: text to calibrate on; sampled: text that the model wrote, for the methods that take both.
         texts: name -> text to measure perplexity on.
         windows: how many windows of `WINDOW` tokens to measure on, spread evenly over each text.
 
@@ -113,7 +113,7 @@ def measure(
         if not windows:
             return {}
         batches = calibration_batches(windows, with_sampled)
-        return {"calibration_windows": windows, "calibration_digest": digest(batches)}
+        return {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
 
     def calibration_batches(windows: int, with_sampled: bool) -> list[torch.Tensor]:
         return batches_from_text(tokenizer, [calibration, sampled] if with_sampled else calibration, windows, WINDOW)
@@ -176,9 +176,9 @@ def table(records: list[Record]) -> str:
         f"# {settings['model']}: perplexity after pruning, without a gradient step",
         "",
         (
-            f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens, {records[-1].hardware}. Each cell:"
-            " perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. Own text: half of"
-            " the calibration windows are what the model wrote itself (`gluprune sample`). –: not measured."
+            f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
+            f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. + own text:"
+            " calibrated on what the model wrote itself (`gluprune sample`), too. –: not measured."
         ),
     ]
     for text in texts:
@@ -190,18 +190,21 @@ def table(records: list[Record]) -> str:
             "| method | calibration | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " | seconds |",
             "|---|--:|" + "--:|" * (len(RATIOS) + 1),
         ]
-        for name, method in METHODS.items():
-            values = [found[name, text, ratio].p50 if (name, text, ratio) in found else None for ratio in RATIOS]
-            if not any(values):
+        for name in METHODS:
+            row = {ratio: found[name, text, ratio] for ratio in RATIOS if (name, text, ratio) in found}
+            if not row:
                 continue
-            cells = [f"{value:.1f} ({value / dense.p50:.2f}×)" if value else "–" for value in values]
+            cells = [f"{row[r].p50:.1f} ({row[r].p50 / dense.p50:.2f}×)" if r in row else "–" for r in RATIOS]
             total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
-            lines.append(f"| {name} | {method.windows or 'none'} | {' | '.join(cells)} | {total:.0f} |")
-    times = {r.shape["calibration_digest"]: r.p50 for r in records if r.what == "calibrate"}.values()
+            windows = next(iter(row.values())).shape.get("calibration_windows", "none")
+            lines.append(f"| {name} | {windows} | {' | '.join(cells)} | {total:.0f} |")
+    times = {r.shape["calibration_digest"]: r for r in records if r.what == "calibrate"}.values()
     lines += [
         "",
         f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
-        " for all ratios, each text: " + ", ".join(f"{seconds:.0f} s" for seconds in times) + ".",
+        " for all ratios: "
+        + ", ".join(f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows" for r in times)
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -212,7 +215,7 @@ def plot(records: list[Record], path: Path) -> None:
 
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r.p50 for r in records if r.what == "perplexity"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
-    figure = Figure(figsize=(5.5 * len(texts), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts):
         for method in METHODS:
             points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
@@ -221,7 +224,7 @@ def plot(records: list[Record], path: Path) -> None:
                 axes.plot([0, *points], [1, *values], marker="o", label=method)
         axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.9, 100))
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.axes[0].set_ylabel("perplexity over dense (lower is better)")
     figure.suptitle(f"{records[-1].shape['model']}, no gradient step")
     figure.savefig(path, dpi=120)

@@ -181,7 +181,7 @@ class Settings:
     """What all results of a folder have in common, and how they are made.
 
     limits, data, dtype: what to run on; calibration, windows: texts for calibrated recipes, and how many windows of
-    them together;
+    each;
     patch: with `patch_llama`; backend, model_args: as a checkpoint in an lm-eval backend instead of in memory;
     log_samples: keep requests, answers and generated lengths.
     """

@@ -366,8 +366,8 @@ def batches_from_text(
 
     Args:
         tokenizer: a Hugging Face tokenizer; no special tokens are added.
-        text: any length, or several texts, which give equally many windows; one too short gives as many as it has.
-        windows: how many of all texts together, at least one of each.
+        text: any length, or several texts; one too short for so many windows gives as many as it has.
+        windows: how many of each text.
         length: tokens a window.
         batch_size: windows a batch.
 
@@ -375,24 +375,21 @@ def batches_from_text(
         int64 tensors `[batch_size, length]`, the last may have fewer rows.
 
     Raises:
-        ValueError: a text is shorter than one window, or a number below 1, or there are more texts than windows.
+        ValueError: a text is shorter than one window, or there is none, or a number below 1.
     """
     for name, value in {"windows": windows, "length": length, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    texts = [text] if isinstance(text, str) else list(text)
-    if not 1 <= len(texts) <= windows:
-        raise ValueError(
-            f"{len(texts)} calibration texts for {windows} windows: give at least one text, and a window to each"
-        )
+    texts = [text] if isinstance(text, str) else text
+    if not texts:
+        raise ValueError("give at least one calibration text")
     rows = []
-    for index, content in enumerate(texts):
+    for number, content in enumerate(texts, 1):
         ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         available = ids.numel() // length
         if not available:
-            label = "the calibration text" if len(texts) == 1 else f"calibration text {index + 1} of {len(texts)}"
+            label = "the calibration text" if len(texts) == 1 else f"calibration text {number} of {len(texts)}"
             raise ValueError(f"{label} has {ids.numel()} tokens: one window takes {length}")
-        share = windows * (index + 1) // len(texts) - windows * index // len(texts)
-        chosen = torch.arange(min(share, available)) * available // min(share, available)
+        chosen = torch.arange(min(windows, available)) * available // min(windows, available)
         rows.append(ids[: available * length].view(available, length)[chosen])
     return list(torch.cat(rows).split(batch_size))

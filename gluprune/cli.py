@@ -326,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         nargs="+",
         metavar="FILE",
-        help="UTF-8 texts to calibrate on, in equal parts; loads the whole model",
+        help="UTF-8 texts to calibrate on; loads the whole model",
     )
     calibrated.add_argument("--statistics", metavar="FILE", help="what `gluprune calibrate` wrote, instead of a text")
     calibrated.add_argument("--compensate", action="store_true", help="re-solve down_proj on the calibration text")
@@ -353,9 +353,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a text through a model once and write what its neurons did, for `prune --statistics`.",
     )
     calibrate.add_argument("model", help="model folder or Hub id")
-    calibrate.add_argument(
-        "--text", nargs="+", required=True, metavar="FILE", help="UTF-8 texts to calibrate on, in equal parts"
-    )
+    calibrate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 texts to calibrate on")
     calibrate.add_argument("--out", required=True, metavar="FILE", help="where to write; must not exist")
     calibrate.add_argument(
         "--gram",
@@ -464,10 +462,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="texts for calibrated scores and +compensate, in equal parts",
+        help="texts for calibrated scores and +compensate",
     )
     study.add_argument(
-        "--calibration-windows", type=int, default=128, metavar="N", help="of 512 tokens each (default: %(default)s)"
+        "--calibration-windows",
+        type=int,
+        default=128,
+        metavar="N",
+        help="windows of 512 tokens from each text (default: %(default)s)",
     )
     _add_evaluation_options(study, "study_output")
     study.set_defaults(run=_study)

@@ -53,10 +53,9 @@ def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: in
             "the tokenizer has neither a token for the beginning nor one for the end of text to start from"
         )
     prompt = torch.full((windows, 1), first, device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
     with (
         evaluating(model),
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
         tqdm(total=length, desc="sampling", unit="token", leave=False, disable=None) as bar,
     ):
         torch.manual_seed(seed)
@@ -73,4 +72,4 @@ def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: in
             pad_token_id=first,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
         )
-    return "\n\n".join(tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True))
+    return "\n\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))

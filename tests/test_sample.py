@@ -32,11 +32,11 @@ def test_tokens_are_drawn_from_the_whole_distribution(tokenizer):
     model = make_tiny_model(seed=1)
     model.generation_config.temperature, model.generation_config.top_k = 0.1, 2
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # far from uniform
+        model.lm_head.weight.mul_(8)  # far from uniform
         expected = model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0].double()
     expected[tokenizer.eos_token_id] = -torch.inf
     expected = expected.softmax(0)
-    assert expected.max() > 0.05 and expected.min() < 0.005
+    assert expected.max() > 0.04 and expected.sort().values[:10].sum() > 0.01
     windows = 20_000
     found = Counter(first_tokens(model, tokenizer, windows))
     measured = torch.tensor([found[token] / windows for token in range(WORDS)], dtype=torch.float64)
@@ -54,20 +54,22 @@ def first_tokens(model, tokenizer, windows: int) -> list[int]:
 def test_windows_continue_as_the_model_would(tokenizer):
     """Greedy where one token has all the probability: every window is the model's own continuation, of full length."""
     model = make_tiny_model(seed=2, initializer_range=1.0)
+    model.generation_config.repetition_penalty = 10.0
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
         ids = torch.tensor([[tokenizer.bos_token_id]])
-        for _ in range(7):
+        for _ in range(40):
             logits = model(ids).logits[0, -1]
             logits[tokenizer.eos_token_id] = -torch.inf
             ids = torch.cat([ids, logits.argmax()[None, None]], 1)
     expected = [token for token in ids[0, 1:].tolist() if token not in tokenizer.all_special_ids]
-    assert len(set(expected)) > 1
-    assert ids_of(tokenizer, sample_text(model, tokenizer, 3, 7)) == [expected] * 3
+    assert 1 < len(set(expected)) < len(expected), "no repetition to be punished"
+    assert sample_text(model, tokenizer, 3, 40) == "\n\n".join([" ".join(f"w{token:02}" for token in expected)] * 3)
 
 
 def test_seed_mode_and_random_state(tokenizer):
-    model = make_tiny_model(seed=3)
+    model = make_tiny_model(seed=3, attention_dropout=0.5)
+    in_eval_mode = sample_text(model, tokenizer, 2, 12, seed=1)
     model.train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
@@ -77,7 +79,7 @@ def test_seed_mode_and_random_state(tokenizer):
     one = sample_text(model, tokenizer, 2, 12, seed=1)
     assert torch.equal(torch.rand(3), expected)
     assert [module.training for module in model.modules()] == modes
-    assert one == sample_text(model, tokenizer, 2, 12, seed=1)
+    assert one == in_eval_mode == sample_text(model, tokenizer, 2, 12, seed=1)
     assert one != sample_text(model, tokenizer, 2, 12, seed=2)
 
 

@@ -1,11 +1,10 @@
 """What pruning costs in quality: perplexity over dense, method by ratio, on two kinds of text.
 
-    gluprune sample MODEL --out sampled.txt
-    python -m evals.quality --calibration FILE --sampled sampled.txt --text wikitext2=FILE --text lambada=FILE
+    python -m evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
 
-calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a table (`quality.md`) and a
-picture (`quality.png`). What is in the records already, on the very same text, is not measured again, so an interrupted
-run goes on where it stopped. No gradient step is taken anywhere.
+lets the model write text of its own, calibrates, prunes by every method to every ratio, and writes records
+(`quality.jsonl`), a table (`quality.md`) and a picture (`quality.png`). What is in the records already, on the very same
+text, is not measured again, so an interrupted run goes on where it stopped. No gradient step is taken anywhere.
 """
 
 from __future__ import annotations
@@ -25,28 +24,31 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from evals.study import Source
 from evals.text import digest, read_text
 from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import load
+from gluprune.files import write_file
 from gluprune.perplexity import perplexity
 from gluprune.pruning import prune
 from gluprune.records import Record, append, read
-from gluprune.smollm2 import NAME, cache_folder, smollm2_checkpoint
+from gluprune.sample import sample_text
+from gluprune.smollm2 import cache_folder, smollm2_checkpoint
 
 
 @dataclass(frozen=True)
 class Method:
-    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether as many of the model's own join them."""
+    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether the model's own text joins them."""
 
     score: str
     compensate: bool = False
     windows: int = 0
-    sampled: bool = False
+    own_text: bool = False
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
-    "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, sampled=True),
+    "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, own_text=True),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),
     "hybrid": Method("hybrid", windows=128),
@@ -55,6 +57,7 @@ METHODS = {
     "MAW, re-solved": Method("maw", compensate=True, windows=128),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
+OWN_WINDOWS = 64  # that the model writes
 
 
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
@@ -85,47 +88,55 @@ class Measurements:
         append(self._path, self.records[-1])
 
 
-def measure(
-    source: str | Path, name: str, calibration: str, sampled: str, texts: dict[str, str], windows: int, out: Path
-) -> list[Record]:
+def own_text(model: nn.Module, tokenizer, source: Source) -> str:
+    """What the model writes, kept in the user's cache for later runs."""
+    path = cache_folder() / f"quality-{source.name}-{source.revision}-own.txt"
+    if not path.is_file():
+        text = sample_text(copy.deepcopy(model).float(), tokenizer, OWN_WINDOWS, WINDOW)
+        write_file(path, [text.encode()])
+    return path.read_text(encoding="utf-8")
+
+
+def measure(source: Source, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
     """Measure every figure that is not in `out / "quality.jsonl"` yet.
 
     Args:
-        source: model folder or Hub id; name: as it is to stand in the records.
-        calibration: text to calibrate on; sampled: text that the model wrote, for the methods that take both.
+        source: the model.
+        calibration: text to calibrate on.
         texts: name -> text to measure perplexity on.
         windows: how many windows of `WINDOW` tokens to measure on, spread evenly over each text.
 
     Returns:
         The records of these settings, those of earlier runs included.
     """
-    model, tokenizer = load(source).eval(), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
     measurements = Measurements(out / "quality.jsonl", model.dtype)
-    settings = {"model": name, "window": WINDOW}
+    settings = {"model": source.name, "window": WINDOW}
     held_out = {
         text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1)
         for text, content in texts.items()
     }
+    own = own_text(model, tokenizer, source)
 
     @lru_cache
-    def calibrated_on(windows: int, with_sampled: bool) -> dict:
+    def calibrated_on(windows: int, with_own: bool) -> dict:
         """What the shape of a record says of the calibration."""
         if not windows:
             return {}
-        batches = calibration_batches(windows, with_sampled)
+        batches = calibration_batches(windows, with_own)
         return {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
 
-    def calibration_batches(windows: int, with_sampled: bool) -> list[torch.Tensor]:
-        return batches_from_text(tokenizer, [calibration, sampled] if with_sampled else calibration, windows, WINDOW)
+    def calibration_batches(windows: int, with_own: bool) -> list[torch.Tensor]:
+        return batches_from_text(tokenizer, [calibration, own] if with_own else calibration, windows, WINDOW)
 
     @lru_cache(maxsize=1)
-    def statistics(windows: int, with_sampled: bool) -> Statistics:
+    def statistics(windows: int, with_own: bool) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
-        shape = settings | calibrated_on(windows, with_sampled)
-        path = cache_folder() / f"quality-{name}-{shape['calibration_digest']}.safetensors"
+        shape = settings | calibrated_on(windows, with_own)
+        path = cache_folder() / f"quality-{source.name}-{shape['calibration_digest']}.safetensors"
         if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
             start = time.perf_counter()
-            found = calibrate(model, calibration_batches(windows, with_sampled))
+            found = calibrate(model, calibration_batches(windows, with_own))
             measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
@@ -134,7 +145,7 @@ def measure(
     rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
-        calibrated = method.windows, method.sampled
+        calibrated = method.windows, method.own_text
         shape = settings | {"ratio": ratio} | calibrated_on(*calibrated)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
@@ -233,9 +244,6 @@ def plot(records: list[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="text to calibrate on")
-    parser.add_argument(
-        "--sampled", required=True, metavar="FILE", help="text of the model's own, by `gluprune sample`"
-    )
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
@@ -244,9 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}
         calibration = "\n\n".join(read_text(path) for path in given.calibration)
-        source, name = (given.model, Path(given.model).name) if given.model else (smollm2_checkpoint(), NAME)
-        sampled = read_text(given.sampled)
-        records = measure(source, name, calibration, sampled, texts, given.windows, given.out)
+        source = Source.find(given.model or smollm2_checkpoint())
+        records = measure(source, calibration, texts, given.windows, given.out)
         result = table(records)
         (given.out / "quality.md").write_text(result, encoding="utf-8")
         plot(records, given.out / "quality.png")

@@ -13,7 +13,7 @@ from evals.text import detokenised, read_text
 from gluprune.records import read
 from tests.tiny_models import make_tiny_model
 
-WORDS = [f"w{number}" for number in range(60)]
+WORDS = [f"w{number:02}" for number in range(60)]
 
 
 @pytest.fixture
@@ -21,23 +21,24 @@ def command(tmp_path, monkeypatch):
     """Arguments of a run on a tiny model with three methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
+    monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
     methods = {
         "MAW": quality.Method("maw"),
         "hybrid": quality.Method("hybrid", compensate=True, windows=6),
-        "own": quality.Method("hybrid", compensate=True, windows=6, sampled=True),
+        "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w00"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w59").save_pretrained(tmp_path / "model")
     generator = torch.Generator().manual_seed(0)
-    for name in ("calibration.txt", "sampled.txt", "one.txt", "two.txt"):
+    for name in ("calibration.txt", "one.txt", "two.txt"):
         words = [WORDS[i] for i in torch.randint(0, 60, (80,), generator=generator)]
         (tmp_path / name).write_text(" ".join(words))
     texts = [f"--text={name}={tmp_path / name}.txt" for name in ("one", "two")]
-    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--sampled", f"{tmp_path / 'sampled.txt'}"]
-    return [*fixed, "--model", f"{tmp_path / 'model'}", "--windows", "3", *texts, "--out", f"{tmp_path / 'out'}"]
+    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--model", f"{tmp_path / 'model'}", "--windows", "3"]
+    return [*fixed, *texts, "--out", f"{tmp_path / 'out'}"]
 
 
 def test_every_row_once(command, tmp_path, monkeypatch, capsys):
@@ -127,6 +128,6 @@ def test_bad_input(command, tmp_path, capsys):
     assert "nowhere.txt" in capsys.readouterr().err
     assert quality.main([*command, "--windows", "0"]) == 2
     assert "windows must be at least 1" in capsys.readouterr().err
-    (tmp_path / "calibration.txt").write_text("w1 w2")
+    (tmp_path / "calibration.txt").write_text("w01 w02")
     assert quality.main(command) == 2
     assert "the calibration text has 2 tokens" in capsys.readouterr().err

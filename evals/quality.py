@@ -116,6 +116,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
         text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1)
         for text, content in texts.items()
     }
+    batches_from_text(tokenizer, calibration, 1, WINDOW)  # too short a text is told before the model writes for minutes
     own = own_text(model, tokenizer, source)
 
     @lru_cache
@@ -188,8 +189,9 @@ def table(records: list[Record]) -> str:
         "",
         (
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
-            f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is. Re-solved: `compensate=True`. + own text:"
-            " calibrated on what the model wrote itself (`gluprune sample`), too. –: not measured."
+            f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
+            " Re-solved: `compensate=True`. + own text: calibrated on what the model wrote itself (`gluprune sample`), too."
+            " –: not measured."
         ),
     ]
     for text in texts:

@@ -27,7 +27,8 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prune"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]]
+    "command",
+    [[], ["prune"], ["sample"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -69,8 +69,12 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
         if record.what == "perplexity":
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
-    calibrations = {r.shape["calibration_digest"] for r in records if r.what == "calibrate"}
+    calibrations = {r.shape["calibration_digest"]: r for r in records if r.what == "calibrate"}
     assert len(calibrations) == 2, "the model's own text is no other text"
+    (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
+    windows = 6 + len(own.read_text().split()) // quality.WINDOW
+    assert {r.shape["calibration_windows"] for r in calibrations.values()} == {6, windows} and windows > 6
+    assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
     assert quality.main(command) == 0 and len(measured) == 27
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
@@ -130,4 +134,5 @@ def test_bad_input(command, tmp_path, capsys):
     assert "windows must be at least 1" in capsys.readouterr().err
     (tmp_path / "calibration.txt").write_text("w01 w02")
     assert quality.main(command) == 2
+    assert not (tmp_path / "cache").exists(), "told after the model wrote"
     assert "the calibration text has 2 tokens" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_bad_numbers(tokenizer, given):
 
 def test_command(tokenizer, tmp_path, capsys):
     """The file holds the text of the function in float32, calibrates beside another one, and is not overwritten."""
-    model = make_tiny_model(dtype=torch.bfloat16, seed=5)
+    model = make_tiny_model(dtype=torch.bfloat16, seed=5, initializer_range=1.0)
     gluprune.save(model, tmp_path / "model", tokenizer)
     out = tmp_path / "own.txt"
     command = ["sample", str(tmp_path / "model"), "--out", str(out), "--windows", "80", "--length", "16", "--seed", "4"]

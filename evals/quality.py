@@ -30,7 +30,7 @@ from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import load
 from gluprune.files import write_file
 from gluprune.perplexity import perplexity
-from gluprune.pruning import prune
+from gluprune.pruning import needs_sensitivity, prune
 from gluprune.records import Record, append, read
 from gluprune.sample import sample_text
 from gluprune.smollm2 import cache_folder, smollm2_checkpoint
@@ -42,12 +42,22 @@ class Method:
 
     score: str
     compensate: bool = False
+    allocation: str = "uniform"
     windows: int = 0
     own_text: bool = False
+
+    @property
+    def calibrated(self) -> tuple[int, bool, bool]:
+        """Windows, own text, and whether sensitivities are needed."""
+        return self.windows, self.own_text, needs_sensitivity(self.score, self.allocation)
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
+    "surgeon by layer, re-solved, + own text": Method(
+        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True
+    ),
+    "surgeon, re-solved, + own text": Method("surgeon", compensate=True, windows=128, own_text=True),
     "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, own_text=True),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),
@@ -120,24 +130,26 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     own = own_text(model, tokenizer, source)
 
     @lru_cache
-    def calibrated_on(windows: int, with_own: bool) -> dict:
+    def calibrated_on(windows: int, with_own: bool, sensitivity: bool) -> dict:
         """What the shape of a record says of the calibration."""
         if not windows:
             return {}
         batches = calibration_batches(windows, with_own)
-        return {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
+        text = {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
+        return text | ({"sensitivity": True} if sensitivity else {})
 
     def calibration_batches(windows: int, with_own: bool) -> list[torch.Tensor]:
         return batches_from_text(tokenizer, [calibration, own] if with_own else calibration, windows, WINDOW)
 
     @lru_cache(maxsize=1)
-    def statistics(windows: int, with_own: bool) -> Statistics:
+    def statistics(windows: int, with_own: bool, sensitivity: bool) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
-        shape = settings | calibrated_on(windows, with_own)
-        path = cache_folder() / f"quality-{source.name}-{shape['calibration_digest']}.safetensors"
+        shape = settings | calibrated_on(windows, with_own, sensitivity)
+        kind = "-sensitivity" * sensitivity
+        path = cache_folder() / f"quality-{source.name}-{shape['calibration_digest']}{kind}.safetensors"
         if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
             start = time.perf_counter()
-            found = calibrate(model, calibration_batches(windows, with_own))
+            found = calibrate(model, calibration_batches(windows, with_own), sensitivity=sensitivity)
             measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
@@ -146,21 +158,20 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
-        calibrated = method.windows, method.own_text
-        shape = settings | {"ratio": ratio} | calibrated_on(*calibrated)
+        shape = settings | {"ratio": ratio} | calibrated_on(*method.calibrated)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
             for text, held in held_out.items()
         }
         missing = [text for text in shapes if not measurements.has("perplexity", label, shapes[text])]
         if method.windows:
-            measurements.has("calibrate", "gluprune", settings | calibrated_on(*calibrated))
+            measurements.has("calibrate", "gluprune", settings | calibrated_on(*method.calibrated))
         if not missing:
             measurements.has("prune", label, shape)
             continue
         pruned = copy.deepcopy(model)
         if ratio:
-            found = statistics(*calibrated) if method.windows else None
+            found = statistics(*method.calibrated) if method.windows else None
             start = time.perf_counter()
             prune(
                 pruned,
@@ -169,6 +180,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
                 score=method.score,
                 calibration=found,
                 compensate=method.compensate,
+                allocation=method.allocation,
             )
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
         pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
@@ -190,8 +202,8 @@ def table(records: list[Record]) -> str:
         (
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
-            " Re-solved: `compensate=True`. + own text: calibrated on what the model wrote itself (`gluprune sample`), too."
-            " –: not measured."
+            ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. + own text: calibrated on what the model'
+            " wrote itself (`gluprune sample`), too. –: not measured."
         ),
     ]
     for text in texts:
@@ -211,12 +223,16 @@ def table(records: list[Record]) -> str:
             total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
             windows = next(iter(row.values())).shape.get("calibration_windows", "none")
             lines.append(f"| {name} | {windows} | {' | '.join(cells)} | {total:.0f} |")
-    times = {r.shape["calibration_digest"]: r for r in records if r.what == "calibrate"}.values()
+    times = {str(r.shape): r for r in records if r.what == "calibrate"}.values()
     lines += [
         "",
         f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
         " for all ratios: "
-        + ", ".join(f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows" for r in times)
+        + ", ".join(
+            f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
+            + ", sensitivities included" * r.shape.get("sensitivity", False)
+            for r in times
+        )
         + ".",
     ]
     return "\n".join(lines) + "\n"

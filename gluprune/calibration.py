@@ -2,7 +2,8 @@
 
 Let X `[T, I]` be the inputs of a layer's `down_proj` over all T calibration tokens, padding left out. Kept of it are
 the column norms, for the calibrated scores, and when asked for the Gram matrix `G = X^T X`, from which every
-least-squares problem on X can be solved without X (`gluprune.compensate`).
+least-squares problem on X can be solved without X (`gluprune.compensate`), and what the loss makes of it that neurons go
+(`gluprune.sensitivity`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gluprune.families import GLU, decoder_layers, model_glus
+from gluprune.sensitivity import Batch, sensitivities
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,15 @@ class LayerStatistics:
     batch_norms: `[I]`, sum over the batches of the L2 norm within the batch. Depends on how the text is cut into
         batches; kept because OptiPFair's hybrid score is defined on it.
     gram: `[I, I]`, X^T X, or None where it was not asked for.
+    saliency: `[I]`, of every neuron (`gluprune.sensitivity.saliencies`), or None where it was not asked for.
+    costs: `[16]`, of narrowing the layer (`gluprune.sensitivity.narrowing_costs`), or None likewise.
     """
 
     squares: torch.Tensor
     batch_norms: torch.Tensor
     gram: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
+    costs: torch.Tensor | None = None
 
     @property
     def norms(self) -> torch.Tensor:
@@ -144,7 +150,12 @@ class Statistics:
 
 
 def calibrate(
-    model: nn.Module, calibration: Iterable, *, gram: bool = True, layers: Sequence[int] | None = None
+    model: nn.Module,
+    calibration: Iterable,
+    *,
+    gram: bool = True,
+    sensitivity: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Statistics:
     """Collect the statistics of several layers in one pass over the calibration data.
 
@@ -158,6 +169,9 @@ def calibrate(
             `attention_mask` `[B, S]` (0 is padding and left out), or tuples of these two. A DataLoader is such a thing.
         gram: whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers on a CPU
             then run in float32 whatever their dtype; without, the model runs as it is.
+        sensitivity: whether to find out by a backward pass over some of the text what the loss makes of it that
+            neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. Takes the Gram matrices, the
+            activations of one row, and on a CPU a float32 copy of a model in half precision.
         layers: layer indices; None means all.
 
     Returns:
@@ -165,17 +179,19 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: no batches, no tokens, a batch of another kind or shape, a token id that the model does
-            not know, or NaN or Inf in the activations (names the layer).
+            not know, NaN or Inf in the activations or gradients (names the layer), or `sensitivity` without `gram`.
     """
+    if sensitivity and not gram:
+        raise ValueError("sensitivity=True needs gram=True")
     glus = model_glus(model)
     layers = range(len(glus)) if layers is None else layers
     if not layers or not all(index in range(len(glus)) for index in layers):
         raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
-    return _collect(model, glus, layers, read_batches(model, calibration), gram, "calibrating")
+    return _collect(model, glus, layers, read_batches(model, calibration), gram, sensitivity, "calibrating")
 
 
 def calibrate_in_passes(
-    model: nn.Module, calibration: Iterable, *, gram: bool, layers: Sequence[int]
+    model: nn.Module, calibration: Iterable, *, gram: bool, sensitivity: bool, layers: Sequence[int]
 ) -> Iterator[tuple[int, LayerStatistics]]:
     """The statistics of every layer in turn, held for as many layers at a time as fit into memory.
 
@@ -194,7 +210,7 @@ def calibrate_in_passes(
         passes = plan_passes([(index, down.device, 4 * down.shape[1] ** 2) for index, down in downs])
     for number, group in enumerate(passes, 1):
         label = "calibrating" if len(passes) == 1 else f"calibrating, pass {number} of {len(passes)}"
-        found = _collect(model, glus, group, batches, gram, label).layers
+        found = _collect(model, glus, group, batches, gram, sensitivity, label).layers
         for index in group:
             yield index, found.pop(index)
 
@@ -225,7 +241,7 @@ def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int
     return passes
 
 
-def read_batches(model: nn.Module, calibration: Iterable) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def read_batches(model: nn.Module, calibration: Iterable) -> list[Batch]:
     """All batches as token ids `[B, S]` and mask (bool `[B, S]`, True is a token; None where all are), checked.
 
     Raises:
@@ -249,7 +265,7 @@ def read_batches(model: nn.Module, calibration: Iterable) -> list[tuple[torch.Te
     return batches
 
 
-def _read_batch(batch: object, label: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read_batch(batch: object, label: str) -> Batch:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
             raise ValueError(f"{label} is a dict without input_ids: it has {', '.join(map(str, batch)) or 'nothing'}")
@@ -319,11 +335,15 @@ def _collect(
     model: nn.Module,
     glus: list[GLU],
     layers: Sequence[int],
-    batches: list[tuple[torch.Tensor, torch.Tensor | None]],
+    batches: list[Batch],
     gram: bool,
+    sensitivity: bool,
     label: str,
 ) -> Statistics:
-    """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all."""
+    """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all.
+
+    The sensitivities need the head, and run it on one row at a time.
+    """
     found = {index: LayerStatistics.empty(glus[index], gram) for index in layers}
     decoder = getattr(model, model.base_model_prefix, model)
     device = model.get_input_embeddings().weight.device
@@ -353,6 +373,11 @@ def _collect(
                     raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
     for statistics in found.values():
         statistics.complete()
+    if sensitivity:
+        grams = {index: statistics.gram for index, statistics in found.items()}
+        with evaluating(model):
+            for index, saliency, costs in sensitivities(model, glus, batches, grams, tokens):
+                found[index].saliency, found[index].costs = saliency, costs
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

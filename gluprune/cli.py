@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gluprune import __version__
 
+_NEEDS_SENSITIVITIES = "--allocation sensitivity needs --statistics FILE, of gluprune calibrate --sensitivity"
+
 
 def _prune(arguments: argparse.Namespace) -> None:
     options = {
@@ -28,18 +30,23 @@ def _prune(arguments: argparse.Namespace) -> None:
         if arguments.statistics is None and (arguments.compensate or arguments.score in CALIBRATED_SCORES):
             what = "--compensate" if arguments.compensate else f"score {arguments.score}"
             raise ValueError(f"{what} needs --calibration FILE or --statistics FILE")
+        if arguments.statistics is None and arguments.allocation == "sensitivity":
+            raise ValueError(_NEEDS_SENSITIVITIES)
         report = prune_checkpoint(
             arguments.source,
             arguments.out,
             **options,
             statistics=arguments.statistics,
             compensate=arguments.compensate,
+            allocation=arguments.allocation,
             dry_run=arguments.dry_run,
             resume=arguments.resume,
         )
     else:
         if arguments.dry_run or arguments.resume or arguments.statistics:
             raise ValueError("--dry-run, --resume and --statistics work without --calibration only, on the shards")
+        if arguments.allocation == "sensitivity":
+            raise ValueError(_NEEDS_SENSITIVITIES)
         report = _prune_in_memory(arguments, options)
     if arguments.json:
         print(json.dumps(report.to_dict()))
@@ -104,9 +111,16 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     out = _new_file(arguments.out)
     model, _, batches = _calibration(arguments.model, arguments.text)
-    statistics = calibrate(model, batches, gram=arguments.gram)
+    gram = arguments.gram or arguments.sensitivity
+    statistics = calibrate(model, batches, gram=gram, sensitivity=arguments.sensitivity)
     statistics.save(out)
-    told = {"layers": len(statistics.layers), "tokens": statistics.tokens, "gram": arguments.gram, "file": str(out)}
+    told = {
+        "layers": len(statistics.layers),
+        "tokens": statistics.tokens,
+        "gram": gram,
+        "sensitivity": arguments.sensitivity,
+        "file": str(out),
+    }
     text = f"{out}: statistics of {told['layers']} layers on {told['tokens']:,} tokens, {out.stat().st_size:,} bytes"
     print(json.dumps(told) if arguments.json else text)
 
@@ -315,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--score",
         default="maw",
-        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid (default: %(default)s)",
+        help="maw (= ppm), maw_gud, vow, pon, l2; with calibration also activation, hybrid, surgeon (default: %(default)s)",
     )
     prune.add_argument(
         "--multiple-of", type=int, default=128, metavar="N", help="round the width (default: %(default)s)"
@@ -330,6 +344,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrated.add_argument("--statistics", metavar="FILE", help="what `gluprune calibrate` wrote, instead of a text")
     calibrated.add_argument("--compensate", action="store_true", help="re-solve down_proj on the calibration text")
+    calibrated.add_argument(
+        "--allocation",
+        choices=("uniform", "sensitivity"),
+        default="uniform",
+        help="every layer the same width, or by --statistics wider where the model is sensitive (default: %(default)s)",
+    )
     streamed = prune.add_argument_group("without --calibration, one layer at a time is in memory")
     streamed.add_argument("--dry-run", action="store_true", help="say what would come out, write nothing")
     streamed.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
@@ -359,6 +379,11 @@ def _parser() -> argparse.ArgumentParser:
         "--gram",
         action="store_true",
         help="with the Gram matrices that --compensate needs: 4 bytes a pair of neurons, all layers in memory at once",
+    )
+    calibrate.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="with what score surgeon and --allocation sensitivity need: --gram, and the model runs backward, too",
     )
     calibrate.set_defaults(run=_calibrate)
 

@@ -15,21 +15,27 @@ from gluprune.compensate import replace_down, resolved_down
 from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
-from gluprune.selection import select, target_width
+from gluprune.selection import select, target_width, widths_by_cost
+from gluprune.sensitivity import REMOVED_SHARES
+
+ALLOCATIONS = ("uniform", "sensitivity")
 
 
 @dataclass(frozen=True)
 class PruneReport:
     """What `prune` did.
 
-    kept: layer index -> int64 `[intermediate_size]`, the neurons that stayed, ascending.
-    intermediate_size, original_intermediate_size: neurons a pruned layer has and had.
+    kept: layer index -> int64 `[widths[layer]]`, the neurons that stayed, ascending.
+    widths: layer index -> neurons it has.
+    intermediate_size, original_intermediate_size: neurons a pruned layer has, on the average where layers differ, and
+        had.
     hidden_size: H.
     parameters, original_parameters: of the whole model, tied weights counted once.
     score: name of the criterion.
     """
 
     kept: dict[int, torch.Tensor]
+    widths: dict[int, int]
     intermediate_size: int
     original_intermediate_size: int
     hidden_size: int
@@ -51,6 +57,7 @@ class PruneReport:
             "score": self.score,
             "intermediate_size": self.intermediate_size,
             "original_intermediate_size": self.original_intermediate_size,
+            "widths": self.widths,
             "hidden_size": self.hidden_size,
             "expansion_ratio": self.expansion_ratio,
             "pruning_ratio": self.pruning_ratio,
@@ -60,8 +67,10 @@ class PruneReport:
         }
 
     def __str__(self) -> str:
+        narrowest, widest = min(self.widths.values()), max(self.widths.values())
+        spread = "" if narrowest == widest else f" on the average, {narrowest} to {widest} in a layer"
         return (
-            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.kept)} layers"
+            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.widths)} layers{spread}"
             f" (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned, score {self.score});"
             f" {self.original_parameters:,} -> {self.parameters:,} parameters"
         )
@@ -149,11 +158,17 @@ def score_layer(score: str | Score, glu: GLU, index: int, activations: LayerStat
     return values
 
 
-def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequence[int], gram: bool) -> None:
+def needs_sensitivity(score: str | Score, allocation: str) -> bool:
+    return score == "surgeon" or allocation == "sensitivity"
+
+
+def check_statistics(
+    statistics: Statistics, widths: Sequence[int], layers: Sequence[int], gram: bool, sensitivity: bool
+) -> None:
     """The statistics are of the model whose layers have these widths.
 
     Raises:
-        ValueError: a layer is missing or has another width, or `gram` is asked for and missing.
+        ValueError: a layer is missing or has another width, or `gram` or `sensitivity` is asked for and missing.
     """
     for index in layers:
         if index not in statistics.layers:
@@ -166,15 +181,50 @@ def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequ
             )
         if gram and layer.gram is None:
             raise ValueError("compensate=True needs statistics with Gram matrices: calibrate(..., gram=True)")
+        if sensitivity and layer.costs is None:
+            raise ValueError(
+                "score='surgeon' and allocation='sensitivity' need statistics with sensitivities:"
+                " calibrate(..., sensitivity=True)"
+            )
+
+
+def allocated_widths(
+    allocation: str,
+    statistics: Iterable | Statistics | None,
+    layers: Sequence[int],
+    intermediate_size: int,
+    width: int,
+    multiple_of: int,
+) -> dict[int, int]:
+    """Layer index -> number of neurons that stay, `width` on the average.
+
+    Raises:
+        ValueError: unknown allocation, or "sensitivity" without statistics or with a width too small for it.
+    """
+    if allocation == "uniform":
+        return dict.fromkeys(layers, width)
+    if not isinstance(statistics, Statistics):
+        raise ValueError(
+            "allocation='sensitivity' needs the Statistics of all layers: calibration=calibrate(..., sensitivity=True)"
+        )
+    costs = [statistics.layers[index].costs for index in layers]
+    widths = widths_by_cost(costs, REMOVED_SHARES, intermediate_size, width, multiple_of=multiple_of)
+    return dict(zip(layers, widths))
 
 
 def _activations(
-    model: nn.Module, glus: list[GLU], layers: Sequence[int], calibration: Iterable | Statistics, gram: bool
+    model: nn.Module,
+    glus: list[GLU],
+    layers: Sequence[int],
+    calibration: Iterable | Statistics,
+    gram: bool,
+    sensitivity: bool,
 ) -> Iterator[tuple[int, LayerStatistics]]:
     if not isinstance(calibration, Statistics):
-        yield from calibrate_in_passes(model, calibration, gram=gram, layers=layers)
+        yield from calibrate_in_passes(
+            model, calibration, gram=gram or sensitivity, sensitivity=sensitivity, layers=layers
+        )
         return
-    check_statistics(calibration, [glu.intermediate_size for glu in glus], layers, gram)
     for index in layers:
         yield index, calibration.layers[index].to(glus[index].down.weight.device)
 
@@ -195,6 +245,7 @@ def prune(
     multiple_of: int = 128,
     calibration: Iterable | Statistics | None = None,
     compensate: bool = False,
+    allocation: str = "uniform",
     layers: Sequence[int] | None = None,
 ) -> PruneReport:
     """Remove the neurons of lowest score from the GLU MLPs of a Hugging Face causal LM, in place, all or nothing.
@@ -213,14 +264,18 @@ def prune(
         expansion_ratio: intermediate size over hidden size. Exactly one of the three targets must be given.
         pruning_ratio: share of the neurons to remove, between 0 and 1.
         intermediate_size: neurons to keep.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation" and "hybrid"; or
-            a callable that takes gate `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`, higher is kept.
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with calibration data also "activation", "hybrid" and
+            "surgeon", which runs the model backward, too; or a callable that takes gate `[I, H]`, up `[I, H]` and
+            down `[H, I]` and returns `[I]`, higher is kept.
         multiple_of: the width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
         calibration: text for the calibrated scores and for `compensate`, otherwise not looked at: an iterable of int
             tensors of token ids `[B, S]`, of dicts with `input_ids` and maybe `attention_mask` (0 is padding and left
             out) or of tuples of the two, such as a DataLoader; or the `Statistics` that `calibrate` collected from it.
         compensate: re-solve the down projections for the neurons that stay (`gluprune.compensate`).
-        layers: indices of the layers to prune; None means all. Where this leaves layers of different widths, the
+        allocation: "uniform" gives every layer the width asked for; "sensitivity" gives it to the average layer, and
+            every layer the width that costs the loss of the whole model least in total (`gluprune.sensitivity`). It
+            needs `Statistics` of `calibrate(..., sensitivity=True)`.
+        layers: indices of the layers to prune; None means all. Where layers end up with different widths, the
             saved checkpoint loads with `gluprune.load`, and stock `from_pretrained` raises.
 
     Returns:
@@ -236,9 +291,15 @@ def prune(
         raise ValueError(f"unknown score {score!r}: allowed are {allowed} or a callable")
     if not isinstance(compensate, bool):
         raise TypeError(f"compensate must be True or False, got {compensate!r}")
-    if calibration is None and (is_calibrated or compensate):
-        what = f"score={score!r}" if is_calibrated else "compensate=True"
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
+    calibrated = is_calibrated or compensate or allocation == "sensitivity"
+    if calibration is None and calibrated:
+        what = (
+            f"score={score!r}" if is_calibrated else "compensate=True" if compensate else f"allocation={allocation!r}"
+        )
         raise ValueError(f"{what} needs calibration data: give calibration=")
+    sensitivity = needs_sensitivity(score, allocation)
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))
     _check_prunable(model, glus, indices)
@@ -254,18 +315,20 @@ def prune(
         width=intermediate_size,
         multiple_of=multiple_of,
     )
+    if calibrated and isinstance(calibration, Statistics):
+        check_statistics(calibration, [glu.intermediate_size for glu in glus], indices, compensate, sensitivity)
+    widths = allocated_widths(allocation, calibration, indices, original, width, multiple_of)
 
     original_parameters = count_parameters(model)
-    calibrated = is_calibrated or compensate
     if calibrated:
-        activations = _activations(model, glus, indices, calibration, gram=compensate)
+        activations = _activations(model, glus, indices, calibration, compensate, sensitivity)
     else:
         activations = ((index, None) for index in indices)
 
     def choices() -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
         """Layer, neurons that stay, and the re-solved down projection of each layer in turn."""
         for index, found in activations:
-            kept = select(score_layer(score, glus[index], index, found), width)
+            kept = select(score_layer(score, glus[index], index, found), widths[index])
             down = resolved_down(glus[index].weights()[2], kept, found.gram, f"layer {index}") if compensate else None
             yield index, kept, down
 
@@ -285,6 +348,7 @@ def prune(
         set_config_widths(config, [glu.intermediate_size for glu in glus])
         report = PruneReport(
             kept=all_kept,
+            widths=widths,
             intermediate_size=width,
             original_intermediate_size=original,
             hidden_size=hidden_size,

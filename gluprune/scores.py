@@ -128,6 +128,8 @@ CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch
     # ||x_i|| is the sum of the batches' norms, no norm of all tokens, and so depends on the batches; kept as it is, so
     # that equal batches select equal neurons.
     "hybrid": _hybrid,
+    # By how much the loss rises when the neuron goes and the others make up for it (`gluprune.sensitivity.saliencies`).
+    "surgeon": lambda weights, activations: activations.saliency,
 }
 
 

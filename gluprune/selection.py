@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 
@@ -70,6 +74,65 @@ def target_width(
             f" allowed is 1 to {intermediate_size - 1}: use another target or a smaller multiple_of"
         )
     return rounded
+
+
+def widths_by_cost(
+    costs: Sequence[torch.Tensor],
+    removed_shares: Sequence[float],
+    intermediate_size: int,
+    width: int,
+    *,
+    multiple_of: int = 128,
+) -> list[int]:
+    """A width for each layer, `width` on the average, so that what narrowing costs is least in total.
+
+    Greedy: step by step, the layer whose next `multiple_of` neurons cost least loses them. That is best where every
+    layer's costs rise ever more steeply; where they do not, they are taken to.
+
+    Args:
+        costs: of each layer float32 `[P]`, what it costs that these shares of its neurons go; linear in between.
+        removed_shares: `[P]`, ascending from 0, below 1.
+        intermediate_size: today's number of neurons I of every layer.
+        width: the average asked for.
+        multiple_of: of every width but I itself, whose layer is left alone.
+
+    Returns:
+        Widths from the largest of the removed shares to I. They add up to `width` times the number of layers; where I
+        is no multiple of `multiple_of`, to fewer by less than `multiple_of`.
+
+    Raises:
+        ValueError: `width` is so small that more than the largest of the removed shares would have to go.
+    """
+    removed, distinct = np.unique([int(share * intermediate_size) for share in removed_shares], return_index=True)
+    totals = []
+    for layer_costs in costs:
+        slopes = np.maximum.accumulate(np.diff(layer_costs.double().cpu().numpy()[distinct]) / np.diff(removed))
+        totals.append(np.concatenate([[0], np.cumsum(slopes * np.diff(removed))]))
+    widths = [intermediate_size] * len(costs)
+    smallest = intermediate_size - removed[-1]
+
+    def next_width(layer: int) -> int:
+        return (widths[layer] - 1) // multiple_of * multiple_of
+
+    def next_step(layer: int) -> tuple[float, int]:
+        """What the layer's next neurons cost, each, and the layer."""
+        steps = intermediate_size - np.array([widths[layer], next_width(layer)])
+        now, then = np.interp(steps, removed, totals[layer])
+        return (then - now) / (widths[layer] - next_width(layer)), layer
+
+    heap = [next_step(layer) for layer in range(len(costs)) if next_width(layer) >= smallest]
+    heapq.heapify(heap)
+    while sum(widths) > width * len(costs):
+        if not heap:
+            raise ValueError(
+                f"a width of {width} on the average leaves layers with less than {smallest} of their"
+                f" {intermediate_size} neurons: by sensitivity no more can go"
+            )
+        _, layer = heapq.heappop(heap)
+        widths[layer] = next_width(layer)
+        if next_width(layer) >= smallest:
+            heapq.heappush(heap, next_step(layer))
+    return widths
 
 
 def select(scores: torch.Tensor, width: int) -> torch.Tensor:

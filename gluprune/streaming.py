@@ -32,7 +32,15 @@ from gluprune.compensate import resolved_down
 from gluprune.families import Family, family_of_type
 from gluprune.files import check_destination, complete_folder
 from gluprune.narrow import width_entries
-from gluprune.pruning import PruneReport, check_layers, check_statistics, score_layer
+from gluprune.pruning import (
+    ALLOCATIONS,
+    PruneReport,
+    allocated_widths,
+    check_layers,
+    check_statistics,
+    needs_sensitivity,
+    score_layer,
+)
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
 from gluprune.shards import DTYPES, INDEX_FILE, Shard, StoredTensor, encode_header, read_checkpoint, read_json_object
@@ -74,12 +82,7 @@ class CheckpointReport(PruneReport):
         return {**super().to_dict(), "layers": self.layers, "files": self.files, "skipped": self.skipped}
 
     def __str__(self) -> str:
-        text = (
-            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.layers)} layers"
-            f" (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned, score {self.score});"
-            f" {self.original_parameters:,} -> {self.parameters:,} parameters;"
-            f" {len(self.files)} files of {sum(self.files.values()):,} bytes"
-        )
+        text = f"{super().__str__()}; {len(self.files)} files of {sum(self.files.values()):,} bytes"
         return text + (f"; left out: {', '.join(self.skipped)}" if self.skipped else "")
 
 
@@ -364,7 +367,13 @@ def _json_bytes(document: dict) -> bytes:
 
 
 def _make_plan(
-    folder: Path, score: str, layers: Sequence[int] | None, target: dict, statistics: Path | None, compensate: bool
+    folder: Path,
+    score: str,
+    layers: Sequence[int] | None,
+    target: dict,
+    statistics: Path | None,
+    compensate: bool,
+    allocation: str,
 ) -> _Plan:
     sources = read_checkpoint(folder)
     stored = [tensor for shard in sources for tensor in shard.tensors]
@@ -382,8 +391,10 @@ def _make_plan(
         raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
     original = before.pop()
     width = target_width(original, hidden_size, **target)
-    if statistics is not None:
-        check_statistics(Statistics.load(statistics), widths, indices, gram=compensate)
+    found = None if statistics is None else Statistics.load(statistics)
+    if found is not None:
+        check_statistics(found, widths, indices, compensate, needs_sensitivity(score, allocation))
+    pruned_widths = allocated_widths(allocation, found, indices, original, width, target["multiple_of"])
 
     pruned = {}
     for index in indices:
@@ -392,9 +403,9 @@ def _make_plan(
                 continue
             dim = 1 if name == f"{family.down}.weight" else 0
             shape = list(tensor.shape)
-            shape[dim] = shape[dim] // original * width
+            shape[dim] = shape[dim] // original * pruned_widths[index]
             pruned[tensor.name] = _OutputTensor(tensor, tuple(shape), index, dim, compensate and dim == 1)
-            widths[index] = width
+            widths[index] = pruned_widths[index]
     shards = [_plan_shard(shard, pruned) for shard in sources]
 
     outputs = [(shard.name, tensor) for shard in shards for tensor in shard.tensors]
@@ -410,6 +421,7 @@ def _make_plan(
 
     report = CheckpointReport(
         kept={},
+        widths=pruned_widths,
         intermediate_size=width,
         original_intermediate_size=original,
         hidden_size=hidden_size,
@@ -424,7 +436,7 @@ def _make_plan(
         },
         skipped=skipped,
     )
-    recipe = {"score": score, "layers": indices, "width": width, "compensate": compensate, "config": raw_config}
+    recipe = {"score": score, "widths": pruned_widths, "compensate": compensate, "config": raw_config}
     read = [shard.file for shard in sources] + ([] if statistics is None else [statistics])
     key = _fingerprint(read, recipe)
     return _Plan(folder, family, mlps, statistics, compensate, shards, documents, copied, key, report)
@@ -465,7 +477,7 @@ class _Selector:
             rest = rest[_aligned(stored.nbytes) :]
         weights = _Weights.of(self._plan.family, list(self.held.values()))
         score = score_layer(self._plan.report.score, weights, layer, self._activations(layer))
-        kept = select(score, self._plan.report.intermediate_size)
+        kept = select(score, self._plan.report.widths[layer])
         self._kept[layer], self._unsaved[layer] = kept, kept.tolist()
         return kept
 
@@ -591,6 +603,7 @@ def prune_checkpoint(
     layers: Sequence[int] | None = None,
     statistics: str | Path | None = None,
     compensate: bool = False,
+    allocation: str = "uniform",
     dry_run: bool = False,
     resume: bool = False,
 ) -> CheckpointReport:
@@ -606,11 +619,13 @@ def prune_checkpoint(
         source: a model folder, or a Hub id, which is downloaded first. It is never written to.
         destination: a folder that does not exist or is empty, outside the source.
         expansion_ratio, pruning_ratio, intermediate_size, multiple_of, layers: as in `prune`.
-        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation" and "hybrid".
+        score: "maw" (= "ppm"), "maw_gud", "vow", "pon", "l2"; with statistics also "activation", "hybrid" and
+            "surgeon".
         statistics: the file of a calibration pass (`Statistics.save`, `gluprune calibrate`) over this model, for the
-            calibrated scores and for `compensate`, otherwise not looked at. One layer of it is read at a time.
+            calibrated scores, `compensate` and `allocation`, otherwise not looked at. One layer of it is read at a time.
         compensate: re-solve the down projections, as in `prune`. This needs statistics with Gram matrices, and
             takes a few float32 matrices `[I, I]` above the memory named above.
+        allocation: "uniform" or "sensitivity", as in `prune`.
         dry_run: check headers and arguments and report what would come out; no weight is read, nothing is written.
         resume: go on where an earlier run with the same source and arguments stopped. Without it, begin anew.
 
@@ -624,10 +639,15 @@ def prune_checkpoint(
         raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {allowed}")
     if not isinstance(compensate, bool):
         raise TypeError(f"compensate must be True or False, got {compensate!r}")
-    if not compensate and score not in CALIBRATED_SCORES:
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
+    if not compensate and score not in CALIBRATED_SCORES and allocation == "uniform":
         statistics = None
     elif statistics is None:
-        what = "compensate=True" if compensate else f"score={score!r}"
+        is_calibrated = score in CALIBRATED_SCORES
+        what = (
+            f"score={score!r}" if is_calibrated else "compensate=True" if compensate else f"allocation={allocation!r}"
+        )
         raise ValueError(f"{what} needs calibration statistics: give statistics=")
     target = Path(destination).resolve()
     if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
@@ -637,7 +657,7 @@ def prune_checkpoint(
     folder = _local_folder(source)
     statistics = None if statistics is None else Path(statistics).absolute()
     widths = {**ratios, "width": intermediate_size, "multiple_of": multiple_of}
-    arguments = (folder, score, layers, widths, statistics, compensate)
+    arguments = (folder, score, layers, widths, statistics, compensate, allocation)
     plan = _make_plan(*arguments)
     if dry_run:
         return plan.report

@@ -18,7 +18,7 @@ WORDS = [f"w{number:02}" for number in range(60)]
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Arguments of a run on a tiny model with three methods and short windows."""
+    """Arguments of a run on a tiny model with four methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
     monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
@@ -26,6 +26,7 @@ def command(tmp_path, monkeypatch):
         "MAW": quality.Method("maw"),
         "hybrid": quality.Method("hybrid", compensate=True, windows=6),
         "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
+        "by layer": quality.Method("surgeon", allocation="sensitivity", windows=6, own_text=True),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
@@ -56,11 +57,11 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         quality.main(command)
     assert quality.main(command) == 0
-    assert len(measured) == 2 * (1 + 3 * 4) + 1
+    assert len(measured) == 2 * (1 + 4 * 4) + 1
     records = read(out / "quality.jsonl")
     found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
     methods = [("dense", 0.0)] + [
-        (method, ratio) for method in ("MAW", "hybrid", "own") for ratio in (0.1, 0.2, 0.4, 0.6)
+        (method, ratio) for method in ("MAW", "hybrid", "own", "by layer") for ratio in (0.1, 0.2, 0.4, 0.6)
     ]
     assert sorted(found) == sorted((*row, text) for row in methods for text in ("one", "two"))
     table = (out / "quality.md").read_text()
@@ -69,16 +70,20 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
         if record.what == "perplexity":
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
-    calibrations = {r.shape["calibration_digest"]: r for r in records if r.what == "calibrate"}
-    assert len(calibrations) == 2, "the model's own text is no other text"
+    calibrations = [r.shape for r in records if r.what == "calibrate"]
+    assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "the model's own text is no other text"
     (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
     windows = 6 + len(own.read_text().split()) // quality.WINDOW
-    assert {r.shape["calibration_windows"] for r in calibrations.values()} == {6, windows} and windows > 6
+    assert windows > 6
+    assert {(shape["calibration_windows"], shape.get("sensitivity", False)) for shape in calibrations} == {
+        *((6, False), (windows, False), (windows, True))
+    }
+    assert f"for {windows} windows, sensitivities included" in table
     assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
-    assert quality.main(command) == 0 and len(measured) == 27
+    assert quality.main(command) == 0 and len(measured) == 35
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
-    assert quality.main(command) == 0 and len(measured) == 27 + 13
+    assert quality.main(command) == 0 and len(measured) == 35 + 17
 
 
 def test_perplexity_of_windows():

@@ -1,0 +1,193 @@
+"""What it costs the whole model, by its loss, that neurons of one layer go: to choose neurons, and widths by layer.
+
+A layer's down projection turns X `[T, I]` into Y = X W, W `[I, H]`. To second order a change D of W raises the loss of a
+token by
+
+    1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T],
+
+with g `[H]` the gradient of -log p(y | text) with respect to a token's row of Y, and y drawn from the model's own
+next-token distribution. F and G are the two factors of the Fisher information in *Optimizing Neural Networks with
+Kronecker-factored Approximate Curvature* (Martens and Grosse, arXiv 1503.05671, section 3). One backward pass gives F;
+no weight is changed and no gradient step is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from gluprune.compensate import resolved_down
+from gluprune.families import GLU, model_glus
+
+Batch = tuple[torch.Tensor, torch.Tensor | None]
+
+# Tokens that the backward pass looks at, spread evenly over the calibration text: F has few entries beside G.
+FISHER_TOKENS = 16_384
+# F comes from one drawn label a token: what it adds to its diagonal, as a share of the mean of that.
+_DAMPING = 0.1
+# What is added to G's diagonal before it is inverted, as a share of the median of that: a neuron that is silent on the
+# calibration text, or that others foretell there, may matter on other text.
+_RIDGE = 0.3
+# Shares of a layer's neurons whose removal `narrowing_costs` looks at: close where little goes, as costs rise slowly there.
+REMOVED_SHARES = tuple((step / 16) ** 2 for step in range(16))
+
+
+def _rows(batches: Sequence[Batch]) -> list[Batch]:
+    """Rows `[1, S]` of the batches and of their masks, evenly spread, about `FISHER_TOKENS` tokens of them."""
+    rows = [
+        (ids[i : i + 1], None if mask is None else mask[i : i + 1]) for ids, mask in batches for i in range(len(ids))
+    ]
+    rows = [(ids, mask) for ids, mask in rows if ids.numel() and (mask is None or mask.any())]
+    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in rows)
+    count = max(1, min(len(rows), len(rows) * FISHER_TOKENS // tokens))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _differentiable(model: nn.Module) -> nn.Module:
+    """The model, or a float32 copy where it has half precision on a CPU: most know no such arithmetic."""
+    halves = (torch.bfloat16, torch.float16)
+    if any(parameter.device.type == "cpu" and parameter.dtype in halves for parameter in model.parameters()):
+        return copy.deepcopy(model).float()
+    return model
+
+
+def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """F of every layer, the Fisher information of what its down projection writes.
+
+    Runs the model forward and backward, one row of the batches at a time. Half precision on a CPU is copied to float32
+    for it.
+
+    Args:
+        model: a causal LM in eval mode. Left as it was; its parameters get no gradients.
+        batches: token ids `[B, S]` and masks `[B, S]` (True is a token) or None. At most about `FISHER_TOKENS` of the
+            tokens are used.
+        layers: layer indices.
+
+    Returns:
+        Layer index -> float32 `[H, H]`, the mean over the tokens of g g^T, on the device of the layer.
+
+    Raises:
+        ValueError: a gradient is NaN or Inf (names the layer).
+    """
+    found = {}
+    tokens = 0
+
+    def taking_into(fisher: torch.Tensor):
+        def take(gradient: torch.Tensor) -> None:
+            rows = gradient.flatten(0, -2).float()  # [S, H]
+            fisher.addmm_(rows.T, rows)
+
+        def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            output.register_hook(take)
+
+        return hook
+
+    embedded: list[torch.Tensor] = []
+
+    def start_of_graph(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+        embedded[:] = [output.detach().requires_grad_()]
+        return embedded[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        model = _differentiable(model)
+        glus = model_glus(model)
+        embedding = model.get_input_embeddings()
+        stack.callback(embedding.register_forward_hook(start_of_graph).remove)
+        for index in layers:
+            down = glus[index].down
+            found[index] = torch.zeros(down.out_features, down.out_features, device=down.weight.device)
+            stack.callback(down.register_forward_hook(taking_into(found[index])).remove)
+        generator = torch.Generator().manual_seed(0)
+        device = embedding.weight.device
+        for ids, mask in tqdm(_rows(batches), desc="gradients", unit="row", disable=None, leave=False):
+            ids = ids.clone()  # autograd takes no tensors that were made in inference mode
+            attention_mask = None if mask is None else mask.long().to(device)
+            logits = model(input_ids=ids.to(device), attention_mask=attention_mask, use_cache=False).logits
+            logits = (logits[0] if mask is None else logits[0, mask[0].to(logits.device)]).float()  # [T, V]
+            # Drawn on the CPU, so that every device draws alike.
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            loss.backward(inputs=embedded)
+            tokens += len(drawn)
+    for index, fisher in found.items():
+        fisher /= tokens
+        if not fisher.isfinite().all():
+            raise ValueError(f"layer {index} has NaN or Inf in its gradients on the calibration text")
+    return found
+
+
+def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int) -> torch.Tensor:
+    """By how much the loss of a token rises when a neuron goes and the others are re-solved to make up for it.
+
+    With w_i `[H]` the neuron's column of `down`: w_i^T F w_i / (2 T [G^-1]_ii), the saliency of *Optimal Brain Surgeon*
+    (Hassibi and Stork, 1993, eq. 5) for a whole column and factored curvature, as in *The LLM Surgeon* (van der
+    Ouderaa et al., arXiv 2312.17244, section 3.2). F and G are damped first.
+
+    Args:
+        down: `[H, I]`, any floating dtype.
+        gram: float32 `[I, I]`, G over all tokens.
+        fisher: float32 `[H, H]`, F.
+        tokens: T.
+
+    Returns:
+        float32 `[I]`.
+    """
+    damped = fisher.clone()
+    damped.diagonal().add_(_DAMPING * fisher.diagonal().mean())
+    written = (down.float() * (damped @ down.float())).sum(0)  # [I], w_i^T F w_i
+    ridge = _RIDGE * gram.diagonal().median()
+    if not ridge > 0:  # most neurons are silent on the text
+        ridge = gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    regularized = gram.double()
+    regularized.diagonal().add_(ridge)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularized))
+    return (written / inverse.diagonal()).float() / (2 * tokens)
+
+
+def narrowing_costs(
+    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, saliency: torch.Tensor, tokens: int, label: str
+) -> torch.Tensor:
+    """By how much the loss of a token rises when a layer alone is narrowed and its down projection re-solved.
+
+    Args:
+        down: `[H, I]`, any floating dtype.
+        gram: float32 `[I, I]`, G over all tokens.
+        fisher: float32 `[H, H]`, F.
+        saliency: float32 `[I]`; the neurons of lowest saliency go first.
+        tokens: T.
+        label: names the layer in the log.
+
+    Returns:
+        float32 `[16]`: with each of the `REMOVED_SHARES` of the neurons gone; entry 0 is 0.
+    """
+    size = down.shape[1]
+    order = saliency.argsort(descending=True)
+    costs = []
+    for share in REMOVED_SHARES:
+        kept = order[: size - int(share * size)].sort().values
+        change = -down.float()
+        change[:, kept] += resolved_down(down, kept, gram, label).float()
+        costs.append((fisher * (change @ gram @ change.T)).sum() / (2 * tokens))
+    return torch.stack(costs)
+
+
+def sensitivities(
+    model: nn.Module,
+    glus: Sequence[GLU],
+    batches: Sequence[Batch],
+    grams: dict[int, torch.Tensor],
+    tokens: int,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Layer index, `saliencies` and `narrowing_costs` of every layer that has a Gram matrix in `grams`."""
+    fisher = output_fisher(model, batches, list(grams))
+    for index, gram in tqdm(grams.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
+        down = glus[index].weights()[2].detach()
+        saliency = saliencies(down, gram, fisher[index], tokens)
+        yield index, saliency, narrowing_costs(down, gram, fisher[index], saliency, tokens, f"layer {index}")

@@ -30,7 +30,7 @@ from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import build_empty, load, read_config, save
 from gluprune.families import model_glus
 from gluprune.patching import patch_llama
-from gluprune.pruning import count_parameters, prune
+from gluprune.pruning import count_parameters, needs_sensitivity, prune
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES
 from gluprune.smollm2 import cache_folder
 
@@ -233,19 +233,23 @@ def _prepared(source: Source, configuration: Configuration, settings: Settings):
             multiple_of=configuration.multiple_of,
             score=configuration.recipe.score,
             compensate=configuration.recipe.compensate,
-            calibration=_statistics(source, settings) if configuration.recipe.is_calibrated else None,
+            calibration=_statistics(source, configuration.recipe, settings)
+            if configuration.recipe.is_calibrated
+            else None,
         )
     return patch_llama(model) if settings.patch else model
 
 
-def _statistics(source: Source, settings: Settings) -> Statistics:
-    """Of the dense model, collected once and kept in the user's cache for all ratios and later runs."""
+def _statistics(source: Source, recipe: Recipe, settings: Settings) -> Statistics:
+    """What a recipe needs of the dense model, collected once and kept in the user's cache for all ratios and later runs."""
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     batches = batches_from_text(tokenizer, settings.calibration, settings.windows, CALIBRATION_LENGTH)
-    path = cache_folder() / f"study-{source.name}-{source.revision}-{settings.dtype}-{digest(batches)}.safetensors"
+    sensitivity = needs_sensitivity(recipe.score, "uniform")
+    kind = f"{settings.dtype}-{digest(batches)}{'-sensitivity' * sensitivity}"
+    path = cache_folder() / f"study-{source.name}-{source.revision}-{kind}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(load(source.path, dtype=settings.dtype).eval(), batches).save(path)
+        calibrate(load(source.path, dtype=settings.dtype).eval(), batches, sensitivity=sensitivity).save(path)
     return Statistics.load(path)
 
 

@@ -29,10 +29,10 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 # Tokens that the backward pass looks at, spread evenly over the calibration text: F has few entries beside G.
 FISHER_TOKENS = 16_384
 # F comes from one drawn label a token: what it adds to its diagonal, as a share of the mean of that.
-_DAMPING = 0.1
+_DAMPING = 1.0
 # What is added to G's diagonal before it is inverted, as a share of the median of that: a neuron that is silent on the
 # calibration text, or that others foretell there, may matter on other text.
-_RIDGE = 0.3
+_RIDGE = 0.1
 # Shares of a layer's neurons whose removal `narrowing_costs` looks at: close where little goes, as costs rise slowly there.
 REMOVED_SHARES = tuple((step / 16) ** 2 for step in range(16))
 

@@ -198,29 +198,30 @@ def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
     assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 2
 
 
-def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys):
+@pytest.mark.parametrize("score", ["hybrid", "surgeon"])
+def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score):
     """The model that is scored is the one that `prune` makes of the same texts; statistics are collected once."""
-    out = tmp_path / "out"
+    recipe, out = f"{score}+compensate", tmp_path / "out"
     texts = [(inputs / "text.txt").read_text(), " ".join(reversed((inputs / "text.txt").read_text().split()))]
     (tmp_path / "second.txt").write_text(texts[1])
-    more = ["--scores", "hybrid+compensate", "--calibration", inputs / "text.txt", tmp_path / "second.txt"]
+    more = ["--scores", recipe, "--calibration", inputs / "text.txt", tmp_path / "second.txt"]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"], ratios=("0.4", "0.6"))) == 0
     model = AutoModelForCausalLM.from_pretrained(inputs / "tiny").eval()
     tokenizer = AutoTokenizer.from_pretrained(inputs / "tiny")
     batches = batches_from_text(tokenizer, texts, study.CALIBRATION_WINDOWS, 16)
-    prune(model, pruning_ratio=0.4, multiple_of=1, score="hybrid", compensate=True, calibration=batches)
+    prune(model, pruning_ratio=0.4, multiple_of=1, score=score, compensate=True, calibration=batches)
     lm = study.model_in_memory(model, tokenizer)
     expected = study.evaluate(
         lm, "wikitext", Limits(3), data=inputs / "data", model="m", revision="r", configuration={}, dtype="float32"
     )
-    found = Result.from_json((out / "tiny" / "hybrid+compensate-0.4" / "wikitext.json").read_text())
+    found = Result.from_json((out / "tiny" / f"{recipe}-0.4" / "wikitext.json").read_text())
     assert found.value == pytest.approx(expected.value, rel=1e-6)
-    assert found.configuration["intermediate_size"] == 61 and found.configuration["recipe"] == "hybrid+compensate"
+    assert found.configuration["intermediate_size"] == 61 and found.configuration["recipe"] == recipe
     assert len(list((tmp_path / "cache" / "gluprune").glob("study-tiny-*"))) == 1
     more += ["--calibration-windows", 4]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
     assert "with calibration 'text " in capsys.readouterr().err
-    more = ["--scores", "hybrid+compensate", "--calibration", inputs / "text.txt"]
+    more = ["--scores", recipe, "--calibration", inputs / "text.txt"]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
     assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
 

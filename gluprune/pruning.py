@@ -158,7 +158,17 @@ def score_layer(score: str | Score, glu: GLU, index: int, activations: LayerStat
     return values
 
 
+def what_needs_calibration(score: str | Score, compensate: bool, allocation: str) -> str:
+    """The first argument that needs calibration data, as a caller writes it; empty where none does."""
+    if not callable(score) and score in CALIBRATED_SCORES:
+        return f"score={score!r}"
+    if compensate:
+        return "compensate=True"
+    return "allocation='sensitivity'" if allocation == "sensitivity" else ""
+
+
 def needs_sensitivity(score: str | Score, allocation: str) -> bool:
+    """Whether statistics without sensitivities do not do."""
     return score == "surgeon" or allocation == "sensitivity"
 
 
@@ -201,6 +211,8 @@ def allocated_widths(
     Raises:
         ValueError: unknown allocation, or "sensitivity" without statistics or with a width too small for it.
     """
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
     if allocation == "uniform":
         return dict.fromkeys(layers, width)
     if not isinstance(statistics, Statistics):
@@ -285,20 +297,14 @@ def prune(
         ValueError: see the message; the model is unchanged.
         TypeError: an argument of the wrong type; the model is unchanged.
     """
-    is_calibrated = not callable(score) and score in CALIBRATED_SCORES
-    if not callable(score) and not is_calibrated and score not in STATIC_SCORES:
+    if not callable(score) and score not in (*STATIC_SCORES, *CALIBRATED_SCORES):
         allowed = ", ".join([*STATIC_SCORES, *CALIBRATED_SCORES])
         raise ValueError(f"unknown score {score!r}: allowed are {allowed} or a callable")
     if not isinstance(compensate, bool):
         raise TypeError(f"compensate must be True or False, got {compensate!r}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
-    calibrated = is_calibrated or compensate or allocation == "sensitivity"
-    if calibration is None and calibrated:
-        what = (
-            f"score={score!r}" if is_calibrated else "compensate=True" if compensate else f"allocation={allocation!r}"
-        )
-        raise ValueError(f"{what} needs calibration data: give calibration=")
+    calibrated = what_needs_calibration(score, compensate, allocation)
+    if calibrated and calibration is None:
+        raise ValueError(f"{calibrated} needs calibration data: give calibration=")
     sensitivity = needs_sensitivity(score, allocation)
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))

@@ -146,8 +146,12 @@ def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tok
     if not ridge > 0:  # most neurons are silent on the text
         ridge = gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     regularized = gram.double()
-    regularized.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularized))
+    failed = True
+    while failed:  # float32 sums of neurons that dwarf others can round a small eigenvalue below zero
+        regularized.diagonal().add_(ridge)
+        lower, failed = torch.linalg.cholesky_ex(regularized)
+        ridge = 10 * ridge
+    inverse = torch.cholesky_inverse(lower)
     return (written / inverse.diagonal()).float() / (2 * tokens)
 
 

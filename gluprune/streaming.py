@@ -33,13 +33,13 @@ from gluprune.families import Family, family_of_type
 from gluprune.files import check_destination, complete_folder
 from gluprune.narrow import width_entries
 from gluprune.pruning import (
-    ALLOCATIONS,
     PruneReport,
     allocated_widths,
     check_layers,
     check_statistics,
     needs_sensitivity,
     score_layer,
+    what_needs_calibration,
 )
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, static_score
 from gluprune.selection import select, target_width
@@ -639,16 +639,11 @@ def prune_checkpoint(
         raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {allowed}")
     if not isinstance(compensate, bool):
         raise TypeError(f"compensate must be True or False, got {compensate!r}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
-    if not compensate and score not in CALIBRATED_SCORES and allocation == "uniform":
+    calibrated = what_needs_calibration(score, compensate, allocation)
+    if not calibrated:
         statistics = None
     elif statistics is None:
-        is_calibrated = score in CALIBRATED_SCORES
-        what = (
-            f"score={score!r}" if is_calibrated else "compensate=True" if compensate else f"allocation={allocation!r}"
-        )
-        raise ValueError(f"{what} needs calibration statistics: give statistics=")
+        raise ValueError(f"{calibrated} needs calibration statistics: give statistics=")
     target = Path(destination).resolve()
     if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
         raise ValueError(f"output folder {destination} must lie outside the source {source}")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gluprune
-from gluprune.calibration import batches_from_text
+from gluprune.calibration import Statistics, batches_from_text
 from gluprune.cli import main
 
 
@@ -108,6 +108,34 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert f"{text} is no complete safetensors file" in capsys.readouterr().err
 
 
+def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """Statistics with sensitivities, and layers of the widths that the library gives them."""
+    source, text, statistics, out = (tmp_path / name for name in ("source", "text.txt", "statistics", "out"))
+    model = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer))
+    gluprune.save(model, source, smollm2_tokenizer)
+    text.write_text((files("gluprune") / "data" / "demo_text.txt").read_text()[:5_000])
+    assert (
+        main(["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--sensitivity", "--json"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["gram"] and told["sensitivity"]
+    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "surgeon", "--allocation", "sensitivity"]
+    assert main(["prune", str(source), "--out", str(out), *arguments, "--statistics", str(statistics), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = gluprune.prune(
+        model,
+        pruning_ratio=0.4,
+        multiple_of=1,
+        score="surgeon",
+        allocation="sensitivity",
+        calibration=Statistics.load(statistics),
+    )
+    assert report["widths"] == {str(layer): width for layer, width in expected.widths.items()}
+    assert len(set(report["widths"].values())) > 1
+    again = gluprune.load(out).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
     arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--dry-run"]
     assert main(["prune", str(checkpoint), "--out", str(tmp_path / "out"), *arguments]) == 0
@@ -165,6 +193,11 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
         (["--pruning-ratio", "0.4", "--score", "best"], "unknown score 'best'"),
         (["--pruning-ratio", "0.4", "--score", "hybrid"], "score hybrid needs --calibration FILE or --statistics"),
         (["--pruning-ratio", "0.4", "--compensate"], "--compensate needs --calibration FILE"),
+        (["--pruning-ratio", "0.4", "--allocation", "sensitivity"], "--allocation sensitivity needs --statistics FILE"),
+        (
+            ["--pruning-ratio", "0.4", "--allocation", "sensitivity", "--calibration", __file__],
+            "--allocation sensitivity needs --statistics FILE",
+        ),
         (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without --calibration only"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work without --calibration only"),

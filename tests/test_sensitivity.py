@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 
 import pytest
 import torch
@@ -156,6 +155,15 @@ def test_silent_neurons():
         gram[active:], gram[:, active:] = 0, 0
         found = saliencies(down.float(), gram, fisher.float(), len(x))
         assert found.isfinite().all() and (found >= 0).all()
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite():
+    x, down, fisher = random_layer(seed=2)
+    gram = (x.T @ x).float()
+    gram[0, 1] = gram[1, 0] = 2 * (gram[0, 0] * gram[1, 1]).sqrt()
+    assert torch.linalg.eigvalsh(gram.double()).min() < -0.1 * gram.diagonal().median()
+    found = saliencies(down.float(), gram, fisher.float(), len(x))
+    assert found.isfinite().all() and (found > 0).all()
 
 
 def test_narrowing_costs():
@@ -344,3 +352,17 @@ def test_without_being_asked_no_gradient_is_computed(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("ran backward"))
     layer = calibrate(make_tiny_model(), random_batches()).layers[0]
     assert layer.saliency is None and layer.costs is None
+
+
+@pytest.mark.cuda
+def test_same_sensitivities_on_cuda_as_on_the_cpu(monkeypatch):
+    drawn_from(monkeypatch, lambda p: torch.arange(len(p)) * 7 % 64)
+    model = make_tiny_model(seed=4)
+    expected, found = sensitive(model), sensitive(copy.deepcopy(model).cuda())
+    for index, layer in found.layers.items():
+        assert layer.saliency.is_cuda and layer.costs.is_cuda
+        torch.testing.assert_close(layer.saliency.cpu(), expected.layers[index].saliency, rtol=1e-2, atol=0)
+        torch.testing.assert_close(layer.costs.cpu(), expected.layers[index].costs, rtol=1e-2, atol=1e-9)
+    arguments = dict(pruning_ratio=0.5, multiple_of=1, score="surgeon", compensate=True, allocation="sensitivity")
+    report = prune(copy.deepcopy(model).cuda(), **arguments, calibration=found)
+    assert sum(report.widths.values()) == 3 * report.intermediate_size

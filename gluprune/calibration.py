@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gluprune.families import GLU, decoder_layers, model_glus
-from gluprune.sensitivity import Batch, sensitivities
+from gluprune.sensitivity import Batch, output_fisher, sensitivities
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,9 @@ def calibrate(
         gram: whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers on a CPU
             then run in float32 whatever their dtype; without, the model runs as it is.
         sensitivity: whether to find out by a backward pass over some of the text what the loss makes of it that
-            neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. Takes the Gram matrices, the
-            activations of one row, and on a CPU a float32 copy of a model in half precision.
+            neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. First, `4 * H^2` bytes a layer,
+            the activations and several times the logits of one row, and on a CPU a float32 copy of a model in half
+            precision; beside the Gram matrices then the former, and `32 * I^2` bytes.
         layers: layer indices; None means all.
 
     Returns:
@@ -187,7 +188,9 @@ def calibrate(
     layers = range(len(glus)) if layers is None else layers
     if not layers or not all(index in range(len(glus)) for index in layers):
         raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
-    return _collect(model, glus, layers, read_batches(model, calibration), gram, sensitivity, "calibrating")
+    batches = read_batches(model, calibration)
+    fisher = _output_fisher(model, batches, layers) if sensitivity else None
+    return _collect(model, glus, layers, batches, gram, fisher, "calibrating")
 
 
 def calibrate_in_passes(
@@ -197,20 +200,21 @@ def calibrate_in_passes(
 
     Arguments and errors are those of `calibrate`. On every device the Gram matrices may take half of the memory that is
     free at the start; where they would take more, the calibration data is run through the model several times. On a CPU
-    one decoder layer at a time takes a float32 copy of its weights.
+    one decoder layer at a time takes a float32 copy of its weights. `sensitivity` takes what `calibrate` says of it.
 
     Yields:
         Layer index and statistics, in the order of `layers`.
     """
     glus = model_glus(model)
     batches = read_batches(model, calibration)
+    fisher = _output_fisher(model, batches, layers) if sensitivity else None
     passes = [list(layers)]
     if gram:
         downs = [(index, glus[index].down.weight) for index in layers]
         passes = plan_passes([(index, down.device, 4 * down.shape[1] ** 2) for index, down in downs])
     for number, group in enumerate(passes, 1):
         label = "calibrating" if len(passes) == 1 else f"calibrating, pass {number} of {len(passes)}"
-        found = _collect(model, glus, group, batches, gram, sensitivity, label).layers
+        found = _collect(model, glus, group, batches, gram, fisher, label).layers
         for index in group:
             yield index, found.pop(index)
 
@@ -330,6 +334,13 @@ def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def _output_fisher(model: nn.Module, batches: list[Batch], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"sensitivity=True needs a model with a language-model head, {type(model).__name__} has none")
+    with evaluating(model):
+        return output_fisher(model, batches, layers)
+
+
 @torch.no_grad()
 def _collect(
     model: nn.Module,
@@ -337,12 +348,12 @@ def _collect(
     layers: Sequence[int],
     batches: list[Batch],
     gram: bool,
-    sensitivity: bool,
+    fisher: Mapping[int, torch.Tensor] | None,
     label: str,
 ) -> Statistics:
     """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all.
 
-    The sensitivities need the head, and run it on one row at a time.
+    With `fisher`, of `output_fisher`, sensitivities are found, too.
     """
     found = {index: LayerStatistics.empty(glus[index], gram) for index in layers}
     decoder = getattr(model, model.base_model_prefix, model)
@@ -373,11 +384,12 @@ def _collect(
                     raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
     for statistics in found.values():
         statistics.complete()
-    if sensitivity:
-        grams = {index: statistics.gram for index, statistics in found.items()}
-        with evaluating(model):
-            for index, saliency, costs in sensitivities(model, glus, batches, grams, tokens):
-                found[index].saliency, found[index].costs = saliency, costs
+    if fisher is not None:
+        for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
+            down = glus[index].down.weight.detach()
+            statistics.saliency, statistics.costs = sensitivities(
+                down, statistics.gram, fisher[index], tokens, f"layer {index}"
+            )
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

@@ -16,7 +16,7 @@ from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
 from gluprune.selection import select, target_width, widths_by_cost
-from gluprune.sensitivity import REMOVED_SHARES
+from gluprune.sensitivity import removed_counts
 
 ALLOCATIONS = ("uniform", "sensitivity")
 
@@ -27,8 +27,8 @@ class PruneReport:
 
     kept: layer index -> int64 `[widths[layer]]`, the neurons that stayed, ascending.
     widths: layer index -> neurons it has.
-    intermediate_size, original_intermediate_size: neurons a pruned layer has, on the average where layers differ, and
-        had.
+    intermediate_size, original_intermediate_size: neurons that were asked for, on the average where layers differ, and
+        that a pruned layer had.
     hidden_size: H.
     parameters, original_parameters: of the whole model, tied weights counted once.
     score: name of the criterion.
@@ -159,7 +159,13 @@ def score_layer(score: str | Score, glu: GLU, index: int, activations: LayerStat
 
 
 def what_needs_calibration(score: str | Score, compensate: bool, allocation: str) -> str:
-    """The first argument that needs calibration data, as a caller writes it; empty where none does."""
+    """The first argument that needs calibration data, as a caller writes it; empty where none does.
+
+    Raises:
+        ValueError: unknown allocation.
+    """
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
     if not callable(score) and score in CALIBRATED_SCORES:
         return f"score={score!r}"
     if compensate:
@@ -209,19 +215,17 @@ def allocated_widths(
     """Layer index -> number of neurons that stay, `width` on the average.
 
     Raises:
-        ValueError: unknown allocation, or "sensitivity" without statistics or with a width too small for it.
+        ValueError: "sensitivity" without statistics or with a width too small for it.
     """
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
     if allocation == "uniform":
         return dict.fromkeys(layers, width)
     if not isinstance(statistics, Statistics):
         raise ValueError(
-            "allocation='sensitivity' needs the Statistics of all layers: calibration=calibrate(..., sensitivity=True)"
+            "allocation='sensitivity' needs Statistics, which know all layers: calibration=calibrate(..., sensitivity=True)"
         )
     costs = [statistics.layers[index].costs for index in layers]
-    widths = widths_by_cost(costs, REMOVED_SHARES, intermediate_size, width, multiple_of=multiple_of)
-    return dict(zip(layers, widths))
+    removed = removed_counts(intermediate_size)
+    return dict(zip(layers, widths_by_cost(costs, removed, intermediate_size, width, multiple_of=multiple_of)))
 
 
 def _activations(
@@ -285,8 +289,9 @@ def prune(
             out) or of tuples of the two, such as a DataLoader; or the `Statistics` that `calibrate` collected from it.
         compensate: re-solve the down projections for the neurons that stay (`gluprune.compensate`).
         allocation: "uniform" gives every layer the width asked for; "sensitivity" gives it to the average layer, and
-            every layer the width that costs the loss of the whole model least in total (`gluprune.sensitivity`). It
-            needs `Statistics` of `calibrate(..., sensitivity=True)`.
+            every layer the width at which the loss of the whole model suffers least in total, as estimated for
+            `score="surgeon", compensate=True` (`gluprune.sensitivity`). It needs `Statistics` of
+            `calibrate(..., sensitivity=True)`.
         layers: indices of the layers to prune; None means all. Where layers end up with different widths, the
             saved checkpoint loads with `gluprune.load`, and stock `from_pretrained` raises.
 

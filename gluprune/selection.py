@@ -76,38 +76,45 @@ def target_width(
     return rounded
 
 
+def _lower_hull(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The corners of the largest convex function that is nowhere above the points; x ascending, repeats left out."""
+    hull: list[tuple[float, float]] = []
+    for point in zip(x, y):
+        if hull and point[0] == hull[-1][0]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return tuple(map(list, zip(*hull)))
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
 def widths_by_cost(
-    costs: Sequence[torch.Tensor],
-    removed_shares: Sequence[float],
-    intermediate_size: int,
-    width: int,
-    *,
-    multiple_of: int = 128,
+    costs: Sequence[torch.Tensor], removed: Sequence[int], intermediate_size: int, width: int, *, multiple_of: int = 128
 ) -> list[int]:
     """A width for each layer, `width` on the average, so that what narrowing costs is least in total.
 
     Greedy: step by step, the layer whose next `multiple_of` neurons cost least loses them. That is best where every
-    layer's costs rise ever more steeply; where they do not, they are taken to.
+    layer's costs rise ever more steeply; where they do not, their lower convex hull takes their place.
 
     Args:
-        costs: of each layer float32 `[P]`, what it costs that these shares of its neurons go; linear in between.
-        removed_shares: `[P]`, ascending from 0, below 1.
+        costs: of each layer float32 `[P]`, what it costs that so many of its neurons go; linear in between.
+        removed: `[P]`, how many, ascending from 0, below I; of repeats the first counts.
         intermediate_size: today's number of neurons I of every layer.
         width: the average asked for.
         multiple_of: of every width but I itself, whose layer is left alone.
 
     Returns:
-        Widths from the largest of the removed shares to I. They add up to `width` times the number of layers; where I
-        is no multiple of `multiple_of`, to fewer by less than `multiple_of`.
+        Widths from I less the largest of `removed` to I. They add up to `width` times the number of layers; where I is
+        no multiple of `multiple_of`, to fewer by less than `multiple_of`.
 
     Raises:
-        ValueError: `width` is so small that more than the largest of the removed shares would have to go.
+        ValueError: `width` is so small that more than the largest of `removed` would have to go.
     """
-    removed, distinct = np.unique([int(share * intermediate_size) for share in removed_shares], return_index=True)
-    totals = []
-    for layer_costs in costs:
-        slopes = np.maximum.accumulate(np.diff(layer_costs.double().cpu().numpy()[distinct]) / np.diff(removed))
-        totals.append(np.concatenate([[0], np.cumsum(slopes * np.diff(removed))]))
+    hulls = [_lower_hull(removed, layer.tolist()) for layer in costs]
     widths = [intermediate_size] * len(costs)
     smallest = intermediate_size - removed[-1]
 
@@ -117,7 +124,7 @@ def widths_by_cost(
     def next_step(layer: int) -> tuple[float, int]:
         """What the layer's next neurons cost, each, and the layer."""
         steps = intermediate_size - np.array([widths[layer], next_width(layer)])
-        now, then = np.interp(steps, removed, totals[layer])
+        now, then = np.interp(steps, *hulls[layer])
         return (then - now) / (widths[layer] - next_width(layer)), layer
 
     heap = [next_step(layer) for layer in range(len(costs)) if next_width(layer) >= smallest]

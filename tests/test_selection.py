@@ -127,13 +127,12 @@ def test_targets_of_the_wrong_type(arguments):
 def test_widths_by_cost_are_the_cheapest(seed):
     """Against all combinations of widths, on random costs that rise ever more steeply."""
     generator = torch.Generator().manual_seed(seed)
-    shares, neurons, layers = [0, 0.125, 0.25, 0.5, 0.75], 32, 3
-    removed = [int(share * neurons) for share in shares]
+    removed, neurons, layers = [0, 4, 8, 16, 24], 32, 3
     slopes = torch.rand(layers, 4, generator=generator).sort(1).values
     costs = torch.cat([torch.zeros(layers, 1), (slopes * torch.tensor(removed).diff()).cumsum(1)], 1)
     multiple = [1, 2, 4][seed % 3]
     width = int(torch.randint(8 // multiple, 32 // multiple, (1,), generator=generator)) * multiple
-    found = widths_by_cost(list(costs), shares, neurons, width, multiple_of=multiple)
+    found = widths_by_cost(list(costs), removed, neurons, width, multiple_of=multiple)
     assert sum(found) == layers * width and all(w % multiple == 0 and 8 <= w <= 32 for w in found)
 
     def total(widths):
@@ -145,16 +144,16 @@ def test_widths_by_cost_are_the_cheapest(seed):
 
 
 def test_widths_by_cost_where_the_costs_bend():
-    """A first step that costs much does not hide cheap ones behind it from a layer that has to give either way."""
-    costs = [torch.tensor([0.0, 3.0, 3.5, 4.0]), torch.tensor([0.0, 4.0, 8.0, 12.0])]
-    assert widths_by_cost(costs, [0, 0.25, 0.5, 0.75], 16, 12, multiple_of=1) == [8, 16]
-    # Few neurons: several shares are the same number of them.
-    assert widths_by_cost(costs, [0, 0.05, 0.1, 0.75], 8, 5, multiple_of=1) == [2, 8]
+    """A first step that costs much does not hide cheap ones behind it."""
+    costs = [torch.tensor([0.0, 3.0, 3.5, 4.0]), torch.tensor([0.0, 2.0, 4.0, 6.0])]
+    assert widths_by_cost(costs, [0, 4, 8, 12], 16, 10, multiple_of=1) == [4, 16]
+    # Few neurons: several steps are the same number of them, and the costs of that are the first.
+    assert widths_by_cost(costs, [0, 0, 0, 6], 8, 5, multiple_of=1) == [2, 8]
 
 
 def test_widths_by_cost_beside_odd_sizes():
     costs = [torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 2.0, 20.0])]
-    assert widths_by_cost(costs, [0, 0.4, 0.9], 101, 101 - 10, multiple_of=8) == [80, 101]
-    assert sum(widths_by_cost(costs, [0, 0.4, 0.9], 101, 60, multiple_of=8)) in range(2 * 60 - 7, 2 * 60 + 1)
+    assert widths_by_cost(costs, [0, 40, 90], 101, 101 - 10, multiple_of=8) == [80, 101]
+    assert sum(widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=8)) in range(2 * 60 - 7, 2 * 60 + 1)
     with pytest.raises(ValueError, match="a width of 10 on the average leaves layers with less than 11 of their 101"):
-        widths_by_cost(costs, [0, 0.4, 0.9], 101, 10, multiple_of=1)
+        widths_by_cost(costs, [0, 40, 90], 101, 10, multiple_of=1)

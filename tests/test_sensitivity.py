@@ -12,7 +12,7 @@ from gluprune.calibration import Statistics, calibrate, read_batches
 from gluprune.families import model_glus
 from gluprune.patching import patch
 from gluprune.pruning import prune
-from gluprune.sensitivity import REMOVED_SHARES, narrowing_costs, output_fisher, saliencies
+from gluprune.sensitivity import narrowing_costs, output_fisher, removed_counts, saliencies
 from gluprune.streaming import prune_checkpoint
 from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -95,7 +95,7 @@ def last_logits(model, token):
     return logits
 
 
-def test_costs_foretell_the_divergence():
+def test_the_form_foretells_the_divergence():
     """On a text of one token over and over the factored curvature is exact: half its form is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
     text = torch.full((1, 16384), 17)
@@ -106,7 +106,7 @@ def test_costs_foretell_the_divergence():
     order = layer.saliency.argsort(descending=True)
     dense = last_logits(model, text[0, 0])(torch.zeros(32)).log_softmax(-1)
     for step in (5, 9):
-        kept = order[: 101 - int(REMOVED_SHARES[step] * 101)].sort().values
+        kept = order[: 101 - removed_counts(101)[step]].sort().values
         # The step itself is too long for a second order, and re-solving leaves next to nothing of one token: plain
         # narrowing, scaled down.
         change = -down.clone()
@@ -148,13 +148,24 @@ def test_saliency_is_the_least_that_a_removal_costs(dtype):
 
 
 def test_silent_neurons():
-    """Where nothing, or hardly anything, was active, saliencies are finite and follow the weights."""
+    """Where nothing, or hardly anything, was active, what silent neurons would write tells them apart."""
     x, down, fisher = random_layer()
+    damped = fisher + sensitivity_module._DAMPING * fisher.diagonal().mean() * torch.eye(7)
+    written = (down * (damped @ down)).sum(0)
     for active in (0, 3):
         gram = (x.T @ x).float()
         gram[active:], gram[:, active:] = 0, 0
-        found = saliencies(down.float(), gram, fisher.float(), len(x))
-        assert found.isfinite().all() and (found >= 0).all()
+        found = saliencies(down.float(), gram, fisher.float(), 100_000).double()
+        assert (found > 0).all()
+        torch.testing.assert_close(found[active:] / found[-1], written[active:] / written[-1], rtol=1e-5, atol=0)
+
+
+def test_gram_matrix_with_nan():
+    x, down, fisher = random_layer()
+    gram = (x.T @ x).float()
+    gram[2, 5] = torch.nan
+    with pytest.raises(ValueError, match="the Gram matrix has NaN or Inf"):
+        saliencies(down.float(), gram, fisher.float(), len(x))
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite():
@@ -172,8 +183,9 @@ def test_narrowing_costs():
     found = narrowing_costs(down.float(), gram, fisher.float(), saliency, len(x), "layer 0").double()
     assert found.shape == (16,) and found[0] == 0 and (found[4:].diff() > 0).all()
     root = torch.linalg.cholesky(fisher)
-    for step, share in enumerate(REMOVED_SHARES):
-        kept = saliency.topk(64 - int(64 * share)).indices.sort().values
+    assert removed_counts(64) == [0, 0, 1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56]
+    for step, removed in enumerate(removed_counts(64)):
+        kept = saliency.topk(64 - removed).indices.sort().values
         ridge = 0.01 * gram.double().diagonal().mean()
         # Least squares with rows for the ridge, which pulls towards the weights that are there.
         rows = torch.cat([x[:, kept], ridge.sqrt() * torch.eye(len(kept))])
@@ -211,8 +223,10 @@ def test_padding_is_left_out(side, monkeypatch):
 def test_the_model_is_left_as_it_was(mode, dtype):
     model = make_tiny_model("gemma2", dtype=dtype, seed=1).train()
     before, state = snapshot(model), torch.get_rng_state()
-    with mode():
-        calibrate(model, random_batches(), sensitivity=True)
+    with mode():  # a tensor made in inference mode is another kind of tensor
+        mask = torch.ones(2, 8)
+        mask[0, 5:] = 0
+        calibrate(model, [*random_batches(), (random_batches(((2, 8),))[0], mask)], sensitivity=True)
     assert_unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -235,6 +249,27 @@ def test_nan_in_the_gradients_names_the_layer(unchanged, monkeypatch):
     )
     with unchanged(model), pytest.raises(ValueError, match="layer 0 has NaN or Inf in its gradients"):
         calibrate(model, random_batches(), sensitivity=True)
+
+
+@pytest.mark.parametrize("spoil", ["head", "last layer"])
+def test_nan_in_the_logits(unchanged, spoil):
+    model = make_tiny_model(seed=1, tie_word_embeddings=False)
+    weight = model.lm_head.weight if spoil == "head" else model_glus(model)[2].down.weight
+    weight.data[5, 5] = torch.nan
+    with unchanged(model), pytest.raises(ValueError, match="the logits are NaN on the calibration text"):
+        calibrate(model, random_batches(), sensitivity=True)
+
+
+def test_a_decoder_without_a_head(unchanged):
+    model = make_tiny_model().model
+    with unchanged(model), pytest.raises(ValueError, match="a language-model head, LlamaModel has none"):
+        calibrate(model, random_batches(), sensitivity=True)
+
+
+def test_calibration_logs_nothing_of_weights_that_it_leaves(caplog):
+    with caplog.at_level("INFO"):
+        calibrate(make_tiny_model(seed=1), random_batches(((8, 40),)), sensitivity=True)
+    assert not [record.message for record in caplog.records if "trial" not in record.message]
 
 
 def test_more_passes_give_the_same_neurons(monkeypatch):
@@ -287,9 +322,10 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
         assert torch.equal(gluprune.load(tmp_path / "pruned")(ids).logits, model(ids).logits)
 
 
-def test_saved_statistics_and_the_disk(tmp_path, monkeypatch):
-    """A checkpoint pruned on the disk is byte for byte what pruning in memory gives, uniform in width or by layer."""
-    model = make_tiny_model(dtype=torch.bfloat16, seed=4)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_saved_statistics_and_the_disk(family, tmp_path):
+    """A checkpoint pruned on the disk is what pruning in memory gives, bit for bit, uniform in width or by layer."""
+    model = make_tiny_model(family, dtype=torch.bfloat16, seed=4)
     model.save_pretrained(tmp_path / "model")
     statistics = sensitive(model)
     statistics.save(tmp_path / "statistics")
@@ -318,7 +354,7 @@ BAD = {
     "no data": ({"allocation": "sensitivity"}, "allocation='sensitivity' needs calibration data"),
     "batches": (
         {"allocation": "sensitivity", "calibration": random_batches()},
-        "allocation='sensitivity' needs the Statistics of all layers",
+        "allocation='sensitivity' needs Statistics",
     ),
     "too narrow": (
         {"allocation": "sensitivity", "intermediate_size": 8},
@@ -340,6 +376,11 @@ def test_bad_input_changes_nothing(case, unchanged):
     target = {} if "intermediate_size" in given else {"pruning_ratio": 0.5}
     with unchanged(model), pytest.raises(ValueError, match=message):
         prune(model, **target, multiple_of=1, **given)
+
+
+def test_unknown_allocation_is_told_before_a_download(tmp_path):
+    with pytest.raises(ValueError, match="unknown allocation 'by size': allowed are uniform, sensitivity"):
+        prune_checkpoint("nobody/nothing", tmp_path / "out", pruning_ratio=0.5, allocation="by size")
 
 
 def test_sensitivities_need_gram_matrices(unchanged):

@@ -73,7 +73,7 @@ def test_fisher(family_name, dtype, monkeypatch):
 def test_labels_are_drawn_from_the_model():
     """With labels of any other kind the Fisher matrix is another: here its expectation is known."""
     model = make_tiny_model(seed=5, initializer_range=0.5)
-    token = torch.full((1, 8192), 17)
+    token = torch.full((16, 512), 17)
     (fisher,) = output_fisher(model, [(token, None)], [2]).values()
     jacobian = torch.autograd.functional.jacobian(last_logits(model, token[0, 0]), torch.zeros(32, dtype=torch.float64))
     p = last_logits(model, token[0, 0])(torch.zeros(32, dtype=torch.float64)).softmax(-1)
@@ -98,7 +98,7 @@ def last_logits(model, token):
 def test_the_form_foretells_the_divergence():
     """On a text of one token over and over the factored curvature is exact: half its form is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
-    text = torch.full((1, 16384), 17)
+    text = torch.full((32, 512), 17)
     (layer,) = calibrate(model, [text], sensitivity=True, layers=[2]).layers.values()
     glu = model_glus(model)[2]
     down = glu.down.weight.detach()
@@ -112,7 +112,7 @@ def test_the_form_foretells_the_divergence():
         change = -down.clone()
         change[:, kept] += down[:, kept]
         form = ((fisher * (change @ layer.gram @ change.T)).sum() / (2 * text.numel())).item()
-        x = _input_of_down(model, text[:, :1])
+        x = _input_of_down(model, text[:1, :1])
         scale = 1e-3
         pruned = last_logits(model, text[0, 0])(scale * (x @ change.double().T)).log_softmax(-1)
         divergence = (dense.exp() * (dense - pruned)).sum().item() / scale**2

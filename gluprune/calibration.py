@@ -387,9 +387,7 @@ def _collect(
     if fisher is not None:
         for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
             down = glus[index].down.weight.detach()
-            statistics.saliency, statistics.costs = sensitivities(
-                down, statistics.gram, fisher[index], tokens, f"layer {index}"
-            )
+            statistics.saliency, statistics.costs = sensitivities(down, statistics.gram, fisher[index], tokens)
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

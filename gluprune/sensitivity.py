@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from gluprune.compensate import resolved_down
+from gluprune.compensate import RIDGE
 from gluprune.families import model_glus
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
@@ -134,6 +134,20 @@ def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[i
     return found
 
 
+def _cholesky(gram: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lower factor of G + lambda I in float64, and lambda: `ridge`, or as much more as it takes."""
+    if not gram.isfinite().all():
+        raise ValueError("the Gram matrix has NaN or Inf")
+    ridge = ridge.double() or torch.ones_like(ridge, dtype=torch.float64)  # where all neurons are silent
+    while True:
+        regularized = gram.double()
+        regularized.diagonal().add_(ridge)
+        lower, failed = torch.linalg.cholesky_ex(regularized)
+        if not failed:
+            return lower, ridge
+        ridge = 10 * ridge  # float32 sums of neurons that dwarf others can round a small eigenvalue below zero
+
+
 def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a neuron goes and the others are re-solved to make up for it.
 
@@ -153,28 +167,27 @@ def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tok
     Raises:
         ValueError: the Gram matrix has NaN or Inf.
     """
-    if not gram.isfinite().all():
-        raise ValueError("the Gram matrix has NaN or Inf")
     damped = fisher.clone()
     damped.diagonal().add_(_DAMPING * fisher.diagonal().mean())
     written = (down.float() * (damped @ down.float())).sum(0)  # [I], w_i^T F w_i
     diagonal = gram.diagonal()
-    # The median is zero where most neurons are silent on the text, the mean where all are.
-    ridge = _RIDGE * (diagonal.median() or diagonal.mean() or torch.ones_like(diagonal[0]))
-    regularized = gram.double()
-    failed = True
-    while failed:  # float32 sums of neurons that dwarf others can round a small eigenvalue below zero
-        regularized.diagonal().add_(ridge)
-        lower, failed = torch.linalg.cholesky_ex(regularized)
-        ridge = 10 * ridge
+    # The median is zero where most neurons are silent on the text.
+    lower, _ = _cholesky(gram, _RIDGE * (diagonal.median() or diagonal.mean()))
     inverse = torch.cholesky_inverse(lower)
     return (written / inverse.diagonal()).float() / (2 * tokens)
 
 
 def narrowing_costs(
-    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, saliency: torch.Tensor, tokens: int, label: str
+    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, saliency: torch.Tensor, tokens: int
 ) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a layer alone is narrowed and its down projection re-solved.
+
+    One factorisation serves every width. With the neurons in the order in which they stay, L L^T = G + lambda I, S those
+    that stay and R those that go, re-solving (`gluprune.compensate`) changes W by
+
+        D_S = (G_SS + lambda I)^-1 G_SR W_R = L_SS^-T L_RS^T W_R,    D_R = -W_R,
+
+    and D^T (G + lambda I) D = (L_RR^T W_R)^T (L_RR^T W_R), as L_RR L_RR^T is the Schur complement of S.
 
     Args:
         down: `[H, I]`, any floating dtype.
@@ -182,25 +195,32 @@ def narrowing_costs(
         fisher: float32 `[H, H]`, F.
         saliency: float32 `[I]`; the neurons of lowest saliency go first.
         tokens: T.
-        label: names the layer in the log.
 
     Returns:
         float32 `[16]`: with each of the `removed_counts(I)` gone; entry 0 is 0.
+
+    Raises:
+        ValueError: the Gram matrix has NaN or Inf.
     """
     size = down.shape[1]
     order = saliency.argsort(descending=True)
-    costs = [torch.zeros((), device=down.device)]
-    for removed in removed_counts(size)[1:]:
-        kept = order[: size - removed].sort().values
-        change = -down.float()
-        change[:, kept] += resolved_down(down, kept, gram, f"{label}, trial of {size - removed} neurons").float()
-        costs.append((fisher * (change @ gram @ change.T)).sum() / (2 * tokens))
+    lower, ridge = _cholesky(gram[order][:, order], RIDGE * gram.diagonal().mean())
+    lower, ridge = lower.float(), ridge.float()
+    weight = down.float().T[order]  # [I, H]
+    costs = []
+    for removed in removed_counts(size):
+        kept = size - removed
+        gone = weight[kept:]  # [R, H]
+        lost = lower[kept:, kept:].T @ gone  # [R, H]
+        moved = torch.linalg.solve_triangular(lower[:kept, :kept].T, lower[kept:, :kept].T @ gone, upper=True)  # [S, H]
+        form = lost.T @ lost - ridge * (moved.T @ moved + gone.T @ gone)  # D^T G D, [H, H]
+        costs.append((fisher * form).sum() / (2 * tokens))
     return torch.stack(costs)
 
 
 def sensitivities(
-    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int, label: str
+    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`saliencies` and `narrowing_costs` of a layer; arguments and errors are theirs."""
     saliency = saliencies(down, gram, fisher, tokens)
-    return saliency, narrowing_costs(down, gram, fisher, saliency, tokens, label)
+    return saliency, narrowing_costs(down, gram, fisher, saliency, tokens)

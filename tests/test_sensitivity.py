@@ -166,6 +166,8 @@ def test_gram_matrix_with_nan():
     gram[2, 5] = torch.nan
     with pytest.raises(ValueError, match="the Gram matrix has NaN or Inf"):
         saliencies(down.float(), gram, fisher.float(), len(x))
+    with pytest.raises(ValueError, match="the Gram matrix has NaN or Inf"):
+        narrowing_costs(down.float(), gram, fisher.float(), torch.ones(23), len(x))
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite():
@@ -180,7 +182,7 @@ def test_a_gram_matrix_that_rounding_made_indefinite():
 def test_narrowing_costs():
     x, down, fisher = random_layer(neurons=64, tokens=200, seed=3)
     gram, saliency = (x.T @ x).float(), torch.rand(64)
-    found = narrowing_costs(down.float(), gram, fisher.float(), saliency, len(x), "layer 0").double()
+    found = narrowing_costs(down.float(), gram, fisher.float(), saliency, len(x)).double()
     assert found.shape == (16,) and found[0] == 0 and (found[4:].diff() > 0).all()
     root = torch.linalg.cholesky(fisher)
     assert removed_counts(64) == [0, 0, 1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56]
@@ -192,7 +194,7 @@ def test_narrowing_costs():
         wanted = torch.cat([x @ down.T, ridge.sqrt() * down[:, kept].T])
         resolved = torch.linalg.lstsq(rows, wanted).solution
         lost = (x @ down.T - x[:, kept] @ resolved) @ root
-        assert found[step].item() == pytest.approx(lost.square().sum().item() / 2 / len(x), rel=1e-3, abs=1e-6)
+        assert found[step].item() == pytest.approx(lost.square().sum().item() / 2 / len(x), rel=1e-4, abs=1e-6)
 
 
 def test_few_rows_of_a_long_text(monkeypatch):
@@ -269,7 +271,7 @@ def test_a_decoder_without_a_head(unchanged):
 def test_calibration_logs_nothing_of_weights_that_it_leaves(caplog):
     with caplog.at_level("INFO"):
         calibrate(make_tiny_model(seed=1), random_batches(((8, 40),)), sensitivity=True)
-    assert not [record.message for record in caplog.records if "trial" not in record.message]
+    assert not caplog.records
 
 
 def test_more_passes_give_the_same_neurons(monkeypatch):

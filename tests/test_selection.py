@@ -157,3 +157,8 @@ def test_widths_by_cost_beside_odd_sizes():
     assert sum(widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=8)) in range(2 * 60 - 7, 2 * 60 + 1)
     with pytest.raises(ValueError, match="a width of 10 on the average leaves layers with less than 11 of their 101"):
         widths_by_cost(costs, [0, 40, 90], 101, 10, multiple_of=1)
+    with pytest.raises(ValueError, match="a width of 60 on the average"):
+        widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=128)
+    # The first step is the shorter one: what counts is what a neuron costs.
+    costs = [torch.tensor([0.0, 6.0]), torch.tensor([0.0, 5.0])]
+    assert widths_by_cost(costs, [0, 100], 101, 94, multiple_of=8) == [101, 80]

@@ -233,6 +233,14 @@ def test_the_model_is_left_as_it_was(mode, dtype):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_is_off():
+    model = make_tiny_model(seed=1, attention_dropout=0.5)
+    expected = calibrate(model, random_batches(), sensitivity=True)
+    found = calibrate(model.train(), random_batches(), sensitivity=True)
+    for index, layer in expected.layers.items():
+        assert torch.equal(found.layers[index].saliency, layer.saliency)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_patched_model(backend):
     model = make_tiny_model(seed=1)
@@ -272,6 +280,14 @@ def test_calibration_logs_nothing_of_weights_that_it_leaves(caplog):
     with caplog.at_level("INFO"):
         calibrate(make_tiny_model(seed=1), random_batches(((8, 40),)), sensitivity=True)
     assert not caplog.records
+
+
+def test_text_in_place_of_statistics():
+    arguments = dict(pruning_ratio=0.5, multiple_of=1, score="surgeon")
+    statistics = calibrate(make_tiny_model(seed=1), random_batches(), sensitivity=True)
+    expected = prune(make_tiny_model(seed=1), **arguments, calibration=statistics).kept
+    found = prune(make_tiny_model(seed=1), **arguments, calibration=random_batches()).kept
+    assert all(torch.equal(found[layer], kept) for layer, kept in expected.items())
 
 
 def test_more_passes_give_the_same_neurons(monkeypatch):
@@ -328,6 +344,8 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
 def test_saved_statistics_and_the_disk(family, tmp_path):
     """A checkpoint pruned on the disk is what pruning in memory gives, bit for bit, uniform in width or by layer."""
     model = make_tiny_model(family, dtype=torch.bfloat16, seed=4)
+    with torch.no_grad():  # one layer hardly matters
+        model_glus(model)[2].down.weight.mul_(0.01)
     model.save_pretrained(tmp_path / "model")
     statistics = sensitive(model)
     statistics.save(tmp_path / "statistics")
@@ -346,6 +364,7 @@ def test_saved_statistics_and_the_disk(family, tmp_path):
             )
             report = prune_checkpoint(tmp_path / "model", out, **arguments, statistics=tmp_path / "statistics")
             assert report.widths == planned.widths == kept
+            assert (kept[0] > kept[2]) == (allocation == "sensitivity")
             loaded = gluprune.load(out)
             for name, weight in pruned.state_dict().items():
                 assert torch.equal(loaded.state_dict()[name], weight), name

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from evals.study import Source
+from evals.study import Source, statistics_file
 from evals.text import digest, read_text
 from gluprune.calibration import Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import load
@@ -145,11 +145,11 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     def statistics(windows: int, with_own: bool, sensitivity: bool) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
         shape = settings | calibrated_on(windows, with_own, sensitivity)
-        kind = "-sensitivity" * sensitivity
-        path = cache_folder() / f"quality-{source.name}-{shape['calibration_digest']}{kind}.safetensors"
+        batches = calibration_batches(windows, with_own)
+        path = statistics_file(f"quality-{source.name}", batches, sensitivity)
         if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
             start = time.perf_counter()
-            found = calibrate(model, calibration_batches(windows, with_own), sensitivity=sensitivity)
+            found = calibrate(model, batches, sensitivity=sensitivity)
             measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)

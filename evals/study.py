@@ -240,13 +240,17 @@ def _prepared(source: Source, configuration: Configuration, settings: Settings):
     return patch_llama(model) if settings.patch else model
 
 
+def statistics_file(label: str, batches: Sequence[torch.Tensor], sensitivity: bool) -> Path:
+    """Where the user's cache keeps the statistics of a text, with sensitivities or without."""
+    return cache_folder() / f"{label}-{digest(batches)}{'-sensitivity' * sensitivity}.safetensors"
+
+
 def _statistics(source: Source, recipe: Recipe, settings: Settings) -> Statistics:
     """What a recipe needs of the dense model, collected once and kept in the user's cache for all ratios and later runs."""
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     batches = batches_from_text(tokenizer, settings.calibration, settings.windows, CALIBRATION_LENGTH)
     sensitivity = needs_sensitivity(recipe.score, "uniform")
-    kind = f"{settings.dtype}-{digest(batches)}{'-sensitivity' * sensitivity}"
-    path = cache_folder() / f"study-{source.name}-{source.revision}-{kind}.safetensors"
+    path = statistics_file(f"study-{source.name}-{source.revision}-{settings.dtype}", batches, sensitivity)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate(load(source.path, dtype=settings.dtype).eval(), batches, sensitivity=sensitivity).save(path)

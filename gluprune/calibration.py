@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gluprune.families import GLU, decoder_layers, model_glus
-from gluprune.sensitivity import Batch, output_fisher, sensitivities
+from gluprune.sensitivity import Batch, is_half_on_cpu, narrowing_costs, output_fisher, saliencies
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: no batches, no tokens, a batch of another kind or shape, a token id that the model does
-            not know, NaN or Inf in the activations or gradients (names the layer), or `sensitivity` without `gram`.
+            not know, NaN or Inf in the activations or gradients (names the layer), or `sensitivity` without `gram` or
+            for a model without a language-model head.
     """
     if sensitivity and not gram:
         raise ValueError("sensitivity=True needs gram=True")
@@ -308,13 +309,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Run decoder layers on a CPU in float32, each with a float32 copy of its weights that lives as long as its forward.
 
-    Most CPUs know no bf16 or fp16 arithmetic and take many times as long for it. Elsewhere layers run as they are.
+    Elsewhere layers run as they are.
     """
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
 
     def upcast(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         for parameter in layer.parameters():
-            if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
+            if is_half_on_cpu(parameter):
                 originals.append((parameter, parameter.data))
                 parameter.data = parameter.data.float()
         if originals:
@@ -387,7 +388,8 @@ def _collect(
     if fisher is not None:
         for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
             down = glus[index].down.weight.detach()
-            statistics.saliency, statistics.costs = sensitivities(down, statistics.gram, fisher[index], tokens)
+            statistics.saliency = saliencies(down, statistics.gram, fisher[index], tokens)
+            statistics.costs = narrowing_costs(down, statistics.gram, fisher[index], statistics.saliency, tokens)
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

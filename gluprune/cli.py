@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gluprune import __version__
 
-_NEEDS_SENSITIVITIES = "--allocation sensitivity needs --statistics FILE, of gluprune calibrate --sensitivity"
-
 
 def _prune(arguments: argparse.Namespace) -> None:
+    if arguments.allocation == "sensitivity" and (arguments.calibration or arguments.statistics is None):
+        raise ValueError("--allocation sensitivity needs --statistics FILE, of gluprune calibrate --sensitivity")
     options = {
         "expansion_ratio": arguments.expansion_ratio,
         "pruning_ratio": arguments.pruning_ratio,
@@ -30,8 +30,6 @@ def _prune(arguments: argparse.Namespace) -> None:
         if arguments.statistics is None and (arguments.compensate or arguments.score in CALIBRATED_SCORES):
             what = "--compensate" if arguments.compensate else f"score {arguments.score}"
             raise ValueError(f"{what} needs --calibration FILE or --statistics FILE")
-        if arguments.statistics is None and arguments.allocation == "sensitivity":
-            raise ValueError(_NEEDS_SENSITIVITIES)
         report = prune_checkpoint(
             arguments.source,
             arguments.out,
@@ -45,8 +43,6 @@ def _prune(arguments: argparse.Namespace) -> None:
     else:
         if arguments.dry_run or arguments.resume or arguments.statistics:
             raise ValueError("--dry-run, --resume and --statistics work without --calibration only, on the shards")
-        if arguments.allocation == "sensitivity":
-            raise ValueError(_NEEDS_SENSITIVITIES)
         report = _prune_in_memory(arguments, options)
     if arguments.json:
         print(json.dumps(report.to_dict()))

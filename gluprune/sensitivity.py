@@ -56,12 +56,14 @@ def _rows(batches: Sequence[Batch]) -> list[Batch]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
+def is_half_on_cpu(parameter: torch.Tensor) -> bool:
+    """Whether it is better computed with in float32: most CPUs know no bf16 or fp16 arithmetic and take many times as long."""
+    return parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
+
+
 def _differentiable(model: nn.Module) -> nn.Module:
-    """The model, or a float32 copy where it has half precision on a CPU: most know no such arithmetic."""
-    halves = (torch.bfloat16, torch.float16)
-    if any(parameter.device.type == "cpu" and parameter.dtype in halves for parameter in model.parameters()):
-        return copy.deepcopy(model).float()
-    return model
+    """The model, or a float32 copy where it has half precision on a CPU."""
+    return copy.deepcopy(model).float() if any(map(is_half_on_cpu, model.parameters())) else model
 
 
 def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -216,11 +218,3 @@ def narrowing_costs(
         form = lost.T @ lost - ridge * (moved.T @ moved + gone.T @ gone)  # D^T G D, [H, H]
         costs.append((fisher * form).sum() / (2 * tokens))
     return torch.stack(costs)
-
-
-def sensitivities(
-    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`saliencies` and `narrowing_costs` of a layer; arguments and errors are theirs."""
-    saliency = saliencies(down, gram, fisher, tokens)
-    return saliency, narrowing_costs(down, gram, fisher, saliency, tokens)

@@ -69,14 +69,17 @@ _BLOCK_BYTES = 1 << 21
 class CheckpointReport(PruneReport):
     """What `prune_checkpoint` did, or with `dry_run` would do (`kept` is empty then).
 
-    layers: indices of the pruned layers.
     files: name -> size in bytes, for every file of the output.
     skipped: files of the source that the output goes without: other weight formats and hidden files.
     """
 
-    layers: list[int]
     files: dict[str, int]
     skipped: list[str]
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the pruned layers."""
+        return list(self.widths)
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "layers": self.layers, "files": self.files, "skipped": self.skipped}
@@ -428,7 +431,6 @@ def _make_plan(
         parameters=parameters,
         original_parameters=sum(math.prod(tensor.stored.shape) for tensor in counted),
         score=score,
-        layers=indices,
         files={
             **{shard.name: shard.nbytes for shard in shards},
             **{name: len(content) for name, content in documents.items()},

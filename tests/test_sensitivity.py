@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
 
 import gluprune
+from gluprune import files
 from gluprune import sensitivity as sensitivity_module
 from gluprune.calibration import Statistics, calibrate, read_batches
 from gluprune.families import model_glus
@@ -368,6 +370,32 @@ def test_saved_statistics_and_the_disk(family, tmp_path):
             loaded = gluprune.load(out)
             for name, weight in pruned.state_dict().items():
                 assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_another_allocation_does_not_resume(tmp_path, monkeypatch):
+    """What was written with one width for all is no beginning of a checkpoint with widths by layer."""
+    model = make_tiny_model(seed=4)
+    with torch.no_grad():  # one layer hardly matters
+        model_glus(model)[2].down.weight.mul_(0.01)
+    model.save_pretrained(tmp_path / "model")
+    sensitive(model).save(tmp_path / "statistics")
+    arguments = dict(pruning_ratio=0.4, multiple_of=1, score="surgeon", statistics=tmp_path / "statistics")
+    rename = os.rename
+
+    def interrupted(path, target):
+        if path.name == "checkpoint":
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "rename", interrupted)
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", **arguments)
+    report = prune_checkpoint(tmp_path / "model", tmp_path / "out", **arguments, allocation="sensitivity", resume=True)
+    assert len(set(report.widths.values())) > 1
+    assert [len(kept) for kept in report.kept.values()] == list(report.widths.values())
+    assert [glu.intermediate_size for glu in model_glus(gluprune.load(tmp_path / "out"))] == list(
+        report.widths.values()
+    )
 
 
 BAD = {

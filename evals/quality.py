@@ -58,6 +58,7 @@ METHODS = {
         "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True
     ),
     "surgeon, re-solved, + own text": Method("surgeon", compensate=True, windows=128, own_text=True),
+    "surgeon, re-solved": Method("surgeon", compensate=True, windows=128),
     "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, own_text=True),
     "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
     "MAW": Method("maw"),

@@ -44,7 +44,7 @@ PAPER = Recipe("maw", "MAW: the paper's criterion (gate, up)", "maw")
 RECIPES = (
     PAPER,
     Recipe("maw_gud", "MAW over gate, up and down", "maw_gud"),
-    Recipe("recommended", "recommended: surgeon score, down re-solved", "surgeon", calibrated=True),
+    Recipe("recommended", "recommended: hybrid score, down re-solved", "hybrid", calibrated=True),
 )
 RECOMMENDED = RECIPES[-1]
 SAVED_RATIO = 0.2  # of the recommended recipe, whose checkpoint is written
@@ -196,7 +196,7 @@ def run(model_name: str | None = None, output: str | Path = "demo_output") -> di
 
     rows = []
     batches = batches_from_text(tokenizer, _calibration_text(), CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
-    statistics = calibrate(dense, batches, sensitivity=True)  # one pass serves every width
+    statistics = calibrate(dense, batches, gram=True)  # one pass serves every width
     steps = [(recipe, ratio) for recipe in RECIPES for ratio in PRUNING_RATIOS]
     with tqdm(total=1 + len(steps), unit="configuration", desc="dense") as progress:
         rows.append(_measure(dense, tokenizer, ids, "dense"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import ceilings as ceilings_of_the_machine
+from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import SETS
 from gluprune import records, report
 
@@ -26,6 +27,15 @@ def pytest_addoption(parser):
         choices=SETS,
         default="full" if torch.cuda.is_available() else "reduced",
         help="set of shapes to measure (default here: %(default)s)",
+    )
+    parser.addoption(
+        "--without",
+        action="append",
+        choices=PROVIDERS,
+        default=[],
+        metavar="PROVIDER",
+        help="leave one out of the benchmarks of the MLP, where torch.compile takes most of the time; may be repeated"
+        f" (there are {'; '.join(PROVIDERS)})",
     )
     parser.addoption(
         "--resume",
@@ -79,6 +89,13 @@ def pytest_generate_tests(metafunc):
 def shapes(request):
     """The chosen set of shapes."""
     return SETS[request.config.getoption("--shapes")]
+
+
+@pytest.fixture(scope="session")
+def providers(request):
+    """Who is measured in the benchmarks of the MLP, by name."""
+    left_out = request.config.getoption("--without")
+    return {name: build for name, build in PROVIDERS.items() if name not in left_out}
 
 
 @pytest.fixture(scope="session")

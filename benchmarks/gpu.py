@@ -19,11 +19,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shapes import MODELS, all_widths, paper_widths
+from benchmarks.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
 LEAST_SECONDS = 30  # with less left, no step is begun
@@ -39,7 +39,6 @@ REQUIRED = (
     "pytest_benchmark",
     "tqdm",
 )
-PROVIDERS = ("transformers", "gluprune")  # of whole models
 OPTIONAL = {
     "liger_kernel": "both of Liger's MLPs are recorded as refusing",
     "flash_swiglu_mlp": "its MLP is recorded as refusing",
@@ -61,64 +60,67 @@ class Step:
 
 
 def _tests(name: str, *arguments: str, minutes: float) -> Step:
-    return Step(name, (*PYTEST, *arguments), minutes)
+    workers = ("-n", "8") if _installed("xdist") else ()  # most of their time is the compiler's
+    return Step(name, (*PYTEST, *workers, *arguments), minutes)
 
 
-def _benchmarks(name: str, files: str, select: str | None = None, minutes: float = 8) -> Step:
+def _benchmarks(name: str, files: str, select: str | None = None, *options: str, minutes: float = 8) -> Step:
     chosen = ("-k", select) if select else ()
-    options = ("--benchmark-only", "--resume", "--records", "{records}")
-    return Step(name, (*PYTEST, *files.split(), *options, *chosen), minutes)
+    common = ("--benchmark-only", "--resume", "--records", "{records}")
+    return Step(name, (*PYTEST, *files.split(), *common, *options, *chosen), minutes)
 
 
-def _tuner(name: str, model: str, widths: Sequence[int], tokens: Sequence[int], *options: str, minutes: float) -> Step:
-    sizes = ("--hidden", str(MODELS[model][0]), "--intermediate", *map(str, widths), "--tokens", *map(str, tokens))
+def _tuner(name: str, model: str, *options: str, minutes: float) -> Step:
+    H, dense = MODELS[model]
+    tokens = sorted(SETS["full"].tokens)
+    sizes = ("--hidden", str(H), "--intermediate", *map(str, all_widths(dense)), "--tokens", *map(str, tokens))
     return Step(name, ("csrc_triton.tune", *sizes, "--out", "{tuned}", *options), minutes)
 
 
+def _any(widths: Iterable[int]) -> str:
+    """Selects benchmarks of these widths."""
+    return f"({' or '.join(f'I{width}' for width in widths)})"
+
+
 def steps() -> list[Step]:
-    """What runs on a GPU, in order; about half an hour up to the scores, some hours to the end."""
+    """What runs on a GPU, in order; about a quarter of an hour up to the scores, some hours to the end."""
     small, large, huge = MODELS
-    tokens = (1, 2048, 16, 128, 8192, 8, 64, 512)
-    widths = {name: all_widths(dense) for name, (_, dense) in MODELS.items()}
-    exact = {
-        name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()
-    }  # padded, they cover most others
+    exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}
+    few = {name: [widths[0], widths[4], aligned(widths[4]), widths[6]] for name, widths in exact.items()}  # 0, 40, 60 %
+    mlp, whole = "benchmarks/test_mlp.py", "benchmarks/test_model.py"
 
-    def tune(name: str, M: int) -> Step:
-        return _tuner(f"tune-{name}-M{M:04}", name, exact[name], (M,), minutes=4)
+    def forward(name: str) -> Step:
+        select = f"forward and {name} and {_any(exact[name])}"
+        return _benchmarks(f"forward-{name}", mlp, select, "--without", "torch.compile")
 
-    def mlp(part: str, name: str, M: int) -> Step:
-        return _benchmarks(f"{part}-{name}-M{M:04}", "benchmarks/test_mlp.py", f"{part} and {name} and M{M:04}")
+    def model(name: str, plan: str, widths: Iterable[int]) -> Step:
+        return _benchmarks(f"model-{name}-{plan}", whole, f"{name} and {plan} and {_any(widths)}")
 
-    def model(name: str, width: int, provider: str) -> Step:
-        selected = f"{name} and {width} and {provider}"
-        return _benchmarks(f"model-{name}-{width}-{provider}", "benchmarks/test_model.py", selected)
+    def rest(name: str) -> Step:
+        done = f"(graph and {_any(exact[name])}) or (energy and {_any(few[name])})"
+        return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
     kernels = ("test_glu_kernels", "test_glu_mlp", "test_neuron_scores", "test_ops")
     listed = [
         _tests("tests-kernels", *(f"tests/{name}.py" for name in kernels), minutes=5),
         _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
-        # The path alone first, for every shape in seconds: from then on the chooser falls back to cuBLAS rather than lose.
-        *(
-            _tuner(f"paths-{name}", name, widths[name], sorted(tokens), "--paths-only", minutes=3)
-            for name in (small, large)
-        ),
-        *(step for M in tokens[:2] for step in (tune(small, M), mlp("forward", small, M))),
-        *(model(small, width, provider) for width in (8192, 4916) for provider in PROVIDERS),
+        _tuner(f"tune-{small}", small, minutes=5),
+        forward(small),
+        *(model(small, plan, widths[small]) for plan, widths in (("graph", exact), ("energy", few))),
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
-        # Then the whole grid, part by part.
-        *(step for M in tokens[2:] for step in (tune(small, M), mlp("forward", small, M))),
-        *(step for M in tokens for step in (tune(large, M), mlp("forward", large, M))),
-        *(model(name, width, provider) for name in (small, large) for width in widths[name] for provider in PROVIDERS),
-        *(mlp("backward", name, M) for name in (small, large) for M in tokens),
-        *(tune(huge, M) for M in tokens),
+        _tuner(f"tune-{large}", large, minutes=6),
+        forward(large),
+        # torch.compile tunes for many seconds a shape: few shapes first, and all that is left after everything else.
+        _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
+        *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
         _tests("tests-patching", "tests/test_patching.py", "tests/test_patch_interop.py", minutes=8),
+        *(_benchmarks(f"backward-{name}", mlp, f"backward and {name}") for name in (small, large)),
+        *(rest(name) for name in (small, large)),
+        *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),
+        _tuner(f"tune-{huge}", huge, minutes=8),
     ]
-    unique: dict[str, Step] = {}
-    for step in listed:
-        unique.setdefault(step.name, step)
-    return list(unique.values())
+    return listed
 
 
 def rehearsal() -> list[Step]:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import timing
-from benchmarks.providers import PROVIDERS
 from gluprune.records import Record
 from gluprune.storage import ALIGNMENT
 
@@ -71,8 +70,8 @@ def statement(frame):
     return " ".join(ast.unparse(max(around, key=lambda node: node.lineno)).split())
 
 
-def measure(what, case, device, shapes, ceilings, keep):
-    """Keep records of all providers for one shape. Returns the words of those that nothing allows to refuse."""
+def measure(what, case, device, shapes, ceilings, providers, keep):
+    """Keep records of all `providers` (name -> how to build) for one shape. Returns the words of those that nothing allows to refuse."""
     model, H, I, M = case
     dtype, method = shapes.dtype, timing.method(device)
     torch.compiler.reset()  # past a limit of recompilations nothing would be compiled any more
@@ -85,7 +84,7 @@ def measure(what, case, device, shapes, ceilings, keep):
     expected = reference(layers[0], x, grad)
 
     passes, refusals = {}, {}
-    for name, build in PROVIDERS.items():
+    for name, build in providers.items():
         try:
             modules = [build(weights).train(training).requires_grad_(training) for weights in layers]
             if (wrong := error(run(modules[0], x, grad), expected)) > TOLERANCE[dtype]:
@@ -102,7 +101,7 @@ def measure(what, case, device, shapes, ceilings, keep):
     flops = (18 if training else 6) * M * H * I
     details = {"nbytes": nbytes, "flops": flops, "floor": ceilings.floor(nbytes, flops), "method": method}
     shape = {"model": model, "H": H, "I": I, "M": M}
-    for name in PROVIDERS:
+    for name in providers:
         if name in times:
             keep(Record.of(what, name, shape, dtype, "s", times[name], **details))
         elif name != "eager, padded" or I % ALIGNMENT:
@@ -110,9 +109,10 @@ def measure(what, case, device, shapes, ceilings, keep):
     return {name: refusals[name] for name in ("eager", "gluprune") if name in refusals}
 
 
-def test_forward(benchmark, case, device, shapes, ceilings, keep):
-    assert benchmark.pedantic(measure, args=(FORWARD, case, device, shapes, ceilings, keep), rounds=1) == {}
+def test_forward(benchmark, case, device, shapes, ceilings, providers, keep):
+    assert benchmark.pedantic(measure, args=(FORWARD, case, device, shapes, ceilings, providers, keep), rounds=1) == {}
 
 
-def test_backward(benchmark, training_case, device, shapes, ceilings, keep):
-    assert benchmark.pedantic(measure, args=(BACKWARD, training_case, device, shapes, ceilings, keep), rounds=1) == {}
+def test_backward(benchmark, training_case, device, shapes, ceilings, providers, keep):
+    arguments = (BACKWARD, training_case, device, shapes, ceilings, providers, keep)
+    assert benchmark.pedantic(measure, args=arguments, rounds=1) == {}

@@ -1,12 +1,11 @@
 """Whole models at forced length: TTFT, TPOT, TTLT and tokens/s against the width; on a GPU also memory and joules.
 
 The full set, which needs a GPU, takes random weights of the shapes of Llama-3.2-1B and 3B and does what `gluprune bench`
-does: every width and provider is a test of its own, of minutes (choose with `-k`). SmolLM2-135M-Instruct is timed
+does, in parts to choose from with `-k`: `I4916-graph` is one width decoded by CUDA graph. SmolLM2-135M-Instruct is timed
 everywhere, its widths in turns, so that a busy moment of the machine meets all of them.
 """
 
 import functools
-from dataclasses import replace
 
 import pytest
 
@@ -18,14 +17,19 @@ from gluprune.generation import GenerationTiming, make_generator, time_generator
 from gluprune.random_models import CONFIGS, random_model
 from gluprune.smollm2 import NAME, smollm2_checkpoint
 
-PLAN = Plan(
-    workloads=tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024)),
-    decodings=("generate", "graph", "compiled"),
-    repeats=3,
-    energy_seconds=3.0,
-)
+WORKLOADS = tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024))
+# Those that take minutes a width come last.
+PLANS = {
+    "graph": Plan(WORKLOADS, ("graph",), energy_seconds=None),
+    "energy": Plan((Workload(8, 128, 64),), ("graph",), energy_seconds=2.0),
+    "generate": Plan((Workload(1, 128, 64),), ("generate",), repeats=3, energy_seconds=None),
+    "compiled": Plan(WORKLOADS[:1], ("compiled",), energy_seconds=None),
+}
 CASES = [
-    (name, width) for name in ("llama-3.2-1b", "llama-3.2-3b") for width in all_widths(CONFIGS[name].intermediate_size)
+    (name, width, plan)
+    for name in ("llama-3.2-1b", "llama-3.2-3b")
+    for width in all_widths(CONFIGS[name].intermediate_size)
+    for plan in PLANS
 ]
 WORKLOAD = Workload(1, 128, 17)
 ROUNDS = {"full": 15, "reduced": 7, "tiny": 1}
@@ -36,22 +40,26 @@ def dense(name, dtype):
     return random_model(name, dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def narrowed(name, dtype, width, device):
+    return bench.narrowed(dense(name, dtype), width).to(device)
+
+
 @pytest.fixture(scope="module")
 def meter_and_idle(device):
     """Measured once, before anything runs."""
-    return bench.calibrated_meter(device, PLAN)
+    return bench.calibrated_meter(device, PLANS["energy"])
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("provider", PLAN.providers)
-@pytest.mark.parametrize("name, width", CASES, ids=[f"{name}-I{width}" for name, width in CASES])
-def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width, provider):
+@pytest.mark.parametrize("name, width, plan", CASES, ids=[f"{name}-I{width}-{plan}" for name, width, plan in CASES])
+def test_llama(benchmark, shapes, device, meter_and_idle, keep, name, width, plan):
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
 
     def measure():
-        model, label, plan = dense(name, shapes.dtype), f"{name}, random weights", replace(PLAN, providers=(provider,))
-        for records in bench.bench_width(model, label, width, plan, device, *meter_and_idle):
+        model = narrowed(name, shapes.dtype, width, device)
+        for records in bench.bench_model(model, f"{name}, random weights", PLANS[plan], *meter_and_idle):
             for record in records:
                 keep(record)
 

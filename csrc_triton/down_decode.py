@@ -24,7 +24,6 @@ def down_gemv_kernel(
     IP,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -32,14 +31,12 @@ def down_gemv_kernel(
     w_ptrs = down + tl.minimum(rows, H - 1).to(tl.int64)[:, None] * IP + columns  # [BLOCK_N, BLOCK_K]
     # a takes the shape of a weight tile: loaded in the same layout, it needs no exchange through shared memory.
     a_ptrs = a + (rows * 0)[:, None] + columns
-    w0 = tl.load(w_ptrs, mask=columns < IP, other=0.0, eviction_policy="evict_first")
-    w1 = tl.load(w_ptrs + BLOCK_K, mask=columns + BLOCK_K < IP, other=0.0, eviction_policy="evict_first")
+    w = tl.load(w_ptrs, mask=columns < IP, other=0.0, eviction_policy="evict_first")
     if PDL:  # the first weights are on their way, a is still being written by the kernel before
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = w0.to(tl.float32) * tl.load(a_ptrs, mask=columns < IP, other=0.0).to(tl.float32)
-    acc += w1.to(tl.float32) * tl.load(a_ptrs + BLOCK_K, mask=columns + BLOCK_K < IP, other=0.0).to(tl.float32)
-    for k in tl.range(2 * BLOCK_K, IP, BLOCK_K, loop_unroll_factor=UNROLL):
+    acc = w.to(tl.float32) * tl.load(a_ptrs, mask=columns < IP, other=0.0).to(tl.float32)
+    for k in range(BLOCK_K, IP, BLOCK_K):
         inside = columns + k < IP
         w = tl.load(w_ptrs + k, mask=inside, other=0.0, eviction_policy="evict_first")
         acc += w.to(tl.float32) * tl.load(a_ptrs + k, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +58,7 @@ def plan_down_gemv(a, down, bias, config: DownGemv) -> Plan:
         down_gemv_kernel,
         (triton.cdiv(H, config.block_n),),
         dict(a=a, down=down, y=y, bias=bias, H=H, IP=IP),
-        dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, UNROLL=config.unroll, PDL=pdl),
+        dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, PDL=pdl),
         num_warps=config.num_warps,
         num_stages=1,
         launch_pdl=pdl,

@@ -121,7 +121,6 @@ class GateUpTma:
 class DownGemv:
     block_n: int
     block_k: int
-    unroll: int
     num_warps: int
     pdl: bool
 
@@ -184,7 +183,7 @@ def is_valid(config: GateUpConfig | DownConfig, sm: int, M: int, H: int, IP: int
     if isinstance(config, GateUpGemv):
         return M == 1 and PAD % config.block_n == 0
     if isinstance(config, DownGemv):
-        return M == 1 and config.unroll >= 1
+        return M == 1
     if min(config.block_m, config.block_k) < 16 or config.block_n < 16:
         return False
     if isinstance(config, DownSplitK):
@@ -211,7 +210,7 @@ def first_up_row(gate_up: torch.Tensor) -> int:
 
 
 def choose_path(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> str:
-    """The path for `M` tokens where no table knows better. These bounds are arithmetic, not measurements."""
+    """The path for `M` tokens where no table knows better: on sm_90 as measured on an H200, by arithmetic elsewhere."""
     if sm < 80:
         return "cublas"  # the kernels use asynchronous copies and bfloat16 matrix instructions
     if M == 1:
@@ -222,8 +221,9 @@ def choose_path(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> str:
         return "decode"  # one short side of the matrix unit holds all tokens
     if M <= 128:
         return "small"  # one row of tiles, and by arithmetic still bound by the weights (up to 263 tokens on H100)
-    # Above it the GEMM's rate decides. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does not.
-    return "cublas" if 100 <= sm < 120 else "prefill"
+    # Above it the GEMM's rate decides. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does not; on
+    # Hopper cuBLAS fills the chip better while there are few tiles.
+    return "cublas" if 100 <= sm < 120 or (sm == 90 and M < 1024) else "prefill"
 
 
 def triton_path(M: int) -> str:
@@ -238,15 +238,18 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
         return Launch(path, None, None)
     pdl = sm >= 90
     if path == "gemv":
-        return Launch(path, _gate_up_gemv(H, dtype, pdl), DownGemv(4, 256, 4, num_warps=4, pdl=pdl))
+        return Launch(path, _gate_up_gemv(H, dtype, pdl), DownGemv(1, 2048 // dtype.itemsize, num_warps=4, pdl=pdl))
     if path == "prefill":
         return Launch(path, _gate_up_prefill(M, H, IP, dtype, sm), None)
     # "decode" and "small": one row of tiles covers all tokens (up to 128), so every weight is read once.
     block_m = token_block(path, M)
     # Rows of 256 bytes while the tokens' side is short; then of 128, so that four stages of the tallest tile fit 99 KB.
     block_k = (256 if block_m == 16 else 128) // dtype.itemsize
-    # 32 gate and 32 up rows fill the long side of the matrix unit (64 rows of wgmma), and I / 32 programs the chip.
-    gate_up = GateUpSwap(block_m, 32, block_k, num_warps=4, num_stages=4, pdl=pdl)
+    # 32 gate and 32 up rows fill the long side of the matrix unit (64 rows of wgmma). Twice as many were faster on an H200
+    # up to 64 tokens, although there are then fewer programs than multiprocessors.
+    gate_up = GateUpSwap(block_m, 64, block_k, num_warps=4 if block_m == 16 else 8, num_stages=4, pdl=pdl)
+    if block_m == 128 or not is_valid(gate_up, sm, M, H, IP, dtype):
+        gate_up = GateUpSwap(block_m, 32, block_k, num_warps=4, num_stages=4, pdl=pdl)
     # 64 rows of down. Splits for two programs on each multiprocessor; above eight the partial results weigh too much.
     tiles = triton.cdiv(M, block_m) * triton.cdiv(H, 64)
     split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
@@ -260,10 +263,10 @@ def token_block(path: str, M: int) -> int:
 
 
 def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:
-    # Two neurons, gate and up, are four rows: with one warp per KB of a row every thread has 128 bytes (eight loads) in
-    # flight and keeps them in 32 registers.
+    # Two neurons, gate and up, are four rows: with one warp per 2 KB of a row every thread has 256 bytes (16 loads) in
+    # flight and keeps them in 64 registers.
     row_bytes = triton.next_power_of_2(H) * dtype.itemsize
-    return GateUpGemv(2, num_warps=min(max(row_bytes >> 10, 1), 16), pdl=pdl)
+    return GateUpGemv(2, num_warps=min(max(row_bytes >> 11, 1), 16), pdl=pdl)
 
 
 def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> GateUpConfig:
@@ -271,7 +274,7 @@ def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Ga
     # The large tile (128 gate and 128 up rows) reads least from the L2. With fewer tiles than multiprocessors much of
     # the chip would idle, so the halved tile is taken.
     fills = triton.cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
-    config = GateUpTma(128, 128 if fills else 64, block_k, num_warps=8, num_stages=3)
+    config = GateUpTma(128, 128 if fills else 64, block_k, num_warps=8, num_stages=4)
     # sm_120 has the matrix unit of sm_89, and Triton 3.6 leaves stack stores in the TMA kernel there.
     if sm < 120 and is_valid(config, sm, M, H, IP, dtype):
         return config

@@ -43,7 +43,7 @@ HALVES = ("gate_up", "down")
 
 def paths(M: int) -> list[str]:
     """The paths in question for `M` tokens: cuBLAS, and those whose tiles are not mostly empty and read no weight thrice."""
-    spans = {"gemv": (1, 1), "decode": (1, 16), "small": (17, 256), "prefill": (64, math.inf), "cublas": (1, math.inf)}
+    spans = {"gemv": (1, 1), "decode": (2, 16), "small": (17, 256), "prefill": (64, math.inf), "cublas": (1, math.inf)}
     return [path for path in launch.PATHS if spans[path][0] <= M <= spans[path][1]]
 
 
@@ -51,14 +51,16 @@ def variants(half: str, path: str, M: int, H: int, IP: int, dtype: torch.dtype, 
     """The valid configurations of one half ("gate_up" or "down") of a path; none where cuBLAS does it."""
     pdl = (False, True) if sm >= 90 else (False,)
     rows = (64 // dtype.itemsize, 128 // dtype.itemsize, 256 // dtype.itemsize)  # 64, 128 and 256 bytes of K
-    tiles = ((64, 128), (64, 128), rows[:2], (4, 8), (3, 4))
     block_m = (launch.token_block(path, M),)
     grid = {
-        ("gate_up", "gemv"): {GateUpGemv: ((1, 2, 4), (2, 4, 8, 16), pdl)},
-        ("down", "gemv"): {DownGemv: ((2, 4, 8), (256, 512), (2, 4), (4,), pdl)},
+        ("gate_up", "gemv"): {GateUpGemv: ((1, 2, 4), (2, 4, 8), pdl)},
+        ("down", "gemv"): {DownGemv: ((1, 2, 4), (512, 1024, 2048), (4, 8), pdl)},
         ("gate_up", "decode"): {GateUpSwap: (block_m, (16, 32, 64), rows[1:], (4, 8), (3, 4), pdl)},
-        ("down", "decode"): {DownSplitK: (block_m, (32, 64), rows[1:], (1, 2, 4, 8, 16), (4,), (3, 4), pdl)},
-        ("gate_up", "prefill"): {GateUpTma: tiles, GateUpTile: tiles},
+        ("down", "decode"): {DownSplitK: (block_m, (32, 64), rows[1:], (2, 4, 8), (4,), (4,), pdl)},
+        ("gate_up", "prefill"): {
+            GateUpTma: ((64, 128), (64, 128), rows[1:2], (4, 8), (3, 4)),
+            GateUpTile: ((64, 128), (64, 128), rows[:2], (4, 8), (3, 4)),
+        },
     }.get((half, "decode" if path == "small" else path), {})
     configs = [kind(*values) for kind, choices in grid.items() for values in itertools.product(*choices)]
     return [config for config in configs if launch.is_valid(config, sm, M, H, IP, dtype)]

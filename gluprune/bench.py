@@ -22,7 +22,7 @@ from gluprune import plots
 from gluprune.energy import Energy, Meter, find_meter
 from gluprune.families import GLU, model_glus
 from gluprune.generation import GenerationTiming, Generator, make_generator, time_generator
-from gluprune.patching import fusion_status, patch
+from gluprune.patching import fusion_status, patch, unpatch
 from gluprune.pruning import prune
 from gluprune.records import Record
 from gluprune.selection import target_width
@@ -57,7 +57,8 @@ class Plan:
     ratios: shares of the neurons to remove, beside none. decodings: keys of `gluprune.generation.DECODINGS`.
     providers: who runs the MLPs, transformers or gluprune; gluprune where it has kernels alone.
     seeds: of the prompts, which are random; repeats: timed runs for each.
-    energy_seconds: a window of energy at the least; idle_seconds: the window before, with nothing running.
+    energy_seconds: a window of energy at the least; None: energy is not measured. idle_seconds: the window before, with
+        nothing running.
     """
 
     workloads: tuple[Workload, ...]
@@ -66,7 +67,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     repeats: int = 5
     providers: tuple[str, ...] = (STOCK, OURS)
-    energy_seconds: float = 5.0
+    energy_seconds: float | None = 5.0
     idle_seconds: float = 10.0
 
 
@@ -138,7 +139,7 @@ def bench(dense, name: str, plan: Plan, device: torch.device, keep: Callable[[Re
     with tqdm(total=len(all_widths) * len(_cells(plan, device)), unit="cell", disable=None) as progress:
         for width in all_widths:
             progress.set_description(f"{width} neurons")
-            for made in bench_width(dense, name, width, plan, device, meter, idle):
+            for made in bench_model(narrowed(dense, width).to(device), name, plan, meter, idle):
                 for record in made:
                     keep(record)
                 progress.update()
@@ -156,14 +157,10 @@ def _cells(plan: Plan, device: torch.device) -> list[tuple[str, str, Workload]]:
     return list(product(providers, plan.decodings, plan.workloads))
 
 
-def bench_width(
-    dense, name: str, width: int, plan: Plan, device: torch.device, meter: Meter, idle: Energy
-) -> Iterator[list[Record]]:
-    """Measure a model at one width: the records of each provider, way of decoding and workload in turn."""
-    model = narrowed(dense, width).to(device)
-    for provider, decoding, workload in _cells(plan, device):
-        if provider == OURS:
-            patch(model)  # idempotent
+def bench_model(model, name: str, plan: Plan, meter: Meter, idle: Energy) -> Iterator[list[Record]]:
+    """Measure a model where it is: the records of each provider, way of decoding and workload in turn."""
+    for provider, decoding, workload in _cells(plan, model.device):
+        patch(model) if provider == OURS else unpatch(model)  # both are idempotent
         yield list(measure(model, name, provider, decoding, workload, plan, meter, idle))
 
 
@@ -195,7 +192,8 @@ def measure(
     yield from timing_records(timing, common, weight_bytes(model))
     peak, method = memory.read(lambda: generator(prompts[0], workload.new_tokens, _nothing))
     yield _record_or_words("generation: peak memory", common, "B", peak, method)
-    yield from _energy(generator, prompts[0], common, workload, plan, meter, idle)
+    if plan.energy_seconds is not None:
+        yield from _energy(generator, prompts[0], common, workload, plan, meter, idle)
 
 
 Description = tuple[str, dict[str, int | str], torch.dtype]  # provider, shape and dtype, as a record has them

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -180,7 +181,8 @@ def _is_fusible(mlp: nn.Module, x: torch.Tensor) -> bool:
     """Whether the fused operator computes what the MLP's modules compute for `x`, here and now."""
     if not ops.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # The flag, not `is_exporting()`, which is always true in what torch.compile compiles up to torch 2.11.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return False  # an exported program holds PyTorch's operators alone, and so runs without this package
     if type(x) not in _PLAIN or _obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
         return False
@@ -304,12 +306,15 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
     if all(left) and not any(isinstance(mlp, FusedGLU) for _, mlp in glus):
         raise ValueError(f"no MLP of {type(model).__name__} can be patched: {_summary(left)}")
 
+    before = [type(mlp) for _, mlp in glus]
     with ExitStack() as undo:
         for (_, mlp), reason in zip(glus, left):
             if reason is None:
                 undo.callback(_set_class, mlp, type(mlp)) if _is_patched(mlp) else undo.callback(_unpatch, mlp)
                 _patch(mlp, backend)
         undo.pop_all()
+    if before != [type(mlp) for _, mlp in glus]:
+        _forget_compiled()
     status = fusion_status(model)
     reasons = [entry.reason for entry in status if not entry.fused]
     line = f"{len(status) - len(reasons)} of {len(status)} MLPs are fused (backend {backend})"
@@ -334,7 +339,18 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} became {type(mlp).__name__} after it was patched: undo that first")
     for _, mlp in patched:
         _unpatch(mlp)
+    if patched:
+        _forget_compiled()
     return model
+
+
+def _forget_compiled() -> None:
+    """Let torch.compile compile anew: up to torch 2.11 what it has compiled of a model does not notice another class.
+
+    Code around the model holds its old MLPs (`generate` compiles the model's forward for a static cache, for one).
+    """
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and its import takes seconds
+        torch.compiler.reset()
 
 
 patch_llama = patch

@@ -1,5 +1,6 @@
 """`gluprune bench` on a tiny model: the right widths, tokens, bytes and joules in the records; errors."""
 
+import dataclasses
 import json
 
 import pytest
@@ -97,6 +98,13 @@ def test_energy_that_was_not_measured_has_words_and_no_figure(tiny_model):
     made = bench.measure(tiny_model(), "tiny", "transformers", "generate", Workload(1, 5, 2), TINY, meter, meter.idle())
     energy = [record for record in made if "energy" in record.what]
     assert [(record.p50, record.refusal) for record in energy] == [(None, "not measured: no counter")]
+
+
+def test_energy_that_nobody_asked_for_has_no_record(tiny_model):
+    plan = dataclasses.replace(TINY, energy_seconds=None)
+    arguments = ("tiny", "transformers", "generate", Workload(1, 5, 2), plan, ScriptedMeter(), Energy(9.0, 3.0, ""))
+    made = [record.what for record in bench.measure(tiny_model(), *arguments)]
+    assert "generation: TTLT" in made and not any("energy" in what for what in made)
 
 
 def test_what_a_decoding_refuses_is_recorded(tiny_model):

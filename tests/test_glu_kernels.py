@@ -22,8 +22,8 @@ GATE_UP = {
     "tma": (37, plan_gate_up_tma, (GateUpTma(16, 64, 32, 4, 2), 90)),
 }
 DOWN = {
-    "gemv": (1, plan_down_gemv, DownGemv(4, 64, 2, 4, False)),
-    "gemv, one short step": (1, plan_down_gemv, DownGemv(4, 512, 4, 4, False)),
+    "gemv": (1, plan_down_gemv, DownGemv(4, 64, 4, False)),
+    "gemv, one short step": (1, plan_down_gemv, DownGemv(4, 512, 4, False)),
     "split 1": (19, plan_down_splitk, DownSplitK(16, 32, 64, 1, 4, 2, False)),
     "split 3": (19, plan_down_splitk, DownSplitK(16, 32, 64, 3, 4, 2, False)),
     "split 5 of 6": (5, plan_down_splitk, DownSplitK(16, 32, 64, 5, 4, 2, False)),

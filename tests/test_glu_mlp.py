@@ -70,7 +70,7 @@ def decisions(draw, M: int, IP: int) -> Launch:
     path = draw(st.sampled_from(("decode", "small", "prefill") + ("gemv",) * (M == 1)))
     if path == "gemv":
         gate_up = GateUpGemv(draw(power(3, 6)), 4, pdl)
-        return Launch(path, gate_up, DownGemv(draw(power(3, 6)), draw(power(4, 8)), draw(st.integers(1, 4)), 4, pdl))
+        return Launch(path, gate_up, DownGemv(draw(power(3, 6)), draw(power(4, 8)), 4, pdl))
     tile = (draw(power(4, 6)), draw(power(5, 7)), draw(power(4, 6)), 4, 2)
     if path == "prefill":
         return Launch(path, draw(st.sampled_from((GateUpTile, GateUpTma)))(*tile), None)
@@ -113,7 +113,7 @@ def test_pruned_widths(I):
     print("seed", seed)
     splits = DownSplitK(16, 64, 64, 5, 4, 2, False)
     plans = {
-        1: Launch("gemv", GateUpGemv(64, 4, False), DownGemv(16, 256, 4, 4, False)),
+        1: Launch("gemv", GateUpGemv(64, 4, False), DownGemv(16, 256, 4, False)),
         5: Launch("decode", GateUpSwap(16, 128, 32, 4, 2, False), splits),
         33: Launch("prefill", GateUpTma(64, 128, 32, 4, 2), None),
         34: Launch("prefill", GateUpTile(64, 128, 32, 4, 2), None),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from benchmarks import gpu
 from benchmarks.gpu import Step, main, rehearsal, run, steps
-from benchmarks.shapes import SETS
+from benchmarks.shapes import SETS, paper_widths
 from benchmarks.test_model import CASES as MODEL_CASES
-from benchmarks.test_model import PLAN
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -28,37 +28,45 @@ def test_steps_are_named_once_and_short():
                 assert not argument.endswith(".py") or (ROOT / argument).is_file(), argument
 
 
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_the_parts_make_the_whole_grid(part):
-    """Every case of the full set is selected by exactly one step."""
+def selected(step, case):
+    """Whether pytest's `-k` selects the case in this step."""
+    expression = Expression.compile(step.arguments[step.arguments.index("-k") + 1])
+    return expression.evaluate(lambda word, **_: word in case)
+
+
+@pytest.mark.parametrize("part, prefixes", [("forward", ("all",)), ("backward", ("backward",))])
+def test_the_parts_make_the_whole_grid(part, prefixes):
+    """Every case of the full set is selected by exactly one step, beside those that bring some of them first."""
     full = SETS["full"]
-    cases = [f"test_{part}[{model}-M{M:04}-I{I}]" for model, _, I, M in full.cases(full.tokens)]
-    selections = [step.arguments[-1].split(" and ") for step in steps() if step.name.startswith(part)]
-    for case in cases:
-        assert sum(all(word in case for word in selection) for selection in selections) == 1, case
+    todo = [step for step in steps() if step.name.startswith(prefixes)]
+    for case in [f"test_{part}[{model}-M{M:04}-I{I}]" for model, _, I, M in full.cases(full.tokens)]:
+        assert sum(selected(step, case) for step in todo) == 1, case
+
+
+def test_the_studys_widths_come_first_without_torch_compile():
+    full = SETS["full"]
+    todo = [step for step in steps() if step.name.startswith("forward")]
+    for case in full.cases(full.tokens):
+        model, _, I, M = case
+        first = I in (8192, *paper_widths(8192))
+        assert sum(selected(step, f"test_forward[{model}-M{M:04}-I{I}]") for step in todo) == first, case
+    assert all("--without" in step.arguments for step in todo)
 
 
 def test_the_parts_make_all_model_benchmarks():
-    cases = [f"test_llama[{name}-I{width}-{provider}]" for name, width in MODEL_CASES for provider in PLAN.providers]
-    selections = [step.arguments[-1].split(" and ") for step in steps() if step.name.startswith("model")]
-    for case in cases:
-        assert sum(all(word in case for word in selection) for selection in selections) == 1, case
+    todo = [step for step in steps() if step.name.startswith("model")]
+    for case in [f"test_llama[{name}-I{width}-{plan}]" for name, width, plan in MODEL_CASES]:
+        assert sum(selected(step, case) for step in todo) == 1, case
 
 
 def test_every_shape_of_the_tables_is_tuned():
-    """Paths and configurations are looked for at every padded width and number of tokens that is measured."""
     for name, (H, widths) in SETS["full"].models.items():
-        for M in SETS["full"].tokens:
-            for kind in ("paths", "tune"):
-                tuned = set()
-                for step in steps():
-                    if step.name.startswith(kind) and str(H) in step.arguments:
-                        after = step.arguments[step.arguments.index("--intermediate") + 1 :]
-                        sizes, _, rest = " ".join(after).partition(" --tokens ")
-                        if str(M) in rest.split(" --")[0].split():
-                            tuned |= {-(-int(size) // 128) for size in sizes.split()}
-                missing = {-(-width // 128) for width in widths} - tuned
-                assert len(missing) <= (0 if kind == "paths" else 2), (name, M, kind, missing)
+        (step,) = [step for step in steps() if step.name == f"tune-{name}"]
+        words = " ".join(step.arguments)
+        assert f"--hidden {H} " in words
+        sizes, tokens = words.partition("--intermediate ")[2].partition(" --out")[0].split(" --tokens ")
+        assert set(map(str, widths)) == set(sizes.split())
+        assert set(map(str, SETS["full"].tokens)) == set(tokens.split())
 
 
 def python(name, code, minutes=1.0):

@@ -38,7 +38,9 @@ CPU = torch.device("cpu")
         (16, 2048, FP16, 80, "decode"),
         (17, 2048, BF16, 90, "small"),
         (128, 2048, BF16, 120, "small"),
-        (129, 2048, BF16, 90, "prefill"),
+        (129, 2048, BF16, 90, "cublas"),
+        (1023, 2048, BF16, 90, "cublas"),
+        (1024, 2048, BF16, 90, "prefill"),
         (129, 2048, BF16, 86, "prefill"),
         (8192, 2048, BF16, 120, "prefill"),
         (129, 2048, BF16, 100, "cublas"),
@@ -104,8 +106,8 @@ def test_prefill_kernel_by_chip_and_shape():
     def kind(M, H, IP, sm, dtype=BF16):
         return heuristic("prefill", M, H, IP, dtype, sm).gate_up
 
-    assert kind(2048, 2048, 8192, 90) == GateUpTma(128, 128, 64, 8, 3)
-    assert kind(256, 2048, 8192, 90) == GateUpTma(128, 64, 64, 8, 3)  # 128 large tiles do not fill 132 multiprocessors
+    assert kind(2048, 2048, 8192, 90) == GateUpTma(128, 128, 64, 8, 4)
+    assert kind(256, 2048, 8192, 90) == GateUpTma(128, 64, 64, 8, 4)  # 128 large tiles do not fill 132 multiprocessors
     assert kind(2048, 2048, 8192, 120) == kind(2048, 2048, 8192, 80) == GateUpTile(128, 128, 32, 8, 3)
     assert isinstance(kind(2048, 2020, 8192, 90), GateUpTile)  # rows off the 16-byte boundary
     assert isinstance(kind(2048, 2080, 8192, 90), GateUpTile)  # a ragged last K tile
@@ -124,7 +126,7 @@ VALID = {
     "swap": GateUpSwap(16, 32, 128, 4, 4, True),
     "tile": GateUpTile(128, 128, 32, 8, 3),
     "tma": GateUpTma(128, 128, 64, 8, 3),
-    "down gemv": DownGemv(4, 256, 4, 4, True),
+    "down gemv": DownGemv(4, 256, 4, True),
     "split": DownSplitK(16, 64, 128, 8, 4, 4, True),
 }
 
@@ -148,7 +150,6 @@ VALID = {
         ("tma", {}, dict(sm=120)),  # 2 x 48 + 32 KB
         ("tma", {}, dict(H=2056)),  # ragged K
         ("tma", dict(num_stages=5), {}),
-        ("down gemv", dict(unroll=0), {}),
         ("down gemv", {}, dict(M=2)),
         ("split", dict(split_k=0), {}),
         ("split", dict(split_k=65), {}),  # 64 steps
@@ -196,7 +197,7 @@ KEY = (90, 2048, 6656, 16, BF16)
 ENTRY = Launch("decode", GateUpSwap(16, 64, 64, 4, 3, True), DownSplitK(16, 32, 128, 7, 4, 3, False))
 TUNED = {
     KEY: ENTRY,
-    (90, 2048, 6656, 1, BF16): Launch("gemv", GateUpGemv(4, 8, False), DownGemv(8, 512, 2, 8, True)),
+    (90, 2048, 6656, 1, BF16): Launch("gemv", GateUpGemv(4, 8, False), DownGemv(8, 512, 8, True)),
     (90, 2048, 6656, 2048, BF16): Launch("prefill", GateUpTma(128, 64, 64, 4, 4), None),
     (80, 2048, 6656, 2048, FP16): Launch("prefill", GateUpTile(64, 128, 32, 4, 3), None),
     (90, 2048, 6656, 4096, BF16): Launch("cublas", None, None),

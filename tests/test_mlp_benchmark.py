@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import test_mlp
 from benchmarks.ceilings import Ceilings
 from benchmarks.providers import PROVIDERS, eager, eager_padded
 from benchmarks.shapes import SETS
@@ -44,13 +43,12 @@ def generated(weights):
 
 
 @pytest.fixture
-def kept(monkeypatch):
+def kept():
     """Records by provider of a run of one benchmark with these providers."""
 
     def measured(what, **providers):
-        monkeypatch.setattr(test_mlp, "PROVIDERS", providers)
         records = []
-        unexpected = measure(what, CASE, CPU, SETS["tiny"], CEILINGS, records.append)
+        unexpected = measure(what, CASE, CPU, SETS["tiny"], CEILINGS, providers, records.append)
         return {record.provider: record for record in records}, unexpected
 
     return measured

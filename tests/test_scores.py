@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gluprune
@@ -29,6 +29,7 @@ TRUTH = {
 }
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 70),
     st.integers(2, 90),
@@ -108,10 +109,11 @@ def test_prune_takes_the_kernel_where_it_runs(tiny_model, monkeypatch):
     """As on CUDA: with the kernel allowed on this device, `prune` calls it and keeps the same neurons."""
     calls = []
     original = ops.neuron_statistics
+    device = "cpu" if ops.INTERPRETED else "cuda"
     expected = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
     monkeypatch.setattr(ops, "uses_kernels", lambda backend, device: True)
     monkeypatch.setattr(ops, "neuron_statistics", lambda *weights: calls.append(1) or original(*weights))
-    found = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
+    found = gluprune.prune(tiny_model(seed=5).to(device), pruning_ratio=0.4, multiple_of=1)
     assert len(calls) == 3
     for index, kept in expected.kept.items():
         assert torch.equal(kept, found.kept[index])

@@ -59,7 +59,7 @@ def test_search_finds_a_planted_best(data):
 @pytest.mark.parametrize(
     "M, paths",
     [
-        (1, ["gemv", "decode", "cublas"]),
+        (1, ["gemv", "cublas"]),
         (16, ["decode", "cublas"]),
         (32, ["small", "cublas"]),
         (64, ["small", "prefill", "cublas"]),
@@ -221,7 +221,9 @@ def test_rehearsal_in_the_interpreter(tmp_path, capsys):
     assert tune.main([*ARGUMENTS, "--out", str(out), "--tokens", "1", "64"]) == 0
     assert {key[3] for key in launch.load_table(out)} == {1, 64}
     told = capsys.readouterr().out
-    assert told.count("0 refused") == 2 and told.count("3 timed") == 2  # gemv, decode, cublas; small, prefill, cublas
+    assert (
+        told.count("0 refused") == 2 and "2 timed" in told and "3 timed" in told
+    )  # gemv, cublas; small, prefill, cublas
     assert tune.main(ARGUMENTS) == 2
     assert capsys.readouterr().err == "error: --device cpu needs TRITON_INTERPRET=1 and --out\n"
 

@@ -17,13 +17,13 @@ from gluprune.generation import GenerationTiming, make_generator, time_generator
 from gluprune.random_models import CONFIGS, random_model
 from gluprune.smollm2 import NAME, smollm2_checkpoint
 
-WORKLOADS = tuple(Workload(batch, prompt, 64) for batch in (1, 8) for prompt in (128, 1024))
-# Those that take minutes a width come last.
+SHORT, LONG = (tuple(Workload(batch, prompt, 64) for batch in (1, 8)) for prompt in (128, 1024))
 PLANS = {
-    "graph": Plan(WORKLOADS, ("graph",), energy_seconds=None),
-    "energy": Plan((Workload(8, 128, 64),), ("graph",), energy_seconds=2.0),
-    "generate": Plan((Workload(1, 128, 64),), ("generate",), repeats=3, energy_seconds=None),
-    "compiled": Plan(WORKLOADS[:1], ("compiled",), energy_seconds=None),
+    "graph": Plan(SHORT, ("graph",), repeats=3, energy_seconds=None),
+    "energy": Plan(SHORT[1:], ("graph",), repeats=1, energy_seconds=2.0, idle_seconds=3.0),
+    "generate": Plan(SHORT[:1], ("generate",), repeats=3, energy_seconds=None),
+    "long": Plan(LONG, ("graph",), energy_seconds=None),
+    "compiled": Plan(SHORT[:1], ("compiled",), energy_seconds=None),
 }
 CASES = [
     (name, width, plan)

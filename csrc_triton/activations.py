@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import KernelCall, Plan
+from .launch import cdiv, KernelCall, Plan
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ACT_MUL_BLOCK = 1024
@@ -63,7 +63,7 @@ def plan_act_mul(h, intermediate_size, activation="silu", gate_bias=None, up_bia
     a = torch.empty((M, IP), dtype=h.dtype, device=h.device)
     call = KernelCall(
         act_mul_kernel,
-        (M, triton.cdiv(IP, ACT_MUL_BLOCK)),
+        (M, cdiv(IP, ACT_MUL_BLOCK)),
         dict(h=h, a=a, gate_bias=gate_bias, up_bias=up_bias, I=intermediate_size, IP=IP),
         dict(ACTIVATION=activation, BLOCK_N=ACT_MUL_BLOCK),
         num_warps=4,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DownGemv, DownSplitK, KernelCall, Plan, input_precision, uses_pdl
+from .launch import cdiv, DownGemv, DownSplitK, input_precision, KernelCall, Plan, uses_pdl
 
 SUM_BLOCK = 512
 
@@ -56,7 +56,7 @@ def plan_down_gemv(a, down, bias, config: DownGemv) -> Plan:
     pdl = uses_pdl(config)
     call = KernelCall(
         down_gemv_kernel,
-        (triton.cdiv(H, config.block_n),),
+        (cdiv(H, config.block_n),),
         dict(a=a, down=down, y=y, bias=bias, H=H, IP=IP),
         dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, PDL=pdl),
         num_warps=config.num_warps,
@@ -133,7 +133,7 @@ def plan_down_splitk(a, down, bias, config: DownSplitK) -> Plan:
     pdl = uses_pdl(config)
     product = KernelCall(
         down_splitk_kernel,
-        (triton.cdiv(M, config.block_m), triton.cdiv(H, config.block_n), config.split_k),
+        (cdiv(M, config.block_m), cdiv(H, config.block_n), config.split_k),
         dict(a=a, down=down, partials=partials, M=M, H=H, IP=IP),
         dict(
             BLOCK_M=config.block_m,
@@ -149,7 +149,7 @@ def plan_down_splitk(a, down, bias, config: DownSplitK) -> Plan:
     )
     total = KernelCall(
         sum_partials_kernel,
-        (M, triton.cdiv(H, SUM_BLOCK)),
+        (M, cdiv(H, SUM_BLOCK)),
         dict(partials=partials, y=y, bias=bias, M=M, H=H),
         dict(SPLIT_K=config.split_k, BLOCK_N=SUM_BLOCK, PDL=pdl),
         num_warps=4,

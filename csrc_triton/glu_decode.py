@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 
 from .activations import glu, load_bias
-from .launch import GateUpGemv, GateUpSwap, KernelCall, Plan, first_up_row, input_precision, uses_pdl
+from .launch import (
+    cdiv,
+    first_up_row,
+    GateUpGemv,
+    GateUpSwap,
+    input_precision,
+    KernelCall,
+    next_power_of_2,
+    Plan,
+    uses_pdl,
+)
 
 
 @triton.jit(do_not_specialize=["I", "UP"])
@@ -81,7 +91,7 @@ def plan_gate_up_gemv(x, gate_up, intermediate_size, activation, gate_bias, up_b
             I=intermediate_size,
             UP=first_up_row(gate_up),
         ),
-        dict(H=H, BLOCK_H=triton.next_power_of_2(H), BLOCK_N=config.block_n, ACTIVATION=activation, PDL=pdl),
+        dict(H=H, BLOCK_H=next_power_of_2(H), BLOCK_N=config.block_n, ACTIVATION=activation, PDL=pdl),
         num_warps=config.num_warps,
         num_stages=1,
         launch_pdl=pdl,
@@ -157,7 +167,7 @@ def plan_gate_up_swap(x, gate_up, intermediate_size, activation, gate_bias, up_b
     pdl = uses_pdl(config)
     call = KernelCall(
         gate_up_swap_kernel,
-        (triton.cdiv(M, config.block_m), IP // config.block_n),
+        (cdiv(M, config.block_m), IP // config.block_n),
         dict(
             x=x,
             gate_up=gate_up,

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import glu, load_bias
-from .launch import GateUpTile, GateUpTma, KernelCall, Plan, first_up_row, input_precision, multiprocessors
+from .launch import cdiv, first_up_row, GateUpTile, GateUpTma, input_precision, KernelCall, multiprocessors, Plan
 
 # Tiles are visited in groups of this many rows of tiles, so that neighbours in time share weights and tokens in the L2.
 GROUP_M = 8
@@ -95,7 +95,7 @@ def plan_gate_up_tile(x, gate_up, intermediate_size, activation, gate_bias, up_b
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)
     call = KernelCall(
         gate_up_tile_kernel,
-        (triton.cdiv(M, config.block_m) * (IP // config.block_n),),
+        (cdiv(M, config.block_m) * (IP // config.block_n),),
         dict(
             x=x,
             gate_up=gate_up,
@@ -171,7 +171,7 @@ def plan_gate_up_tma(x, gate_up, intermediate_size, activation, gate_bias, up_bi
     (_, IP, H), UP = gate_up.shape, first_up_row(gate_up)
     a = torch.empty((M, IP), dtype=x.dtype, device=x.device)
     weights = gate_up.as_strided((UP + IP, H), (H, 1))  # both halves, which may overlap
-    tiles = triton.cdiv(M, config.block_m) * (IP // config.block_n)
+    tiles = cdiv(M, config.block_m) * (IP // config.block_n)
     call = KernelCall(
         gate_up_tma_kernel,
         (min(tiles, multiprocessors(x.device, sm)),),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 PATHS = ("gemv", "decode", "small", "prefill", "cublas")
 PAD = 128  # the intermediate size is padded to this multiple
@@ -46,10 +47,67 @@ class KernelCall:
     launch_pdl: bool = False
 
     def run(self) -> None:
+        """Launch on the current device and stream.
+
+        Triton takes tens of microseconds to find what it has compiled for such arguments; a launch of that takes few.
+        """
+        if not isinstance(self.kernel, triton.JITFunction):  # the interpreter's
+            self._launch()
+            return
+        key = self._key()
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = self._launch()
+        else:
+            compiled[self.grid_3d](*self.arguments())
+
+    @property
+    def grid_3d(self) -> tuple[int, ...]:
+        return (*self.grid, 1, 1)[:3]
+
+    def arguments(self) -> list[object]:
+        """All arguments of the kernel, in its order."""
+        values = self.args | self.constants
+        return [values[name] for name in self.kernel.arg_names]
+
+    def compiled(self) -> Any:
+        """What a `run` of such a call has compiled; None if nothing was."""
+        return _compiled.get(self._key()) if isinstance(self.kernel, triton.JITFunction) else None
+
+    def _launch(self) -> Any:
         options: dict[str, object] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.launch_pdl:
             options["launch_pdl"] = True
-        self.kernel[self.grid](**self.args, **self.constants, **options)
+        return self.kernel[self.grid](**self.args, **self.constants, **options)
+
+    def _key(self) -> tuple[object, ...]:
+        """All that Triton specialises a compilation on."""
+        free = self.kernel.do_not_specialize
+        kinds = [_kind(value) for name, value in self.args.items() if name not in free]
+        return (self.kernel.fn, self.num_warps, self.num_stages, self.launch_pdl, *kinds, *self.constants.values())
+
+
+# What `KernelCall.run` has compiled, by its key. The numbers of tokens are no part of a key, so that it stays small.
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _kind(value: object) -> object:
+    """What a kernel may be specialised on: dtype, device and alignment of a tensor, shape of a tile, a number itself."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, value.data_ptr() % 16
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, value.base.device, tuple(value.block_shape)
+    return value
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up. `triton.cdiv` does the same, but takes microseconds a call on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n >= 1`."""
+    return 1 << (n - 1).bit_length()
 
 
 class Plan(NamedTuple):
@@ -251,7 +309,7 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
     if block_m == 128 or not is_valid(gate_up, sm, M, H, IP, dtype):
         gate_up = GateUpSwap(block_m, 32, block_k, num_warps=4, num_stages=4, pdl=pdl)
     # 64 rows of down. Splits for two programs on each multiprocessor; above eight the partial results weigh too much.
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(H, 64)
+    tiles = cdiv(M, block_m) * cdiv(H, 64)
     split_k = max(1, min(8, 2 * MULTIPROCESSORS.get(sm, 132) // tiles, IP // block_k))
     down = DownSplitK(block_m, 64, block_k, split_k, num_warps=4, num_stages=4, pdl=pdl)
     return Launch(path, gate_up, down)
@@ -259,13 +317,13 @@ def heuristic(path: str, M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -
 
 def token_block(path: str, M: int) -> int:
     """Tokens of a tile on the paths "decode" and "small"."""
-    return 16 if path == "decode" else min(max(triton.next_power_of_2(M), 32), 128)
+    return 16 if path == "decode" else min(max(next_power_of_2(M), 32), 128)
 
 
 def _gate_up_gemv(H: int, dtype: torch.dtype, pdl: bool) -> GateUpGemv:
     # Two neurons, gate and up, are four rows: with one warp per 2 KB of a row every thread has 256 bytes (16 loads) in
     # flight and keeps them in 64 registers.
-    row_bytes = triton.next_power_of_2(H) * dtype.itemsize
+    row_bytes = next_power_of_2(H) * dtype.itemsize
     return GateUpGemv(2, num_warps=min(max(row_bytes >> 11, 1), 16), pdl=pdl)
 
 
@@ -273,7 +331,7 @@ def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Ga
     block_k = 128 // dtype.itemsize  # 128 bytes: the widest swizzle of a TMA tile
     # The large tile (128 gate and 128 up rows) reads least from the L2. With fewer tiles than multiprocessors much of
     # the chip would idle, so the halved tile is taken.
-    fills = triton.cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
+    fills = cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
     config = GateUpTma(128, 128 if fills else 64, block_k, num_warps=8, num_stages=4)
     # sm_120 has the matrix unit of sm_89, and Triton 3.6 leaves stack stores in the TMA kernel there.
     if sm < 120 and is_valid(config, sm, M, H, IP, dtype):

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import KernelCall
+from .launch import cdiv, KernelCall, next_power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 4096  # weights per program and step
@@ -156,7 +156,7 @@ def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
 def _readable_columns(down: torch.Tensor) -> int:
     """Columns of `down` that may be read: I rounded up to 16 if the storage goes on behind the last row, else I."""
     height, width = down.shape
-    rounded = triton.cdiv(width, 16) * 16
+    rounded = cdiv(width, 16) * 16
     end = down.storage_offset() + (height - 1) * down.stride(0) + rounded
     return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
 
@@ -173,11 +173,11 @@ def plan_neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor)
         return torch.empty(rows, I, dtype=torch.float32, device=gate.device)
 
     ppm, variance, l1, l2 = empty(3), empty(2), empty(2), empty(2)
-    block_h = min(triton.next_power_of_2(H), 1024)
+    block_h = min(next_power_of_2(H), 1024)
     block_rows = TILE // block_h
     call = KernelCall(
         kernel=neuron_scores_kernel,
-        grid=(triton.cdiv(I, BLOCK_COLUMNS) + 2 * triton.cdiv(I, block_rows),),
+        grid=(cdiv(I, BLOCK_COLUMNS) + 2 * cdiv(I, block_rows),),
         args={
             "gate": gate, "up": up, "down": down, "ppm": ppm, "variance": variance, "l1": l1, "l2": l2,
             "I": I, "H": H, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "down_stride": down.stride(0),

@@ -75,7 +75,7 @@ def run_kernels(
     from csrc_triton.launch import triton_path
 
     tokens = x.reshape(-1, x.shape[-1])
-    path = {"auto": None, "cublas": "cublas", "triton": triton_path(tokens.shape[0])}[backend]
+    path = None if backend == "auto" else triton_path(tokens.shape[0]) if backend == "triton" else "cublas"
     y = kernels(tokens, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias, path)
     return y.view(x.shape)
 

@@ -62,15 +62,16 @@ def _is_packed(weight: torch.Tensor) -> bool:
 
 def _first_up_row(gate: torch.Tensor, up: torch.Tensor) -> int | None:
     """The row of a gate_up buffer where up begins; None if `gate` and `up` `[I, H]` are not the halves of one."""
-    rows, columns = gate.shape
-    if gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
+    storage = gate.untyped_storage()
+    if storage.data_ptr() != up.untyped_storage().data_ptr() or gate.shape != up.shape or gate.storage_offset() != 0:
         return None
-    if _is_half(gate, 0) and _is_half(up, 1):
-        return padded_width(rows)
-    plain = gate.storage_offset() == 0 and gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
-    if plain and up.storage_offset() == rows * columns and _elements(gate) == _gate_up_elements(rows, columns, rows):
-        return rows
-    return None
+    if not gate.is_contiguous() or not up.is_contiguous():
+        return None
+    rows, columns = gate.shape
+    first, rest = divmod(up.storage_offset(), columns)
+    if rest or first not in (padded_width(rows), rows):
+        return None
+    return first if storage.nbytes() // gate.element_size() == _gate_up_elements(rows, columns, first) else None
 
 
 def _is_padded_down(weight: torch.Tensor) -> bool:

@@ -1,0 +1,64 @@
+"""Plans for few tokens, recorded: the launches of a plan for other tensors of the same shapes.
+
+To plan a GLU MLP, and to let Triton look up what it has compiled, takes the host longer than its kernels take a GPU while
+there are few tokens. A recording only allocates and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .launch import KernelCall, Plan
+
+Tensors = Sequence[torch.Tensor | None]
+
+
+class Recording:
+    """What a plan that was run launches: compiled kernels, and at which places of their arguments the tensors belong."""
+
+    def __init__(self, plan: Plan, inputs: Tensors, compiled: Sequence[Any]):
+        place = {id(tensor): number for number, tensor in enumerate(inputs)}
+        self._allocations: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._launches: list[tuple[Callable[..., None], list[object], list[tuple[int, int]]]] = []
+        for call, kernel in zip(plan.calls, compiled):
+            arguments, tensors = call.arguments(), []
+            for position, value in enumerate(arguments):
+                if isinstance(value, torch.Tensor):
+                    if id(value) not in place:
+                        place[id(value)] = len(inputs) + len(self._allocations)
+                        self._allocations.append((value.shape, value.dtype, value.device))
+                    arguments[position] = None
+                    tensors.append((position, place[id(value)]))
+            self._launches.append((kernel[call.grid_3d], arguments, tensors))
+        self._output = place[id(plan.output)]
+
+    def run(self, inputs: Tensors) -> torch.Tensor:
+        """The output for other `inputs`, of the shapes, strides, dtypes, device and alignment of those recorded."""
+        tensors = [*inputs]
+        for shape, dtype, device in self._allocations:
+            tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        for launch, arguments, places in self._launches:
+            arguments = arguments.copy()
+            for position, number in places:
+                arguments[position] = tensors[number]
+            launch(*arguments)
+        return tensors[self._output]
+
+
+def record(plan: Plan, inputs: Tensors) -> Recording | None:
+    """The recording of a plan that was run; None if it holds more than compiled kernels on whole tensors."""
+    compiled = [call.compiled() if isinstance(call, KernelCall) else None for call in plan.calls]
+    if any(kernel is None for kernel in compiled):
+        return None
+    known = {id(tensor) for tensor in inputs}
+    for call in plan.calls:
+        for value in call.args.values():
+            if isinstance(value, torch.Tensor):
+                if id(value) not in known and value.untyped_storage().nbytes() != value.nbytes:
+                    return None  # a part of something: what it is a part of would have to be known
+            elif value is not None and not isinstance(value, int):
+                return None  # a descriptor
+    return Recording(plan, inputs, compiled)

@@ -160,7 +160,7 @@ def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """`x` with contiguous rows that start at 16-byte boundaries where H allows it: itself, or a copy."""
     M, H = x.shape
-    if M == 1:
+    if M == 1 and x.stride(0) != H:
         x = x.as_strided((1, H), (H, x.stride(1)))  # the row stride of a single row means nothing
     plain = x.stride(1) == 1 or H == 1
     apart = x.stride(0) >= H

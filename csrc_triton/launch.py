@@ -71,8 +71,8 @@ class KernelCall:
         return [values[name] for name in self.kernel.arg_names]
 
     def compiled(self) -> Any:
-        """What a `run` of such a call has compiled; None if nothing was."""
-        return _compiled.get(self._key()) if isinstance(self.kernel, triton.JITFunction) else None
+        """What `run` launches from the second time on: `compiled()[grid_3d](*arguments())`. None before the first."""
+        return _compiled.get(self._key()) if isinstance(self.kernel, triton.JITFunction) else self.kernel
 
     def _launch(self) -> Any:
         options: dict[str, object] = {"num_warps": self.num_warps, "num_stages": self.num_stages}

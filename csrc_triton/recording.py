@@ -20,7 +20,7 @@ class Recording:
     """What a plan that was run launches: compiled kernels, and at which places of their arguments the tensors belong."""
 
     def __init__(self, plan: Plan, inputs: Tensors, compiled: Sequence[Any]):
-        place = {id(tensor): number for number, tensor in enumerate(inputs)}
+        place = {id(tensor): number for number, tensor in enumerate(inputs) if tensor is not None}
         self._allocations: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._launches: list[tuple[Callable[..., None], list[object], list[tuple[int, int]]]] = []
         for call, kernel in zip(plan.calls, compiled):
@@ -49,16 +49,16 @@ class Recording:
 
 
 def record(plan: Plan, inputs: Tensors) -> Recording | None:
-    """The recording of a plan that was run; None if it holds more than compiled kernels on whole tensors."""
+    """The recording of a plan that was run; None if it holds anything but kernels on the inputs and on whole new tensors."""
     compiled = [call.compiled() if isinstance(call, KernelCall) else None for call in plan.calls]
     if any(kernel is None for kernel in compiled):
         return None
-    known = {id(tensor) for tensor in inputs}
-    for call in plan.calls:
-        for value in call.args.values():
-            if isinstance(value, torch.Tensor):
-                if id(value) not in known and value.untyped_storage().nbytes() != value.nbytes:
-                    return None  # a part of something: what it is a part of would have to be known
-            elif value is not None and not isinstance(value, int):
-                return None  # a descriptor
+    values = [value for call in plan.calls for value in call.args.values() if not isinstance(value, int | None)]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return None  # a descriptor
+    used, known = {id(value) for value in values}, {id(tensor) for tensor in inputs if tensor is not None}
+    if not known <= used:
+        return None  # the plan works on a view or a copy of an input
+    if any(id(value) not in known and value.untyped_storage().nbytes() != value.nbytes for value in values):
+        return None  # a part of a tensor that is not among them
     return Recording(plan, inputs, compiled)

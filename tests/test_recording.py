@@ -79,6 +79,8 @@ for (M, path), biases in itertools.product(((1, None), (1, "decode"), (7, None),
             role.setdefault(id(b), f"temporary {len(role)}")
             assert expected[id(a)] == role[id(b)], "a tensor in another's place"
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    used = {id(value) for entry in recorded for value in entry[3] if isinstance(value, torch.Tensor)}
+    assert {id(tensor) for tensor in second if tensor is not None} <= used, "an input that no kernel reads"
     assert any(value is y for value in recorded[-1][3]), "the last kernel writes what is returned"
 
 # Whatever changes a compilation or a launch is told apart.

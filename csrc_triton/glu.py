@@ -16,7 +16,6 @@ from .down_decode import plan_down_gemv, plan_down_splitk
 from .glu_decode import plan_gate_up_gemv, plan_gate_up_swap
 from .glu_prefill import plan_gate_up_tile, plan_gate_up_tma
 from .launch import GateUpGemv, GateUpSwap, GateUpTma, KernelCall, Launch, Plan
-from .recording import Recording, record
 
 
 def glu_mlp(
@@ -43,37 +42,21 @@ def glu_mlp(
     With one token on sm_90 and later, the kernel launched just before must not be writing the weights: they are
     requested before it ends. Raises ValueError or TypeError on any other input.
     """
-    _check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias)
+    biases = (gate_bias, up_bias, down_bias)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        return planned(x, gate_up, down, intermediate_size, activation, *biases, path).run()
+
+
+def planned(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias, path) -> Plan:
+    """What `glu_mlp` will run, for the same arguments; nothing is launched yet."""
+    biases = (gate_bias, up_bias, down_bias)
+    _check(x, gate_up, down, intermediate_size, activation, *biases)
     M, H = x.shape
     sm = launch.compute_capability(x.device)
     if M == 0:
         if path is not None and path not in launch.PATHS:
             raise ValueError(f"path must be one of {', '.join(launch.PATHS)} or None, got {path!r}")
-        return x.new_empty((0, H))
-    x = _aligned(x)
-    inputs = (x, gate_up, down, gate_bias, up_bias, down_bias)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-        if M > RECORDED_TOKENS:
-            return _plan(inputs, intermediate_size, activation, path, sm).run()
-        shapes = M, H, intermediate_size, x.stride(0), gate_up.stride(0)
-        alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, *inputs[3:])]
-        key = (*shapes, *alignments, x.dtype, x.device, activation, path)
-        if (recording := _recordings.get(key)) is not None:
-            return recording.run(inputs)
-        plan = _plan(inputs, intermediate_size, activation, path, sm)
-        y = plan.run()
-        if (recording := record(plan, inputs)) is not None:
-            _recordings[key] = recording
-        return y
-
-
-RECORDED_TOKENS = 128  # above, kernels take longer than planning
-_recordings: dict[tuple[object, ...], Recording] = {}
-
-
-def _plan(inputs, intermediate_size: int, activation: str, path: str | None, sm: int) -> Plan:
-    x, gate_up, down, *biases = inputs
-    M, H = x.shape
+        return Plan(x.new_empty((0, H)), [])
     decision = launch.choose(M, H, down.shape[1], x.dtype, sm, path, launch.device_table(x.device))
     return plan_glu_mlp(x, gate_up, down, intermediate_size, activation, *biases, decision, sm)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from triton.compiler import CompiledKernel
 
 from .launch import KernelCall, Plan
 
@@ -20,32 +21,36 @@ class Recording:
     """What a plan that was run launches: compiled kernels, and at which places of their arguments the tensors belong."""
 
     def __init__(self, plan: Plan, inputs: Tensors, compiled: Sequence[Any]):
-        place = {id(tensor): number for number, tensor in enumerate(inputs) if tensor is not None}
-        self._allocations: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        place = {id(tensor): number for number, tensor in enumerate((*inputs, plan.output)) if tensor is not None}
+        self._temporaries: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._launches: list[tuple[Callable[..., None], list[object], list[tuple[int, int]]]] = []
+        # An address saves the launcher a question to the driver. The interpreter wants tensors.
+        self._argument = torch.Tensor.data_ptr if isinstance(compiled[0], CompiledKernel) else torch.Tensor.detach
         for call, kernel in zip(plan.calls, compiled):
             arguments, tensors = call.arguments(), []
             for position, value in enumerate(arguments):
                 if isinstance(value, torch.Tensor):
                     if id(value) not in place:
-                        place[id(value)] = len(inputs) + len(self._allocations)
-                        self._allocations.append((value.shape, value.dtype, value.device))
+                        place[id(value)] = len(inputs) + 1 + len(self._temporaries)
+                        self._temporaries.append((value.shape, value.dtype, value.device))
                     arguments[position] = None
                     tensors.append((position, place[id(value)]))
             self._launches.append((kernel[call.grid_3d], arguments, tensors))
-        self._output = place[id(plan.output)]
 
-    def run(self, inputs: Tensors) -> torch.Tensor:
-        """The output for other `inputs`, of the shapes, strides, dtypes, device and alignment of those recorded."""
-        tensors = [*inputs]
-        for shape, dtype, device in self._allocations:
+    def run(self, inputs: Tensors, output: torch.Tensor) -> None:
+        """Fill `output` for other `inputs`: contiguous as those recorded, of their dtypes, device and alignment.
+
+        Only where they lie counts: a weight may stand for the buffer that it is the beginning of.
+        """
+        tensors = [*inputs, output]
+        for shape, dtype, device in self._temporaries:
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
-        for launch, arguments, places in self._launches:
+        places = [None if tensor is None else self._argument(tensor) for tensor in tensors]
+        for launch, arguments, positions in self._launches:
             arguments = arguments.copy()
-            for position, number in places:
-                arguments[position] = tensors[number]
+            for position, number in positions:
+                arguments[position] = places[number]
             launch(*arguments)
-        return tensors[self._output]
 
 
 def record(plan: Plan, inputs: Tensors) -> Recording | None:

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -264,9 +263,9 @@ def write_table(path: Path, gpu: str, entries: dict[launch.TableKey, tuple[Launc
     content = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "entries": kept + measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,13 +6,15 @@ weights are not in the aligned layout of `gluprune.storage`, it does PyTorch's o
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gluprune.storage import padded_buffers
+from gluprune.storage import first_up_row, padded_buffers
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 BACKENDS = ("auto", "triton", "cublas", "torch")
@@ -57,27 +59,61 @@ def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> t
 
 def run_kernels(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    intermediate_size: int,
+    first_up_row: int,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
     gate_bias: torch.Tensor | None,
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     activation: str,
     backend: str,
 ) -> torch.Tensor:
-    """What `glu_mlp` computes, on the buffers of `storage.padded_buffers` and past PyTorch's dispatcher.
+    """What `glu_mlp` computes, for weights in the layout of `gluprune.storage`, past PyTorch's dispatcher.
 
-    The dispatcher costs more time on the host than an MLP takes on the GPU for one token. Only for calls of which
-    `is_observed` is false.
+    The dispatcher costs more time on the host than an MLP takes on the GPU for one token; so do planning and Triton's own
+    look-ups, which is why the launches for few tokens are recorded at the first call and replayed from then on. Only for
+    calls of which `is_observed` is false; `first_up_row` is what `storage.first_up_row` says.
     """
-    from csrc_triton.glu import glu_mlp as kernels
-    from csrc_triton.launch import triton_path
+    glu = _kernels()
+    H = x.shape[-1]
+    M = x.numel() // H
+    path = None if backend == "auto" else "cublas" if backend == "cublas" else glu.launch.triton_path(M)
+    if not 0 < M <= RECORDED_TOKENS or not x.is_contiguous():
+        buffers = padded_buffers(gate_weight, up_weight, down_weight)
+        y = glu.glu_mlp(x.reshape(-1, H), *buffers, down_weight.shape[1], activation, gate_bias, up_bias, down_bias, path)
+        return y.view(x.shape)
+    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, gate_bias, up_bias, down_bias)]
+    shapes = M, H, down_weight.shape[1], first_up_row
+    key = (*shapes, *alignments, x.dtype, x.device, activation, path)
+    recording = _recordings.get(key)
+    if recording is not None:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+            recording.run((x, gate_weight, down_weight, gate_bias, up_bias, down_bias), y)
+        return y
+    from csrc_triton.recording import record
 
-    tokens = x.reshape(-1, x.shape[-1])
-    path = None if backend == "auto" else triton_path(tokens.shape[0]) if backend == "triton" else "cublas"
-    y = kernels(tokens, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias, path)
+    rows, biases = x.view(M, H), (gate_bias, up_bias, down_bias)
+    inputs = (rows, *padded_buffers(gate_weight, up_weight, down_weight), *biases)
+    plan = glu.planned(*inputs[:3], down_weight.shape[1], activation, *biases, path)
+    with torch.cuda.device_of(x):
+        y = plan.run()
+        recording = record(plan, inputs)
+    if recording is not None:  # not one of cuBLAS
+        _recordings[key] = recording
     return y.view(x.shape)
+
+
+RECORDED_TOKENS = 128  # above, kernels take longer than planning
+_recordings: dict[tuple[object, ...], Any] = {}
+
+
+@functools.cache
+def _kernels():
+    from csrc_triton import glu
+
+    return glu
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:
@@ -117,14 +153,15 @@ def glu_mlp(
         raise ValueError(f"unknown activation {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
-    buffers = None
+    row = None
     if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
-        buffers = padded_buffers(gate_weight, up_weight, down_weight)
-    if buffers is None:
+        row = first_up_row(gate_weight, up_weight, down_weight)
+    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
+    if row is None:
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
 
-    return run_kernels(x, *buffers, gate_weight.shape[0], gate_bias, up_bias, down_bias, activation, backend)
+    return run_kernels(x, row, *operands, activation, backend)
 
 
 @glu_mlp.register_fake

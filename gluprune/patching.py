@@ -61,16 +61,16 @@ class FusedGLU:
         if not _is_fusible(self, x):
             return super().forward(x)
         operands = _operands(self)
-        gate, up, down, *biases = operands
+        gate, up, down, *_ = operands
         options = _ACTIVATION_OF_CLASS[type(self._modules[self.family.activation])], self.backend
         if torch.compiler.is_compiling():  # the operator looks at the storages at run time
             return ops.glu_mlp(x, *operands, *options)
-        buffers = storage.padded_buffers(gate, up, down)
-        if buffers is None:
+        row = storage.first_up_row(gate, up, down)
+        if row is None:
             return super().forward(x)
         if ops.is_observed(x, *operands):
             return ops.glu_mlp(x, *operands, *options)
-        return ops.run_kernels(x, *buffers, down.shape[1], *biases, *options)
+        return ops.run_kernels(x, row, *operands, *options)
 
     # Four events part the weights or move them to where alignment starts or ceases to help.
 
@@ -138,7 +138,7 @@ def _runs_forward_of(module: nn.Module, owner: type) -> bool:
 def _obstacle(mlp: nn.Module) -> str | None:
     """Why calling a patched MLP's modules could differ from the fused operator on their weights; None if it cannot."""
     family = mlp.family
-    activation = getattr(mlp, family.activation)
+    activation = mlp._modules[family.activation]  # not by getattr, which takes longer for modules, and this runs often
     if type(activation) not in _ACTIVATION_OF_CLASS:
         return _unsupported_activation(activation)
     if _is_modified(activation):

@@ -61,7 +61,7 @@ def _is_packed(weight: torch.Tensor) -> bool:
 
 
 def _first_up_row(gate: torch.Tensor, up: torch.Tensor) -> int | None:
-    """The row of a gate_up buffer where up begins; None if `gate` and `up` `[I, H]` are not the halves of one."""
+    """The row of a gate_up buffer where `up` begins; None if `gate` and `up` `[I, H]` are not the halves of one."""
     storage = gate.untyped_storage()
     if storage.data_ptr() != up.untyped_storage().data_ptr() or gate.shape != up.shape or gate.storage_offset() != 0:
         return None
@@ -85,6 +85,12 @@ def _is_padded_down(weight: torch.Tensor) -> bool:
     )
 
 
+def first_up_row(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> int | None:
+    """The row of the gate_up buffer where `up` begins: I of a packed weight, else IP; None if the layout is another."""
+    row = _first_up_row(gate, up)
+    return row if row is not None and _is_padded_down(down) else None
+
+
 def padded_buffers(
     gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -97,19 +103,19 @@ def padded_buffers(
         gate_up `[2, IP, H]` and down `[H, IP]`, contiguous but for a packed gate_up, whose halves overlap; or None if the
         weights are not in the aligned layout.
     """
-    first_up_row = _first_up_row(gate, up)
-    if first_up_row is None or not _is_padded_down(down):
+    row = first_up_row(gate, up, down)
+    if row is None:
         return None
     columns, padded = gate.shape[1], padded_width(gate.shape[0])
     return (
-        gate.detach().as_strided((2, padded, columns), (first_up_row * columns, columns, 1)),
+        gate.detach().as_strided((2, padded, columns), (row * columns, columns, 1)),
         down.detach().as_strided((columns, padded), (padded, 1), 0),
     )
 
 
 def is_aligned(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether the weights are in the aligned layout."""
-    return padded_buffers(gate, up, down) is not None
+    return first_up_row(gate, up, down) is not None
 
 
 def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> torch.Tensor:

@@ -135,17 +135,6 @@ def test_same_bits_twice(path):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("biases", ["", "gud"])
-@pytest.mark.parametrize("M", [1, 2, 21, 128, 200])
-def test_other_tensors_of_the_same_shapes(M, biases):
-    """From the second call on the launches of few tokens are those recorded at the first."""
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    for number in range(3):
-        case = make_case(seed + number, M, 72, 333, torch.float16, biases=biases, device=DEVICE)
-        assert error(glu_mlp(*case.arguments()), case) < TOLERANCE[torch.float16]
-
-
 @pytest.mark.parametrize("path", [path for path in launch.PATHS if path != "gemv"])
 def test_infinite_token_stays_in_its_row(path):
     seed = torch.seed() % 2**31

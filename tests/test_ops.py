@@ -1,3 +1,4 @@
+import csrc_triton.glu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,18 +77,33 @@ def test_pytorch_path_is_bit_equal_to_the_eager_formula(dtype, backend, aligned)
     assert torch.equal(y, eager)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 21, 128, 200])
+def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
+    """From the second call on the launches for few tokens are those recorded at the first."""
+    monkeypatch.setattr(ops, "_recordings", {})
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    for number in range(3):
+        operands = make_operands(77, 48, torch.float16, bias=bias, device=DEVICE, seed=number)
+        x = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(number)).to(DEVICE, torch.float16)
+        y = ops.glu_mlp(x, *operands, "silu", "triton")
+        expected = truth(x, *operands, "silu")
+        torch.testing.assert_close(y.double().cpu(), expected, atol=TOLERANCE[torch.float16], rtol=4e-3)
+        assert len(ops._recordings) == (tokens <= ops.RECORDED_TOKENS)
+
+
 @interpreter_only
 def test_kernels_run_exactly_when_backend_dtype_and_storage_allow(monkeypatch):
-    import csrc_triton.glu
-
     calls = []
-    kernels = csrc_triton.glu.glu_mlp
+    planned = csrc_triton.glu.planned
 
     def record(*args):
         calls.append(args[-1])
-        return kernels(*args)
+        return planned(*args)
 
-    monkeypatch.setattr(csrc_triton.glu, "glu_mlp", record)
+    monkeypatch.setattr(csrc_triton.glu, "planned", record)
+    monkeypatch.setattr(ops, "_recordings", {})
     aligned, separate = make_operands(37, 48), make_operands(37, 48, aligned=False)
     x = torch.randn(3, 48)
     for backend, operands, path in [

@@ -41,10 +41,8 @@ def model():
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Counts what reaches the kernels."""
-    import csrc_triton.glu
-
-    calls, kernels = [], csrc_triton.glu.glu_mlp
-    monkeypatch.setattr(csrc_triton.glu, "glu_mlp", lambda *args: calls.append(args[-1]) or kernels(*args))
+    calls, kernels = [], ops.run_kernels
+    monkeypatch.setattr(ops, "run_kernels", lambda *args: calls.append(args[-1]) or kernels(*args))
     return calls
 
 

@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--resume",
         action="store_true",
-        help="leave out what an earlier run with --resume and these records has finished",
+        help="leave out what an earlier run with --resume and these records has finished, whomever that run was --without",
     )
 
 

@@ -16,6 +16,7 @@ from .down_decode import plan_down_gemv, plan_down_splitk
 from .glu_decode import plan_gate_up_gemv, plan_gate_up_swap
 from .glu_prefill import plan_gate_up_tile, plan_gate_up_tma
 from .launch import GateUpGemv, GateUpSwap, GateUpTma, KernelCall, Launch, Plan
+from .recording import Recording, record
 
 
 def glu_mlp(
@@ -50,7 +51,7 @@ def glu_mlp(
 def planned(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias, path) -> Plan:
     """What `glu_mlp` will run, for the same arguments; nothing is launched yet."""
     biases = (gate_bias, up_bias, down_bias)
-    _check(x, gate_up, down, intermediate_size, activation, *biases)
+    check(x, gate_up, down, intermediate_size, activation, *biases)
     M, H = x.shape
     sm = launch.compute_capability(x.device)
     if M == 0:
@@ -153,7 +154,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias) -> None:
+def check(x, gate_up, down, intermediate_size, activation, gate_bias, up_bias, down_bias) -> None:
+    """Raise what `glu_mlp` raises for these arguments."""
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"x must be [M, H] with H >= 1, got {list(x.shape)}")
     if intermediate_size < 1:

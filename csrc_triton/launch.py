@@ -81,23 +81,23 @@ class KernelCall:
         return self.kernel[self.grid](**self.args, **self.constants, **options)
 
     def _key(self) -> tuple[object, ...]:
-        """All that Triton specialises a compilation on."""
+        """All that a compilation of one of these kernels depends on."""
         free = self.kernel.do_not_specialize
         kinds = [_kind(value) for name, value in self.args.items() if name not in free]
         return (self.kernel.fn, self.num_warps, self.num_stages, self.launch_pdl, *kinds, *self.constants.values())
 
 
-# What `KernelCall.run` has compiled, by its key. The numbers of tokens are no part of a key, so that it stays small.
+# What `KernelCall.run` has compiled, by its key.
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
 def _kind(value: object) -> object:
-    """What a kernel may be specialised on: dtype, device and alignment of a tensor, shape of a tile, a number itself."""
+    """What a kernel may be specialised on: dtype, device and alignment of a tensor, shape of a tile, kind of a number."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, value.data_ptr() % 16
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, value.base.device, tuple(value.block_shape)
-    return value
+    return None if value is None else (value == 1, value % 16 == 0, value < 1 << 31)
 
 
 def cdiv(a: int, b: int) -> int:

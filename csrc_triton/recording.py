@@ -38,9 +38,9 @@ class Recording:
             self._launches.append((kernel[call.grid_3d], arguments, tensors))
 
     def run(self, inputs: Tensors, output: torch.Tensor) -> None:
-        """Fill `output` for other `inputs`: contiguous as those recorded, of their dtypes, device and alignment.
+        """Fill `output` for other `inputs`, of the shapes, strides, dtypes, device and alignment of those recorded.
 
-        Only where they lie counts: a weight may stand for the buffer that it is the beginning of.
+        Nothing is checked. Only where they lie counts: a weight may stand for the buffer that it is the beginning of.
         """
         tensors = [*inputs, output]
         for shape, dtype, device in self._temporaries:
@@ -55,15 +55,16 @@ class Recording:
 
 def record(plan: Plan, inputs: Tensors) -> Recording | None:
     """The recording of a plan that was run; None if it holds anything but kernels on the inputs and on whole new tensors."""
-    compiled = [call.compiled() if isinstance(call, KernelCall) else None for call in plan.calls]
-    if any(kernel is None for kernel in compiled):
-        return None
+    if not all(isinstance(call, KernelCall) for call in plan.calls):
+        return None  # a product of cuBLAS
     values = [value for call in plan.calls for value in call.args.values() if not isinstance(value, int | None)]
     if not all(isinstance(value, torch.Tensor) for value in values):
         return None  # a descriptor
     used, known = {id(value) for value in values}, {id(tensor) for tensor in inputs if tensor is not None}
     if not known <= used:
         return None  # the plan works on a view or a copy of an input
+    if len(known) < sum(tensor is not None for tensor in inputs):
+        return None  # one tensor for two inputs, which others of these shapes need not be
     if any(id(value) not in known and value.untyped_storage().nbytes() != value.nbytes for value in values):
         return None  # a part of a tensor that is not among them
-    return Recording(plan, inputs, compiled)
+    return Recording(plan, inputs, [call.compiled() for call in plan.calls])

@@ -59,7 +59,7 @@ def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> t
 
 def run_kernels(
     x: torch.Tensor,
-    first_up_row: int,
+    up_row: int,
     gate_weight: torch.Tensor,
     up_weight: torch.Tensor,
     down_weight: torch.Tensor,
@@ -72,8 +72,8 @@ def run_kernels(
     """What `glu_mlp` computes, for weights in the layout of `gluprune.storage`, past PyTorch's dispatcher.
 
     The dispatcher costs more time on the host than an MLP takes on the GPU for one token; so do planning and Triton's own
-    look-ups, which is why the launches for few tokens are recorded at the first call and replayed from then on. Only for
-    calls of which `is_observed` is false; `first_up_row` is what `storage.first_up_row` says.
+    look-ups, which is why the launches for few tokens are recorded at the first call and replayed from then on. No
+    autograd; `up_row` is what `storage.first_up_row` says. A replay checks nothing: the caller knows that the operands fit.
     """
     glu = _kernels()
     H = x.shape[-1]
@@ -81,31 +81,32 @@ def run_kernels(
     path = None if backend == "auto" else "cublas" if backend == "cublas" else glu.launch.triton_path(M)
     if not 0 < M <= RECORDED_TOKENS or not x.is_contiguous():
         buffers = padded_buffers(gate_weight, up_weight, down_weight)
-        y = glu.glu_mlp(x.reshape(-1, H), *buffers, down_weight.shape[1], activation, gate_bias, up_bias, down_bias, path)
+        y = glu.glu_mlp(
+            x.reshape(-1, H), *buffers, down_weight.shape[1], activation, gate_bias, up_bias, down_bias, path
+        )
         return y.view(x.shape)
-    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, gate_bias, up_bias, down_bias)]
-    shapes = M, H, down_weight.shape[1], first_up_row
-    key = (*shapes, *alignments, x.dtype, x.device, activation, path)
-    recording = _recordings.get(key)
-    if recording is not None:
+    inputs = (x, gate_weight, down_weight, gate_bias, up_bias, down_bias)
+    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in inputs]
+    shapes = M, H, down_weight.shape[1], up_row
+    key = (*shapes, *alignments, x.dtype, x.device, activation, path, glu.launch.input_precision(x.dtype))
+    recording = _recordings.get(key, _NOT_TRIED)
+    if isinstance(recording, glu.Recording):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            recording.run((x, gate_weight, down_weight, gate_bias, up_bias, down_bias), y)
+            recording.run(inputs, y)
         return y
-    from csrc_triton.recording import record
-
     rows, biases = x.view(M, H), (gate_bias, up_bias, down_bias)
     inputs = (rows, *padded_buffers(gate_weight, up_weight, down_weight), *biases)
     plan = glu.planned(*inputs[:3], down_weight.shape[1], activation, *biases, path)
     with torch.cuda.device_of(x):
         y = plan.run()
-        recording = record(plan, inputs)
-    if recording is not None:  # not one of cuBLAS
-        _recordings[key] = recording
+        if recording is _NOT_TRIED:
+            _recordings[key] = glu.record(plan, inputs)  # None where it cannot be
     return y.view(x.shape)
 
 
 RECORDED_TOKENS = 128  # above, kernels take longer than planning
+_NOT_TRIED = object()
 _recordings: dict[tuple[object, ...], Any] = {}
 
 
@@ -161,6 +162,9 @@ def glu_mlp(
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
 
+    buffers = padded_buffers(gate_weight, up_weight, down_weight)
+    tokens = x.reshape(-1, x.shape[-1])
+    _kernels().check(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias)
     return run_kernels(x, row, *operands, activation, backend)
 
 

@@ -62,7 +62,7 @@ class FusedGLU:
             return super().forward(x)
         operands = _operands(self)
         gate, up, down, *_ = operands
-        options = _ACTIVATION_OF_CLASS[type(self._modules[self.family.activation])], self.backend
+        options = _ACTIVATION_OF_CLASS[type(_activation(self))], self.backend
         if torch.compiler.is_compiling():  # the operator looks at the storages at run time
             return ops.glu_mlp(x, *operands, *options)
         row = storage.first_up_row(gate, up, down)
@@ -138,7 +138,7 @@ def _runs_forward_of(module: nn.Module, owner: type) -> bool:
 def _obstacle(mlp: nn.Module) -> str | None:
     """Why calling a patched MLP's modules could differ from the fused operator on their weights; None if it cannot."""
     family = mlp.family
-    activation = mlp._modules[family.activation]  # not by getattr, which takes longer for modules, and this runs often
+    activation = _activation(mlp)
     if type(activation) not in _ACTIVATION_OF_CLASS:
         return _unsupported_activation(activation)
     if _is_modified(activation):
@@ -161,9 +161,17 @@ def _obstacle(mlp: nn.Module) -> str | None:
     for other in (gate, up, *biases):
         if other is not None and (type(other) not in _PLAIN or other.dtype != dtype or other.device != device):
             return "the weights differ in dtype, device or kind"
+    for bias, size in zip(biases, (*gate.shape[:1], *up.shape[:1], *down.shape[:1])):
+        if bias is not None and (bias.shape != (size,) or not bias.is_contiguous()):
+            return "the biases' shapes do not fit together"
     if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
         return "the weights' shapes do not fit together"
     return None
+
+
+def _activation(mlp: nn.Module) -> object:
+    name = mlp.family.activation
+    return mlp._modules[name] if name in mlp._modules else getattr(mlp, name)  # getattr takes microseconds for a module
 
 
 def _operands(mlp: nn.Module) -> tuple[torch.Tensor | None, ...]:
@@ -279,7 +287,8 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
     and touches only them. Where kernels run, the weights move into aligned storage (`gluprune.storage`), one layer at a
     time: no weight exists twice, and checkpoints are saved bit for bit as before. On the CPU, and wherever hooks,
     adapters, autocast, quantized, offloaded or sharded weights are found at a call, an MLP calls its modules as it did
-    unpatched. Writes one line to the log; `fusion_status` tells the same as data. Patch again after other code has
+    unpatched. What torch.compile has compiled before, of any model, is compiled anew at its next call, since it may hold
+    the unpatched MLPs. Writes one line to the log; `fusion_status` tells the same as data. Patch again after other code has
     replaced weights.
 
     Args:

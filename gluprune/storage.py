@@ -68,8 +68,9 @@ def _first_up_row(gate: torch.Tensor, up: torch.Tensor) -> int | None:
     if not gate.is_contiguous() or not up.is_contiguous():
         return None
     rows, columns = gate.shape
-    first, rest = divmod(up.storage_offset(), columns)
-    if rest or first not in (padded_width(rows), rows):
+    offset, padded = up.storage_offset(), padded_width(rows)
+    first = padded if offset == padded * columns else rows
+    if offset != first * columns:
         return None
     return first if storage.nbytes() // gate.element_size() == _gate_up_elements(rows, columns, first) else None
 

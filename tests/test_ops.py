@@ -209,3 +209,55 @@ def test_neuron_statistics():
     assert torch.equal(statistics.gate_ppm, gate.amax(1) + gate.amin(1).abs())
     assert torch.equal(statistics.down_ppm, down.amax(0) + down.amin(0).abs())
     torch.testing.assert_close(statistics.up_l2, up.double().norm(dim=1).float())
+
+
+# --- recordings ---
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    """Operands of 37 neurons and hidden size 48, whose launches for 3 tokens are recorded."""
+    monkeypatch.setattr(ops, "_recordings", {})
+    operands = make_operands(37, 48, device=DEVICE)
+    x = torch.randn(3, 48, device=DEVICE)
+    ops.glu_mlp(x, *operands, "silu", "triton")
+    assert [recording is not None for recording in ops._recordings.values()] == [True]
+    return x, operands
+
+
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        (lambda x, o: (x, o[:3] + [torch.zeros(1, device=DEVICE), *o[4:]]), ValueError, "gate_bias must be"),
+        (lambda x, o: (x, [*o[:5], torch.zeros(96, device=DEVICE)[::2]]), ValueError, "down_bias must be contiguous"),
+        (lambda x, o: (x, make_operands(37, 64, device=DEVICE)), ValueError, "gate_up must be"),
+        (lambda x, o: (x.half(), o), TypeError, "gate_up must be torch.float16"),
+    ],
+    ids=["length of a bias", "strides of a bias", "hidden size", "dtype"],
+)
+def test_bad_operands_are_named_after_a_recording_too(warm, change, kind, words):
+    x, operands = change(*warm)
+    with torch.no_grad(), pytest.raises(kind, match=words):
+        ops.glu_mlp(x, *operands, "silu", "triton")
+
+
+def test_one_tensor_for_two_inputs_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(ops, "_recordings", {})
+    x = torch.randn(3, 48, device=DEVICE)
+    for tied in (True, False):
+        gate, up, down, gate_bias, up_bias, down_bias = make_operands(37, 48, device=DEVICE)
+        operands = gate, up, down, gate_bias, gate_bias if tied else up_bias, down_bias
+        y = ops.glu_mlp(x, *operands, "silu", "triton")
+        torch.testing.assert_close(y.double().cpu(), truth(x, *operands, "silu"), atol=1e-5, rtol=1e-5)
+    assert list(ops._recordings.values()) == [None]
+
+
+def test_recordings_know_the_precision_of_float32(warm):
+    x, operands = warm
+    saved = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        ops.glu_mlp(x, *operands, "silu", "triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = saved
+    assert len(ops._recordings) == 2

@@ -332,7 +332,8 @@ def _gate_up_prefill(M: int, H: int, IP: int, dtype: torch.dtype, sm: int) -> Ga
     # The large tile (128 gate and 128 up rows) reads least from the L2. With fewer tiles than multiprocessors much of
     # the chip would idle, so the halved tile is taken.
     fills = cdiv(M, 128) * (IP // 128) >= MULTIPROCESSORS.get(sm, 132)
-    config = GateUpTma(128, 128 if fills else 64, block_k, num_warps=8, num_stages=4)
+    # Four stages were 3 % faster than three on an H200; for sm_100 Triton 3.9 spills with four.
+    config = GateUpTma(128, 128 if fills else 64, block_k, num_warps=8, num_stages=4 if sm < 100 else 3)
     # sm_120 has the matrix unit of sm_89, and Triton 3.6 leaves stack stores in the TMA kernel there.
     if sm < 120 and is_valid(config, sm, M, H, IP, dtype):
         return config

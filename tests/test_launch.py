@@ -108,6 +108,7 @@ def test_prefill_kernel_by_chip_and_shape():
 
     assert kind(2048, 2048, 8192, 90) == GateUpTma(128, 128, 64, 8, 4)
     assert kind(256, 2048, 8192, 90) == GateUpTma(128, 64, 64, 8, 4)  # 128 large tiles do not fill 132 multiprocessors
+    assert kind(256, 2048, 8192, 100) == GateUpTma(128, 64, 64, 8, 3)
     assert kind(2048, 2048, 8192, 120) == kind(2048, 2048, 8192, 80) == GateUpTile(128, 128, 32, 8, 3)
     assert isinstance(kind(2048, 2020, 8192, 90), GateUpTile)  # rows off the 16-byte boundary
     assert isinstance(kind(2048, 2080, 8192, 90), GateUpTile)  # a ragged last K tile

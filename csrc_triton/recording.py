@@ -6,6 +6,7 @@ there are few tokens. A recording only allocates and launches.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from triton.compiler import CompiledKernel
 
 from .launch import KernelCall, Plan
+
+logger = logging.getLogger(__name__)
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -54,7 +57,10 @@ class Recording:
 
 
 def record(plan: Plan, inputs: Tensors) -> Recording | None:
-    """The recording of a plan that was run; None if it holds anything but kernels on the inputs and on whole new tensors."""
+    """The recording of a plan that was run; None if it holds anything but kernels on the inputs and on whole new tensors.
+
+    It is replayed once and compared with what the plan gave, bit for bit. Not while a CUDA graph is captured.
+    """
     if not all(isinstance(call, KernelCall) for call in plan.calls):
         return None  # a product of cuBLAS
     values = [value for call in plan.calls for value in call.args.values() if not isinstance(value, int | None)]
@@ -67,4 +73,16 @@ def record(plan: Plan, inputs: Tensors) -> Recording | None:
         return None  # one tensor for two inputs, which others of these shapes need not be
     if any(id(value) not in known and value.untyped_storage().nbytes() != value.nbytes for value in values):
         return None  # a part of a tensor that is not among them
-    return Recording(plan, inputs, [call.compiled() for call in plan.calls])
+    recording = Recording(plan, inputs, [call.compiled() for call in plan.calls])
+    replayed = torch.empty_like(plan.output)
+    recording.run(inputs, replayed)
+    if not _same_bits(replayed, plan.output):
+        logger.warning(
+            "a replay of %s differs from its first run: it is not used", [c.kernel.__name__ for c in plan.calls]
+        )
+        return None
+    return recording
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN, too

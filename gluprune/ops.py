@@ -100,7 +100,7 @@ def run_kernels(
     plan = glu.planned(*inputs[:3], down_weight.shape[1], activation, *biases, path)
     with torch.cuda.device_of(x):
         y = plan.run()
-        if recording is _NOT_TRIED:
+        if recording is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             _recordings[key] = glu.record(plan, inputs)  # None where it cannot be
     return y.view(x.shape)
 

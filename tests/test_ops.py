@@ -1,10 +1,10 @@
-import csrc_triton.glu
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from csrc_triton import glu, recording
 from gluprune import ops, storage
 
 interpreter_only = pytest.mark.skipif(not ops.INTERPRETED, reason="needs Triton's interpreter")
@@ -96,13 +96,13 @@ def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
 @interpreter_only
 def test_kernels_run_exactly_when_backend_dtype_and_storage_allow(monkeypatch):
     calls = []
-    planned = csrc_triton.glu.planned
+    planned = glu.planned
 
     def record(*args):
         calls.append(args[-1])
         return planned(*args)
 
-    monkeypatch.setattr(csrc_triton.glu, "planned", record)
+    monkeypatch.setattr(glu, "planned", record)
     monkeypatch.setattr(ops, "_recordings", {})
     aligned, separate = make_operands(37, 48), make_operands(37, 48, aligned=False)
     x = torch.randn(3, 48)
@@ -221,7 +221,7 @@ def warm(monkeypatch):
     operands = make_operands(37, 48, device=DEVICE)
     x = torch.randn(3, 48, device=DEVICE)
     ops.glu_mlp(x, *operands, "silu", "triton")
-    assert [recording is not None for recording in ops._recordings.values()] == [True]
+    assert [found is not None for found in ops._recordings.values()] == [True]
     return x, operands
 
 
@@ -261,3 +261,20 @@ def test_recordings_know_the_precision_of_float32(warm):
     finally:
         torch.backends.cuda.matmul.fp32_precision = saved
     assert len(ops._recordings) == 2
+
+
+def test_a_replay_that_differs_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(ops, "_recordings", {})
+    monkeypatch.setattr(recording.Recording, "run", lambda self, inputs, output: output.fill_(1.0))
+    operands = make_operands(37, 48, device=DEVICE)
+    for _ in range(2):
+        x = torch.randn(3, 48, device=DEVICE)
+        y = ops.glu_mlp(x, *operands, "silu", "triton")
+        torch.testing.assert_close(y.double().cpu(), truth(x, *operands, "silu"), atol=1e-5, rtol=1e-5)
+    assert list(ops._recordings.values()) == [None] and "differs from its first run" in caplog.text
+
+
+def test_an_input_of_nan_is_recorded_as_any_other(monkeypatch):
+    monkeypatch.setattr(ops, "_recordings", {})
+    ops.glu_mlp(torch.full((3, 48), torch.nan, device=DEVICE), *make_operands(37, 48, device=DEVICE), "silu", "triton")
+    assert [found is not None for found in ops._recordings.values()] == [True]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, KernelCall, Plan
+from .launch import KernelCall, Plan, cdiv
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ACT_MUL_BLOCK = 1024

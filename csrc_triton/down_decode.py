@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, DownGemv, DownSplitK, input_precision, KernelCall, Plan, uses_pdl
+from .launch import DownGemv, DownSplitK, KernelCall, Plan, cdiv, input_precision, uses_pdl
 
 SUM_BLOCK = 512
 

@@ -16,7 +16,6 @@ from .down_decode import plan_down_gemv, plan_down_splitk
 from .glu_decode import plan_gate_up_gemv, plan_gate_up_swap
 from .glu_prefill import plan_gate_up_tile, plan_gate_up_tma
 from .launch import GateUpGemv, GateUpSwap, GateUpTma, KernelCall, Launch, Plan
-from .recording import Recording, record
 
 
 def glu_mlp(

@@ -12,14 +12,14 @@ import triton.language as tl
 
 from .activations import glu, load_bias
 from .launch import (
-    cdiv,
-    first_up_row,
     GateUpGemv,
     GateUpSwap,
-    input_precision,
     KernelCall,
-    next_power_of_2,
     Plan,
+    cdiv,
+    first_up_row,
+    input_precision,
+    next_power_of_2,
     uses_pdl,
 )
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import glu, load_bias
-from .launch import cdiv, first_up_row, GateUpTile, GateUpTma, input_precision, KernelCall, multiprocessors, Plan
+from .launch import GateUpTile, GateUpTma, KernelCall, Plan, cdiv, first_up_row, input_precision, multiprocessors
 
 # Tiles are visited in groups of this many rows of tiles, so that neighbours in time share weights and tokens in the L2.
 GROUP_M = 8

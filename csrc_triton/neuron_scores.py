@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, KernelCall, next_power_of_2
+from .launch import KernelCall, cdiv, next_power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 4096  # weights per program and step

@@ -75,10 +75,10 @@ def run_kernels(
     look-ups, which is why the launches for few tokens are recorded at the first call and replayed from then on. No
     autograd; `up_row` is what `storage.first_up_row` says. A replay checks nothing: the caller knows that the operands fit.
     """
-    glu = _kernels()
+    glu, launch, recording = _kernels()
     H = x.shape[-1]
     M = x.numel() // H
-    path = None if backend == "auto" else "cublas" if backend == "cublas" else glu.launch.triton_path(M)
+    path = None if backend == "auto" else "cublas" if backend == "cublas" else launch.triton_path(M)
     if not 0 < M <= RECORDED_TOKENS or not x.is_contiguous():
         buffers = padded_buffers(gate_weight, up_weight, down_weight)
         y = glu.glu_mlp(
@@ -88,20 +88,20 @@ def run_kernels(
     inputs = (x, gate_weight, down_weight, gate_bias, up_bias, down_bias)
     alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in inputs]
     shapes = M, H, down_weight.shape[1], up_row
-    key = (*shapes, *alignments, x.dtype, x.device, activation, path, glu.launch.input_precision(x.dtype))
-    recording = _recordings.get(key, _NOT_TRIED)
-    if isinstance(recording, glu.Recording):
+    key = (*shapes, *alignments, x.dtype, x.device, activation, path, launch.input_precision(x.dtype))
+    recorded = _recordings.get(key, _NOT_TRIED)
+    if isinstance(recorded, recording.Recording):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            recording.run(inputs, y)
+            recorded.run(inputs, y)
         return y
     rows, biases = x.view(M, H), (gate_bias, up_bias, down_bias)
     inputs = (rows, *padded_buffers(gate_weight, up_weight, down_weight), *biases)
     plan = glu.planned(*inputs[:3], down_weight.shape[1], activation, *biases, path)
     with torch.cuda.device_of(x):
         y = plan.run()
-        if recording is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _recordings[key] = glu.record(plan, inputs)  # None where it cannot be
+        if recorded is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _recordings[key] = recording.record(plan, inputs)  # None where it cannot be
     return y.view(x.shape)
 
 
@@ -112,9 +112,9 @@ _recordings: dict[tuple[object, ...], Any] = {}
 
 @functools.cache
 def _kernels():
-    from csrc_triton import glu
+    from csrc_triton import glu, launch, recording  # they import Triton
 
-    return glu
+    return glu, launch, recording
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:
@@ -164,7 +164,7 @@ def glu_mlp(
 
     buffers = padded_buffers(gate_weight, up_weight, down_weight)
     tokens = x.reshape(-1, x.shape[-1])
-    _kernels().check(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias)
+    _kernels()[0].check(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias)
     return run_kernels(x, row, *operands, activation, backend)
 
 

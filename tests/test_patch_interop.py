@@ -392,9 +392,11 @@ def test_smollm2_on_the_cpu_answers_the_same(smollm2_path, tmp_path):
     patch(model)
     assert torch.equal(logits(model, ids), expected)
     model.save_pretrained(tmp_path)
-    for name in ("model.safetensors", "config.json"):
-        old, new = (smollm2_path / name).read_bytes(), (tmp_path / name).read_bytes()
-        assert json.loads(old) == json.loads(new) if name.endswith("json") else old == new
+    assert (smollm2_path / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    configs = [json.loads((folder / "config.json").read_bytes()) for folder in (smollm2_path, tmp_path)]
+    for config in configs:
+        config.pop("transformers_version")  # the cached model may have been made with another
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.skipif(not ops.INTERPRETED, reason="float32 of another summation order may choose other tokens")

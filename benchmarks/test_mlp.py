@@ -71,7 +71,10 @@ def statement(frame):
 
 
 def measure(what, case, device, shapes, ceilings, providers, keep):
-    """Keep records of all `providers` (name -> how to build) for one shape. Returns the words of those that nothing allows to refuse."""
+    """Keep records of all `providers` (name -> how to build) for one shape.
+
+    Returns the words of those that nothing allows to refuse.
+    """
     model, H, I, M = case
     dtype, method = shapes.dtype, timing.method(device)
     torch.compiler.reset()  # past a limit of recompilations nothing would be compiled any more

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gluprune.storage import first_up_row, padded_buffers
+from gluprune.storage import padded_buffers
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 BACKENDS = ("auto", "triton", "cublas", "torch")
@@ -154,18 +154,18 @@ def glu_mlp(
         raise ValueError(f"unknown activation {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
-    row = None
+    buffers = None
     if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
-        row = first_up_row(gate_weight, up_weight, down_weight)
-    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
-    if row is None:
+        buffers = padded_buffers(gate_weight, up_weight, down_weight)
+    if buffers is None:
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
 
-    buffers = padded_buffers(gate_weight, up_weight, down_weight)
-    tokens = x.reshape(-1, x.shape[-1])
-    _kernels()[0].check(tokens, *buffers, gate_weight.shape[0], activation, gate_bias, up_bias, down_bias)
-    return run_kernels(x, row, *operands, activation, backend)
+    glu, launch, _ = _kernels()
+    biases = gate_bias, up_bias, down_bias
+    glu.check(x.reshape(-1, x.shape[-1]), *buffers, gate_weight.shape[0], activation, *biases)
+    row = launch.first_up_row(buffers[0])
+    return run_kernels(x, row, gate_weight, up_weight, down_weight, *biases, activation, backend)
 
 
 @glu_mlp.register_fake

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from csrc_triton.launch import (
     GateUpSwap,
     GateUpTile,
     GateUpTma,
+    KernelCall,
     Launch,
     choose,
     choose_path,
@@ -288,3 +290,30 @@ def test_shipped_tables_load():
     """Every table in the package is well formed (there may be none)."""
     for path in launch.TUNED_DIRECTORY.glob("*.json"):
         assert launch.load_table(path)
+
+
+def test_compilations_are_told_apart():
+    """What `KernelCall.run` has compiled is found again exactly where Triton would compile the same."""
+    kernel = SimpleNamespace(fn=test_compilations_are_told_apart, do_not_specialize=["M"])
+    memory = torch.zeros(64, dtype=torch.float16)
+    args = dict(x=memory[:8], bias=None, M=3, H=32)
+
+    def key(constants=(("BLOCK", 16),), num_warps=4, num_stages=2, launch_pdl=False, **changes):
+        return KernelCall(kernel, (1,), args | changes, dict(constants), num_warps, num_stages, launch_pdl)._key()
+
+    same = [key(), key(M=1), key(M=16), key(H=64), key(x=memory[8:40])]
+    assert len(set(same)) == 1
+    others = [
+        key(H=33),
+        key(H=1),
+        key(H=1 << 32),
+        key(x=memory[1:9]),
+        key(x=memory[:8].float()),
+        key(x=memory[:8].to("meta")),
+        key(bias=memory[:8]),
+        key(constants=(("BLOCK", 32),)),
+        key(num_warps=8),
+        key(num_stages=3),
+        key(launch_pdl=True),
+    ]
+    assert len({same[0], *others}) == 1 + len(others)

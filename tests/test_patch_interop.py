@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -322,6 +323,30 @@ def test_compiled_operator_copes_with_weights_that_left_their_storage(model, ids
     for mlp in mlps(model):
         mlp.gate_proj.weight.data = mlp.gate_proj.weight.data.clone()
     assert_same(logits(compiled, ids), expected)
+
+
+def test_patching_forgets_what_was_compiled(model, monkeypatch):
+    """Once for each change, and not where nothing changes: other models would compile again for nothing."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch._dynamo)
+    for change, expected in [(unpatch, 0), (patch, 1), (patch, 1), (unpatch, 2), (unpatch, 2)]:
+        change(model)
+        assert len(resets) == expected
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda bias: bias[:1], lambda bias: bias.repeat_interleave(2)[::2]], ids=["length", "strides"]
+)
+def test_biases_that_do_not_fit_go_through_the_modules(spoil, kernel_calls):
+    model, ids = tiny_model(mlp_bias=True, device=DEVICE), token_ids(device=DEVICE)
+    patch(model, "triton")
+    linear = mlps(model)[0].up_proj
+    linear.bias = nn.Parameter(spoil(linear.bias.detach()))
+    expected = logits(unpatch(copy.deepcopy(model)), ids)
+    kernel_calls.clear()
+    assert_same(logits(model, ids), expected)
+    assert len(kernel_calls) == 1 and "biases" in fusion_status(model)[0].reason
 
 
 def test_patching_what_is_compiled_from_outside_compiles_anew(model, ids, kernel_calls):

@@ -3,7 +3,7 @@
 from tests.test_aot import run_without_interpreter
 
 SCRIPT = '''
-import itertools, sys
+import itertools
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -42,8 +42,7 @@ class Driver:
 
 
 triton.runtime.driver.set_active(Driver())
-from csrc_triton import activations, down_decode, glu_decode, glu_prefill
-from csrc_triton import recording
+from csrc_triton import activations, down_decode, glu_decode, glu_prefill, recording
 from gluprune import ops, storage
 
 recording._same_bits = lambda a, b: True  # nothing is computed here
@@ -103,11 +102,12 @@ for M, biases in itertools.product((1, 7, 128), (False, True)):
     assert roles[0] == roles[1]
     assert all(isinstance(value, int | str | None) for _, _, _, values in recorded for value in values), "addresses"
 
-# Whatever changes a compilation or a launch is told apart.
+
 def count():
-    return sum(recording is not None for recording in ops._recordings.values())
+    return sum(found is not None for found in ops._recordings.values())
 
 
+# Whatever changes a compilation or a launch is told apart.
 before, some = count(), inputs(7, False)
 call(inputs(7, False, torch.float16))
 biased = inputs(7, True)

@@ -50,7 +50,7 @@ class Recording:
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
         places = [None if tensor is None else self._argument(tensor) for tensor in tensors]
         for launch, arguments, positions in self._launches:
-            arguments = arguments.copy()
+            arguments = arguments.copy()  # other threads replay it, too
             for position, number in positions:
                 arguments[position] = places[number]
             launch(*arguments)

@@ -311,8 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     halves = () if options.paths_only else HALVES
     grid = itertools.product(options.hidden, options.intermediate, options.tokens)
     # Of widths that are padded to the same one the first: they launch the same kernels.
-    padded = {(H, triton.cdiv(I, launch.PAD) * launch.PAD, M): I for H, I, M in reversed(list(grid))}
-    shapes = [(H, I, IP, M) for (H, IP, M), I in reversed(padded.items())]
+    first: dict[tuple[int, int, int], int] = {}
+    for H, I, M in grid:
+        first.setdefault((H, triton.cdiv(I, launch.PAD) * launch.PAD, M), I)
+    shapes = [(H, I, IP, M) for (H, IP, M), I in first.items()]
     points = (Point(M, H, I, dtype, sm, d) for H, I, IP, M in shapes for d in launches(M, H, IP, dtype, sm, halves))
     if not interpreted:
         precompile(distinct(points), os.cpu_count() or 1)

@@ -1,5 +1,9 @@
 """The MLP benchmark on a CPU: who is wrong or refuses gets no time, everybody else the right sizes and floor."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +13,9 @@ from benchmarks.providers import PROVIDERS, eager, eager_padded
 from benchmarks.shapes import SETS
 from benchmarks.test_mlp import BACKWARD, FORWARD, error, measure, random_layers, reference, run
 from gluprune import ops
+from gluprune.records import read
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CASE = ("tiny", 64, 153, 5)
 CEILINGS = Ceilings(bandwidth=1e9, rate=1e10)
@@ -141,3 +147,13 @@ def test_every_provider_of_the_benchmark_is_named():
         "gluprune, cublas",
         "gluprune, triton",
     }
+
+
+def test_who_is_left_out_has_no_record(tmp_path):
+    left_out = [name for name in PROVIDERS if name not in ("eager", "eager, padded")]
+    options = [part for name in left_out for part in ("--without", name)]
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_mlp.py", "--benchmark-only", "--shapes", "tiny"]
+    chosen = ["-k", "forward and M0001 and I153", "--records", str(tmp_path)]
+    done = subprocess.run([*command, *chosen, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record.provider for record in read(tmp_path / "mlp.jsonl")] == ["eager", "eager, padded"]

@@ -228,6 +228,26 @@ def test_rehearsal_in_the_interpreter(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --device cpu needs TRITON_INTERPRET=1 and --out\n"
 
 
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
+def test_widths_of_one_padding_are_tuned_once(tmp_path, capsys):
+    arguments = [
+        "--hidden",
+        "48",
+        "--intermediate",
+        "140",
+        "130",
+        "100",
+        "--device",
+        "cpu",
+        "--paths-only",
+        "--tokens",
+        "1",
+    ]
+    assert tune.main([*arguments, "--dtype", "float16", "--out", str(tmp_path / "table.json")]) == 0
+    told = [line.partition(", M")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["H 48, I 140", "H 48, I 100"]
+
+
 @pytest.mark.cuda
 def test_tune_a_small_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "variants", lambda *arguments: [])  # the heuristics alone, on every path

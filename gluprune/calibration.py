@@ -23,7 +23,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gluprune.families import GLU, decoder_layers, model_glus
-from gluprune.sensitivity import Batch, is_half_on_cpu, narrowing_costs, output_fisher, saliencies
+from gluprune.sensitivity import (
+    Batch,
+    OutputGradients,
+    is_half_on_cpu,
+    narrowing_costs,
+    output_gradients,
+    saliencies,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +197,8 @@ def calibrate(
     if not layers or not all(index in range(len(glus)) for index in layers):
         raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
     batches = read_batches(model, calibration)
-    fisher = _output_fisher(model, batches, layers) if sensitivity else None
-    return _collect(model, glus, layers, batches, gram, fisher, "calibrating")
+    gradients = _output_gradients(model, batches, layers) if sensitivity else None
+    return _collect(model, glus, layers, batches, gram, gradients, "calibrating")
 
 
 def calibrate_in_passes(
@@ -208,14 +215,14 @@ def calibrate_in_passes(
     """
     glus = model_glus(model)
     batches = read_batches(model, calibration)
-    fisher = _output_fisher(model, batches, layers) if sensitivity else None
+    gradients = _output_gradients(model, batches, layers) if sensitivity else None
     passes = [list(layers)]
     if gram:
         downs = [(index, glus[index].down.weight) for index in layers]
         passes = plan_passes([(index, down.device, 4 * down.shape[1] ** 2) for index, down in downs])
     for number, group in enumerate(passes, 1):
         label = "calibrating" if len(passes) == 1 else f"calibrating, pass {number} of {len(passes)}"
-        found = _collect(model, glus, group, batches, gram, fisher, label).layers
+        found = _collect(model, glus, group, batches, gram, gradients, label).layers
         for index in group:
             yield index, found.pop(index)
 
@@ -335,11 +342,11 @@ def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _output_fisher(model: nn.Module, batches: list[Batch], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+def _output_gradients(model: nn.Module, batches: list[Batch], layers: Sequence[int]) -> dict[int, OutputGradients]:
     if model.get_output_embeddings() is None:
         raise ValueError(f"sensitivity=True needs a model with a language-model head, {type(model).__name__} has none")
     with evaluating(model):
-        return output_fisher(model, batches, layers)
+        return output_gradients(model, batches, layers)
 
 
 @torch.no_grad()
@@ -349,12 +356,12 @@ def _collect(
     layers: Sequence[int],
     batches: list[Batch],
     gram: bool,
-    fisher: Mapping[int, torch.Tensor] | None,
+    gradients: Mapping[int, OutputGradients] | None,
     label: str,
 ) -> Statistics:
     """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all.
 
-    With `fisher`, of `output_fisher`, sensitivities are found, too.
+    With `gradients`, of `output_gradients`, sensitivities are found, too.
     """
     found = {index: LayerStatistics.empty(glus[index], gram) for index in layers}
     decoder = getattr(model, model.base_model_prefix, model)
@@ -385,11 +392,11 @@ def _collect(
                     raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
     for statistics in found.values():
         statistics.complete()
-    if fisher is not None:
+    if gradients is not None:
         for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
             down = glus[index].down.weight.detach()
-            statistics.saliency = saliencies(down, statistics.gram, fisher[index], tokens)
-            statistics.costs = narrowing_costs(down, statistics.gram, fisher[index], statistics.saliency, tokens)
+            statistics.saliency = saliencies(down, statistics.gram, gradients[index], tokens)
+            statistics.costs = narrowing_costs(down, statistics.gram, gradients[index], statistics.saliency)
     widest = max(glus[index].intermediate_size for index in layers)
     if gram and tokens < widest:
         logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)

@@ -3,13 +3,17 @@
 A layer's down projection turns X `[T, I]` into Y = X W, W `[I, H]`. A change D of W moves the model away from what it
 was by a divergence of about
 
-    1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T]
+    1/2 E[(x^T D g)^2]
 
-a token, with g `[H]` the gradient, with respect to a token's row of Y, of -log p(y | text) summed over the text, each y
-drawn from the model's own next-token distribution. That is the second order with the Fisher information for the Hessian,
-and for the Fisher information the two factors of *Optimizing Neural Networks with Kronecker-factored Approximate
-Curvature* (Martens and Grosse, arXiv 1503.05671, section 3): x and g are taken for independent, and so are different
-tokens. Backward passes give F; no weight is changed and no gradient step is taken.
+a token, with x `[I]` a token's row of X and g `[H]` the gradient, with respect to its row of Y, of -log p(y | text) summed
+over the text, each y drawn from the model's own next-token distribution. That is the second order with the Fisher
+information for the Hessian, different tokens taken for independent. So are measured what narrowing a layer costs. To
+choose neurons, of which there are more, x and g are at first taken for independent, too, as in *Optimizing Neural Networks
+with Kronecker-factored Approximate Curvature* (Martens and Grosse, arXiv 1503.05671, section 3):
+
+    1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T].
+
+Backward passes give g; no weight is changed and no gradient step is taken.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -29,6 +34,8 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 # Tokens that the backward pass looks at, spread evenly over the calibration text: F has few entries beside G.
 FISHER_TOKENS = 16_384
+# Of that many of them one is kept until the costs are found.
+_SAMPLE_STEP = 4
 # What is added to F's diagonal for the saliencies, as a share of the mean of that: F comes from one drawn label a token.
 # This and the next were chosen on SmolLM2-135M among 0.1, 1, 10 and 0.01 to 1, on half of the windows that
 # `evals.quality` measures on.
@@ -66,8 +73,52 @@ def _differentiable(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float() if any(map(is_half_on_cpu, model.parameters())) else model
 
 
-def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """F of every layer, the Fisher information of what its down projection writes.
+@dataclass
+class OutputGradients:
+    """What the backward passes find of one layer's down projection, on the device of its weights.
+
+    fisher: float32 `[H, H]`, F, the mean over the tokens of g g^T.
+    coupling: float32 `[I]`, of every neuron with w_i `[H]` its column of `down`
+        E[x_i^2 (w_i^T g)^2] / (E[x_i^2] E[(w_i^T g)^2]): 1 where x and g are independent, large where the neuron acts on few
+        tokens and the loss is sensitive to what it writes there; 1 where nothing is active.
+    inputs, gradients: `[T', I]` and `[T', H]`, x and g of every fourth token, in the dtype that they have in the model.
+    """
+
+    fisher: torch.Tensor
+    coupling: torch.Tensor
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+
+class _Accumulator:
+    """Sums over the tokens of one layer, and a sample of them."""
+
+    def __init__(self, down: nn.Linear):
+        device, hidden_size, size = down.weight.device, down.out_features, down.in_features
+        self._weight = down.weight.detach()
+        self._fisher = torch.zeros(hidden_size, hidden_size, device=device)
+        self._squares, self._joint = torch.zeros(2, size, device=device).unbind()
+        self._sample: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor, g: torch.Tensor, offset: int) -> None:
+        """Take in x `[S, I]` and g `[S, H]` of one row of text, into the sample every fourth token from `offset` on."""
+        # Indexing with a slice alone would keep the whole row in memory.
+        self._sample.append((x[offset::_SAMPLE_STEP].clone(), g[offset::_SAMPLE_STEP].clone()))
+        x, g = x.float(), g.float()
+        self._fisher.addmm_(g.T, g)
+        squares = x.square()
+        self._squares += squares.sum(0)
+        self._joint += (squares * (g @ self._weight.float()).square()).sum(0)
+
+    def result(self, tokens: int) -> OutputGradients:
+        weight = self._weight.float()
+        alone = self._squares * (weight * (self._fisher @ weight)).sum(0)
+        coupling = torch.where(alone > 0, tokens * self._joint / alone, 1)
+        return OutputGradients(self._fisher / tokens, coupling, *map(torch.cat, zip(*self._sample)))
+
+
+def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, OutputGradients]:
+    """The gradients g of what the down projections write.
 
     Runs the model forward and backward, one row of the batches at a time. Half precision on a CPU is copied to float32
     for it.
@@ -79,7 +130,7 @@ def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[i
         layers: layer indices.
 
     Returns:
-        Layer index -> float32 `[H, H]`, the mean over the tokens of g g^T, on the device of the layer.
+        Layer index -> `OutputGradients`.
 
     Raises:
         ValueError: a gradient is NaN or Inf (names the layer), or the logits are NaN.
@@ -87,12 +138,14 @@ def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[i
     found = {}
     tokens = 0
 
-    def taking_into(fisher: torch.Tensor):
-        def take(gradient: torch.Tensor) -> None:
-            rows = gradient.flatten(0, -2).float()  # [S, H]
-            fisher.addmm_(rows.T, rows)
+    def taking_into(accumulator: _Accumulator):
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = arguments[0].detach()[0]  # [S, I]
 
-        def hook(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            def take(gradient: torch.Tensor) -> None:
+                kept = slice(None) if mask is None else mask[0].to(x.device)
+                accumulator.add(x[kept], gradient[0, kept], number % _SAMPLE_STEP)
+
             output.register_hook(take)
 
         return hook
@@ -112,11 +165,13 @@ def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[i
         stack.callback(embedding.register_forward_hook(start_of_graph).remove)
         for index in layers:
             down = glus[index].down
-            found[index] = torch.zeros(down.out_features, down.out_features, device=down.weight.device)
+            found[index] = _Accumulator(down)
             stack.callback(down.register_forward_hook(taking_into(found[index])).remove)
         generator = torch.Generator().manual_seed(0)
         device = embedding.weight.device
-        for ids, mask in tqdm(_rows(batches), desc="gradients", unit="row", disable=None, leave=False):
+        for number, (ids, mask) in enumerate(
+            tqdm(_rows(batches), desc="gradients", unit="row", disable=None, leave=False)
+        ):
             # Autograd takes no tensors that were made in inference mode.
             ids, mask = ids.clone(), None if mask is None else mask.clone()
             attention_mask = None if mask is None else mask.long().to(device)
@@ -129,11 +184,11 @@ def output_fisher(model: nn.Module, batches: Sequence[Batch], layers: Sequence[i
             loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             loss.backward(inputs=embedded)
             tokens += len(drawn)
-    for index, fisher in found.items():
-        fisher /= tokens
-        if not fisher.isfinite().all():
+        results = {index: accumulator.result(tokens) for index, accumulator in found.items()}
+    for index, gradients in results.items():
+        if not gradients.fisher.isfinite().all():
             raise ValueError(f"layer {index} has NaN or Inf in its gradients on the calibration text")
-    return found
+    return results
 
 
 def _cholesky(gram: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,17 +205,18 @@ def _cholesky(gram: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, to
         ridge = 10 * ridge  # float32 sums of neurons that dwarf others can round a small eigenvalue below zero
 
 
-def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tokens: int) -> torch.Tensor:
+def saliencies(down: torch.Tensor, gram: torch.Tensor, gradients: OutputGradients, tokens: int) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a neuron goes and the others are re-solved to make up for it.
 
     With w_i `[H]` the neuron's column of `down`: w_i^T F w_i / (2 T [G^-1]_ii), the saliency of *Optimal Brain Surgeon*
     (Hassibi and Stork, 1993, eq. 5) for a whole column and factored curvature, as in *The LLM Surgeon* (van der
-    Ouderaa et al., arXiv 2312.17244, section 3.2), whose labels are those of the text. F and G are damped first.
+    Ouderaa et al., arXiv 2312.17244, section 3.2), whose labels are those of the text. F and G are damped first. This
+    times the mean of 1 and the neuron's coupling: few tokens tell the coupling, and so it is believed by half.
 
     Args:
         down: `[H, I]`, any floating dtype.
         gram: float32 `[I, I]`, G over all tokens.
-        fisher: float32 `[H, H]`, F.
+        gradients: of the layer.
         tokens: T.
 
     Returns:
@@ -169,18 +225,18 @@ def saliencies(down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, tok
     Raises:
         ValueError: the Gram matrix has NaN or Inf.
     """
-    damped = fisher.clone()
-    damped.diagonal().add_(_DAMPING * fisher.diagonal().mean())
+    damped = gradients.fisher.clone()
+    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
     written = (down.float() * (damped @ down.float())).sum(0)  # [I], w_i^T F w_i
     diagonal = gram.diagonal()
     # The median is zero where most neurons are silent on the text.
     lower, _ = _cholesky(gram, _RIDGE * (diagonal.median() or diagonal.mean()))
     inverse = torch.cholesky_inverse(lower)
-    return (written / inverse.diagonal()).float() / (2 * tokens)
+    return (written / inverse.diagonal()).float() * (1 + gradients.coupling) / (4 * tokens)
 
 
 def narrowing_costs(
-    down: torch.Tensor, gram: torch.Tensor, fisher: torch.Tensor, saliency: torch.Tensor, tokens: int
+    down: torch.Tensor, gram: torch.Tensor, gradients: OutputGradients, saliency: torch.Tensor
 ) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a layer alone is narrowed and its down projection re-solved.
 
@@ -189,14 +245,13 @@ def narrowing_costs(
 
         D_S = (G_SS + lambda I)^-1 G_SR W_R = L_SS^-T L_RS^T W_R,    D_R = -W_R,
 
-    and D^T (G + lambda I) D = (L_RR^T W_R)^T (L_RR^T W_R), as L_RR L_RR^T is the Schur complement of S.
+    and the cost is 1/2 E[(x^T D g)^2] over the sample of tokens that `gradients` holds.
 
     Args:
         down: `[H, I]`, any floating dtype.
         gram: float32 `[I, I]`, G over all tokens.
-        fisher: float32 `[H, H]`, F.
+        gradients: of the layer.
         saliency: float32 `[I]`; the neurons of lowest saliency go first.
-        tokens: T.
 
     Returns:
         float32 `[16]`: with each of the `removed_counts(I)` gone; entry 0 is 0.
@@ -206,15 +261,14 @@ def narrowing_costs(
     """
     size = down.shape[1]
     order = saliency.argsort(descending=True)
-    lower, ridge = _cholesky(gram[order][:, order], RIDGE * gram.diagonal().mean())
-    lower, ridge = lower.float(), ridge.float()
+    lower = _cholesky(gram[order][:, order], RIDGE * gram.diagonal().mean())[0].float()
     weight = down.float().T[order]  # [I, H]
+    x, g = gradients.inputs.float()[:, order], gradients.gradients.float()  # [T', I], [T', H]
     costs = []
     for removed in removed_counts(size):
         kept = size - removed
         gone = weight[kept:]  # [R, H]
-        lost = lower[kept:, kept:].T @ gone  # [R, H]
         moved = torch.linalg.solve_triangular(lower[:kept, :kept].T, lower[kept:, :kept].T @ gone, upper=True)  # [S, H]
-        form = lost.T @ lost - ridge * (moved.T @ moved + gone.T @ gone)  # D^T G D, [H, H]
-        costs.append((fisher * form).sum() / (2 * tokens))
+        error = x[:, :kept] @ moved - x[:, kept:] @ gone  # [T', H], x^T D
+        costs.append((error * g).sum(1).square().mean() / 2)
     return torch.stack(costs)

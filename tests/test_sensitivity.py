@@ -14,7 +14,7 @@ from gluprune.calibration import Statistics, calibrate, read_batches
 from gluprune.families import model_glus
 from gluprune.patching import patch
 from gluprune.pruning import prune
-from gluprune.sensitivity import narrowing_costs, output_fisher, removed_counts, saliencies
+from gluprune.sensitivity import OutputGradients, narrowing_costs, output_gradients, removed_counts, saliencies
 from gluprune.streaming import prune_checkpoint
 from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -25,13 +25,19 @@ def random_batches(shapes=((3, 11), (1, 5), (2, 8)), seed=0):
 
 
 def random_layer(hidden=7, neurons=23, tokens=60, seed=0):
-    """X `[T, I]`, down `[H, I]`, F `[H, H]`, all float64; X has neurons that nearly follow from others, and a silent one."""
+    """X `[T, I]`, down `[H, I]`, F `[H, H]`, all float64, and gradients in float32 that hold F and a sample of their own.
+
+    X has neurons that nearly follow from others, and a silent one.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, neurons, generator=generator, dtype=torch.float64)
     x[:, 3] = x[:, 4] - x[:, 5] + 0.01 * x[:, 3]
     x[:, 9] = 0
     root = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
-    return x, torch.randn(hidden, neurons, generator=generator, dtype=torch.float64), root @ root.T
+    down, fisher = torch.randn(hidden, neurons, generator=generator, dtype=torch.float64), root @ root.T
+    coupling = 3 * torch.rand(neurons, generator=generator)
+    sample = torch.randn(9, neurons, generator=generator), torch.randn(9, hidden, generator=generator)
+    return x, down, fisher, OutputGradients(fisher.float(), coupling, *sample)
 
 
 def drawn_from(monkeypatch, choose):
@@ -40,43 +46,66 @@ def drawn_from(monkeypatch, choose):
 
 
 def explicit_gradients(model, sequence, choose):
-    """g `[S, H]` in float64 of every layer: gradients of the loss on a sequence `[S]` with respect to added zeros."""
+    """x `[S, I]` and g `[S, H]` in float64 of every layer, g of the loss on a sequence `[S]` with respect to added zeros."""
     model = copy.deepcopy(model).double()
     glus = model_glus(model)
     added = [torch.zeros(len(sequence), glu.hidden_size, dtype=torch.float64, requires_grad=True) for glu in glus]
+    inputs = []
     for glu, zeros in zip(glus, added):
+        glu.down.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0][0].detach()))
         glu.down.register_forward_hook(lambda module, arguments, output, zeros=zeros: output + zeros)
     logits = model(sequence[None]).logits[0]
     labels = choose(logits.detach().softmax(-1))
     loss = -logits.log_softmax(-1)[torch.arange(len(sequence)), labels].sum()
-    return torch.autograd.grad(loss, added)
+    return list(zip(inputs, torch.autograd.grad(loss, added)))
+
+
+def assert_near(found, expected):
+    """Equal but for a ten thousandth of the largest entry."""
+    torch.testing.assert_close(
+        found.double() / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_fisher(family_name, dtype, monkeypatch):
+def test_gradients(family_name, dtype, monkeypatch):
     def choose(p):
         return (p.argmax(-1) * 7 + torch.arange(len(p))) % 64
 
     model, batches = make_tiny_model(family_name, dtype=dtype, seed=2), random_batches()
     drawn_from(monkeypatch, choose)
-    found = output_fisher(model, read_batches(model, batches), [0, 2])
+    found = output_gradients(model, read_batches(model, batches), [0, 2])
     assert list(found) == [0, 2]
     sequences = [sequence for batch in batches for sequence in batch]
-    gradients = [explicit_gradients(model, sequence, choose) for sequence in sequences]
-    tokens = sum(map(len, sequences))
-    for index, fisher in found.items():
-        expected = sum(layer[index].T @ layer[index] for layer in gradients) / tokens
-        assert fisher.dtype == torch.float32
-        torch.testing.assert_close(
-            fisher.double() / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4
-        )
+    explicit = [explicit_gradients(model, sequence, choose) for sequence in sequences]
+    for index, layer in found.items():
+        rows = [row[index] for row in explicit]
+        x, g = (torch.cat(of) for of in zip(*rows))
+        written = g @ model_glus(model)[index].down.weight.detach().double()  # [T, I]
+        coupling = (x * written).square().mean(0) / x.square().mean(0) / written.square().mean(0)
+        assert layer.fisher.dtype == layer.coupling.dtype == torch.float32
+        assert_near(layer.fisher, g.T @ g / len(g))
+        torch.testing.assert_close(layer.coupling.double(), coupling, rtol=1e-3, atol=0)
+        # Of every row another quarter of the tokens.
+        assert_near(layer.inputs, torch.cat([x[number % 4 :: 4] for number, (x, _) in enumerate(rows)]))
+        assert_near(layer.gradients, torch.cat([g[number % 4 :: 4] for number, (_, g) in enumerate(rows)]))
+
+
+def test_coupling_of_what_is_silent():
+    model = make_tiny_model(seed=1)
+    glu = model_glus(model)[1]
+    with torch.no_grad():
+        glu.weights()[0][5] = 0  # the gate: the neuron is silent
+        glu.down.weight[:, 8] = 0  # the neuron writes nothing
+    coupling = output_gradients(model, read_batches(model, random_batches()), [1])[1].coupling
+    assert coupling[5] == coupling[8] == 1 and coupling.isfinite().all()
 
 
 def test_labels_are_drawn_from_the_model():
     """With labels of any other kind the Fisher matrix is another: here its expectation is known."""
     model = make_tiny_model(seed=5, initializer_range=0.5)
     token = torch.full((16, 512), 17)
-    (fisher,) = output_fisher(model, [(token, None)], [2]).values()
+    fisher = output_gradients(model, [(token, None)], [2])[2].fisher
     jacobian = torch.autograd.functional.jacobian(last_logits(model, token[0, 0]), torch.zeros(32, dtype=torch.float64))
     p = last_logits(model, token[0, 0])(torch.zeros(32, dtype=torch.float64)).softmax(-1)
     expected = jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian
@@ -98,13 +127,14 @@ def last_logits(model, token):
 
 
 def test_the_form_foretells_the_divergence():
-    """On a text of one token over and over the factored curvature is exact: half its form is the divergence."""
+    """On a text of one token over and over all tokens are independent: the mean over the sample is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
     text = torch.full((32, 512), 17)
     (layer,) = calibrate(model, [text], sensitivity=True, layers=[2]).layers.values()
     glu = model_glus(model)[2]
     down = glu.down.weight.detach()
-    (fisher,) = output_fisher(model, [(text, None)], [2]).values()
+    gradients = output_gradients(model, [(text, None)], [2])[2]
+    assert len(gradients.inputs) == len(gradients.gradients) == 4096
     order = layer.saliency.argsort(descending=True)
     dense = last_logits(model, text[0, 0])(torch.zeros(32)).log_softmax(-1)
     for step in (5, 9):
@@ -113,7 +143,8 @@ def test_the_form_foretells_the_divergence():
         # narrowing, scaled down.
         change = -down.clone()
         change[:, kept] += down[:, kept]
-        form = ((fisher * (change @ layer.gram @ change.T)).sum() / (2 * text.numel())).item()
+        error = gradients.inputs @ change.T
+        form = (error * gradients.gradients).sum(1).square().mean().item() / 2
         x = _input_of_down(model, text[:1, :1])
         scale = 1e-3
         pruned = last_logits(model, text[0, 0])(scale * (x @ change.double().T)).log_softmax(-1)
@@ -132,9 +163,9 @@ def _input_of_down(model, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_saliency_is_the_least_that_a_removal_costs(dtype):
-    x, down, fisher = random_layer(seed=1)
+    x, down, fisher, gradients = random_layer(seed=1)
     down, tokens = down.to(dtype), len(x)
-    found = saliencies(down, (x.T @ x).float(), fisher.float(), tokens)
+    found = saliencies(down, (x.T @ x).float(), gradients, tokens)
     assert found.dtype == torch.float32
     gram = (x.T @ x).float().double()
     gram += sensitivity_module._RIDGE * gram.diagonal().median() * torch.eye(23)
@@ -145,48 +176,48 @@ def test_saliency_is_the_least_that_a_removal_costs(dtype):
         column = root.T[:, [neuron]] @ down[:, [neuron]].double().T  # [I, H], what the neuron writes
         rest = root.T[:, others]
         residual = column - rest @ torch.linalg.lstsq(rest, column).solution
-        expected = (residual @ roots).square().sum() / (2 * tokens)
+        expected = (residual @ roots).square().sum() / (2 * tokens) * (1 + gradients.coupling[neuron]) / 2
         assert found[neuron].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_silent_neurons():
     """Where nothing, or hardly anything, was active, what silent neurons would write tells them apart."""
-    x, down, fisher = random_layer()
+    x, down, fisher, gradients = random_layer()
     damped = fisher + sensitivity_module._DAMPING * fisher.diagonal().mean() * torch.eye(7)
-    written = (down * (damped @ down)).sum(0)
+    written = (down * (damped @ down)).sum(0) * (1 + gradients.coupling)
     for active in (0, 3):
         gram = (x.T @ x).float()
         gram[active:], gram[:, active:] = 0, 0
-        found = saliencies(down.float(), gram, fisher.float(), 100_000).double()
+        found = saliencies(down.float(), gram, gradients, 100_000).double()
         assert (found > 0).all()
         torch.testing.assert_close(found[active:] / found[-1], written[active:] / written[-1], rtol=1e-5, atol=0)
 
 
 def test_gram_matrix_with_nan():
-    x, down, fisher = random_layer()
+    x, down, _, gradients = random_layer()
     gram = (x.T @ x).float()
     gram[2, 5] = torch.nan
     with pytest.raises(ValueError, match="the Gram matrix has NaN or Inf"):
-        saliencies(down.float(), gram, fisher.float(), len(x))
+        saliencies(down.float(), gram, gradients, len(x))
     with pytest.raises(ValueError, match="the Gram matrix has NaN or Inf"):
-        narrowing_costs(down.float(), gram, fisher.float(), torch.ones(23), len(x))
+        narrowing_costs(down.float(), gram, gradients, torch.ones(23))
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite():
-    x, down, fisher = random_layer(seed=2)
+    x, down, _, gradients = random_layer(seed=2)
     gram = (x.T @ x).float()
     gram[0, 1] = gram[1, 0] = 2 * (gram[0, 0] * gram[1, 1]).sqrt()
     assert torch.linalg.eigvalsh(gram.double()).min() < -0.1 * gram.diagonal().median()
-    found = saliencies(down.float(), gram, fisher.float(), len(x))
+    found = saliencies(down.float(), gram, gradients, len(x))
     assert found.isfinite().all() and (found > 0).all()
 
 
 def test_narrowing_costs():
-    x, down, fisher = random_layer(neurons=64, tokens=200, seed=3)
+    x, down, _, gradients = random_layer(neurons=64, tokens=200, seed=3)
     gram, saliency = (x.T @ x).float(), torch.rand(64)
-    found = narrowing_costs(down.float(), gram, fisher.float(), saliency, len(x)).double()
-    assert found.shape == (16,) and found[0] == 0 and (found[4:].diff() > 0).all()
-    root = torch.linalg.cholesky(fisher)
+    found = narrowing_costs(down.float(), gram, gradients, saliency).double()
+    assert found.shape == (16,) and found[0] == 0 and (found[2:] > 0).all()
+    sample, g = gradients.inputs.double(), gradients.gradients.double()
     assert removed_counts(64) == [0, 0, 1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56]
     for step, removed in enumerate(removed_counts(64)):
         kept = saliency.topk(64 - removed).indices.sort().values
@@ -195,8 +226,8 @@ def test_narrowing_costs():
         rows = torch.cat([x[:, kept], ridge.sqrt() * torch.eye(len(kept))])
         wanted = torch.cat([x @ down.T, ridge.sqrt() * down[:, kept].T])
         resolved = torch.linalg.lstsq(rows, wanted).solution
-        lost = (x @ down.T - x[:, kept] @ resolved) @ root
-        assert found[step].item() == pytest.approx(lost.square().sum().item() / 2 / len(x), rel=1e-4, abs=1e-6)
+        lost = ((sample @ down.T - sample[:, kept] @ resolved) * g).sum(1)
+        assert found[step].item() == pytest.approx(lost.square().mean().item() / 2, rel=1e-3, abs=1e-6)
 
 
 def test_few_rows_of_a_long_text(monkeypatch):
@@ -216,10 +247,11 @@ def test_padding_is_left_out(side, monkeypatch):
     padded, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long)  # a row of padding alone
     tokens = slice(0, 9) if side == "right" else slice(5, 14)
     padded[0, tokens], mask[0, tokens] = ids[0], 1
-    expected = output_fisher(model, read_batches(model, [ids]), [0, 1, 2])
-    found = output_fisher(model, read_batches(model, [(padded, mask)]), [0, 1, 2])
+    expected = output_gradients(model, read_batches(model, [ids]), [0, 1, 2])
+    found = output_gradients(model, read_batches(model, [(padded, mask)]), [0, 1, 2])
     for index in expected:
-        torch.testing.assert_close(found[index], expected[index], rtol=1e-4, atol=1e-7)
+        for name, tensor in vars(expected[index]).items():
+            torch.testing.assert_close(getattr(found[index], name), tensor, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

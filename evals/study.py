@@ -26,7 +26,7 @@ from evals.harness import Result, evaluate, model_by_backend, model_in_memory, r
 from evals.tasks import Limits, check_tasks
 from evals.text import digest
 from gluprune import files
-from gluprune.calibration import Statistics, batches_from_text, calibrate
+from gluprune.calibration import VERSION, Statistics, batches_from_text, calibrate
 from gluprune.checkpoint import build_empty, load, read_config, save
 from gluprune.families import model_glus
 from gluprune.patching import patch_llama
@@ -242,7 +242,7 @@ def _prepared(source: Source, configuration: Configuration, settings: Settings):
 
 def statistics_file(label: str, batches: Sequence[torch.Tensor], sensitivity: bool) -> Path:
     """Where the user's cache keeps the statistics of a text, with sensitivities or without."""
-    return cache_folder() / f"{label}-{digest(batches)}{'-sensitivity' * sensitivity}.safetensors"
+    return cache_folder() / f"{label}-{digest(batches)}{'-sensitivity' * sensitivity}-{VERSION}.safetensors"
 
 
 def _statistics(source: Source, recipe: Recipe, settings: Settings) -> Statistics:

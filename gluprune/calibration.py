@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from gluprune.families import GLU, decoder_layers, model_glus
 from gluprune.sensitivity import (
     Batch,
-    OutputGradients,
+    LayerGradients,
     is_half_on_cpu,
     narrowing_costs,
     output_gradients,
@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 _ROWS = 4096
 # Columns of a block of the Gram matrix. Only blocks on and above the diagonal are computed: about half the operations.
 _BLOCK = 256
-_FORMAT = "gluprune statistics 1"
+# Raised when what is stored changes its meaning.
+VERSION = 2
+_FORMAT = f"gluprune statistics {VERSION}"
 
 
 @dataclass
@@ -177,9 +179,10 @@ def calibrate(
         gram: whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers on a CPU
             then run in float32 whatever their dtype; without, the model runs as it is.
         sensitivity: whether to find out by a backward pass over some of the text what the loss makes of it that
-            neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. First, `4 * H^2` bytes a layer,
-            the activations and several times the logits of one row, and on a CPU a float32 copy of a model in half
-            precision; beside the Gram matrices then the former, and `32 * I^2` bytes.
+            neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. First, that takes `4 * H^2` bytes
+            a layer and `I + H` activations and gradients of about 4096 tokens, with all activations and several times
+            the logits of one row, and on a CPU a float32 copy of a model in half precision; beside the Gram matrices
+            then what it takes a layer, and `32 * I^2` bytes.
         layers: layer indices; None means all.
 
     Returns:
@@ -342,7 +345,7 @@ def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _output_gradients(model: nn.Module, batches: list[Batch], layers: Sequence[int]) -> dict[int, OutputGradients]:
+def _output_gradients(model: nn.Module, batches: list[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
     if model.get_output_embeddings() is None:
         raise ValueError(f"sensitivity=True needs a model with a language-model head, {type(model).__name__} has none")
     with evaluating(model):
@@ -356,7 +359,7 @@ def _collect(
     layers: Sequence[int],
     batches: list[Batch],
     gram: bool,
-    gradients: Mapping[int, OutputGradients] | None,
+    gradients: Mapping[int, LayerGradients] | None,
     label: str,
 ) -> Statistics:
     """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all.

@@ -7,13 +7,13 @@ was by a divergence of about
 
 a token, with x `[I]` a token's row of X and g `[H]` the gradient, with respect to its row of Y, of -log p(y | text) summed
 over the text, each y drawn from the model's own next-token distribution. That is the second order with the Fisher
-information for the Hessian, different tokens taken for independent. So are measured what narrowing a layer costs. To
-choose neurons, of which there are more, x and g are at first taken for independent, too, as in *Optimizing Neural Networks
-with Kronecker-factored Approximate Curvature* (Martens and Grosse, arXiv 1503.05671, section 3):
+information for the Hessian; different tokens are taken for independent. What narrowing a layer costs is measured by it.
+Neurons are chosen by its approximation with x and g taken for independent, too,
 
-    1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T].
+    1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T],
 
-Backward passes give g; no weight is changed and no gradient step is taken.
+as in *Optimizing Neural Networks with Kronecker-factored Approximate Curvature* (Martens and Grosse, arXiv 1503.05671,
+section 3), corrected neuron by neuron. Backward passes give g; no weight is changed and no gradient step is taken.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from gluprune.families import model_glus
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
-# Tokens that the backward pass looks at, spread evenly over the calibration text: F has few entries beside G.
+# Tokens that the backward pass looks at, spread evenly over the calibration text: F and the coupling have few entries
+# beside G.
 FISHER_TOKENS = 16_384
-# Of that many of them one is kept until the costs are found.
-_SAMPLE_STEP = 4
+# Of these, tokens whose x and g are kept until the costs are found.
+_SAMPLE_TOKENS = 4096
 # What is added to F's diagonal for the saliencies, as a share of the mean of that: F comes from one drawn label a token.
 # This and the next were chosen on SmolLM2-135M among 0.1, 1, 10 and 0.01 to 1, on half of the windows that
-# `evals.quality` measures on.
+# `evals.quality` measures on, before the coupling came in.
 _DAMPING = 1.0
 # What is added to G's diagonal before it is inverted, as a share of a typical entry of that: a neuron that is silent on the
 # calibration text, or that others foretell there, may matter on other text.
@@ -52,14 +53,19 @@ def removed_counts(size: int) -> list[int]:
     return [int(share * size) for share in _REMOVED_SHARES]
 
 
+def _count(batch: Batch) -> int:
+    """Number of tokens."""
+    ids, mask = batch
+    return ids.numel() if mask is None else int(mask.sum())
+
+
 def _rows(batches: Sequence[Batch]) -> list[Batch]:
     """Rows `[1, S]` of the batches and of their masks, evenly spread, about `FISHER_TOKENS` tokens of them."""
     rows = [
         (ids[i : i + 1], None if mask is None else mask[i : i + 1]) for ids, mask in batches for i in range(len(ids))
     ]
-    rows = [(ids, mask) for ids, mask in rows if ids.numel() and (mask is None or mask.any())]
-    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in rows)
-    count = max(1, min(len(rows), len(rows) * FISHER_TOKENS // tokens))
+    rows = list(filter(_count, rows))
+    count = max(1, min(len(rows), len(rows) * FISHER_TOKENS // sum(map(_count, rows))))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
@@ -74,50 +80,54 @@ def _differentiable(model: nn.Module) -> nn.Module:
 
 
 @dataclass
-class OutputGradients:
+class LayerGradients:
     """What the backward passes find of one layer's down projection, on the device of its weights.
 
     fisher: float32 `[H, H]`, F, the mean over the tokens of g g^T.
-    coupling: float32 `[I]`, of every neuron with w_i `[H]` its column of `down`
-        E[x_i^2 (w_i^T g)^2] / (E[x_i^2] E[(w_i^T g)^2]): 1 where x and g are independent, large where the neuron acts on few
-        tokens and the loss is sensitive to what it writes there; 1 where nothing is active.
-    inputs, gradients: `[T', I]` and `[T', H]`, x and g of every fourth token, in the dtype that they have in the model.
+    coupling: float32 `[I]`, of every neuron i with w_i `[H]` its column of `down`
+        E[x_i^2 (w_i^T g)^2] / (E[x_i^2] E[(w_i^T g)^2]): 1 where x_i and g are independent, large where the neuron acts on
+        few tokens and the loss is sensitive to what it writes there; 1 where it is silent or writes nothing.
+    x, g: `[T', I]` and `[T', H]`, of about `_SAMPLE_TOKENS` tokens, in the dtype that the backward pass runs in.
     """
 
     fisher: torch.Tensor
     coupling: torch.Tensor
-    inputs: torch.Tensor
-    gradients: torch.Tensor
+    x: torch.Tensor
+    g: torch.Tensor
 
 
 class _Accumulator:
-    """Sums over the tokens of one layer, and a sample of them."""
+    """Sums over the tokens of one layer, and of every `step` tokens one as a sample."""
 
-    def __init__(self, down: nn.Linear):
+    def __init__(self, down: nn.Linear, step: int):
         device, hidden_size, size = down.weight.device, down.out_features, down.in_features
-        self._weight = down.weight.detach()
+        self._weight, self._step = down.weight.detach(), step
         self._fisher = torch.zeros(hidden_size, hidden_size, device=device)
-        self._squares, self._joint = torch.zeros(2, size, device=device).unbind()
+        # Sums of x_i^2, of (w_i^T g)^2 and of their product.
+        self._active, self._sensitive, self._joint = torch.zeros(3, size, device=device).unbind()
         self._sample: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def add(self, x: torch.Tensor, g: torch.Tensor, offset: int) -> None:
-        """Take in x `[S, I]` and g `[S, H]` of one row of text, into the sample every fourth token from `offset` on."""
-        # Indexing with a slice alone would keep the whole row in memory.
-        self._sample.append((x[offset::_SAMPLE_STEP].clone(), g[offset::_SAMPLE_STEP].clone()))
+    def add(self, x: torch.Tensor, g: torch.Tensor, row: int) -> None:
+        """Take in x `[S, I]` and g `[S, H]` of the tokens of row number `row`."""
+        # From row to row another token is the first. A slice alone would keep the whole row in memory.
+        sampled = slice(row % self._step, None, self._step)
+        self._sample.append((x[sampled].clone(), g[sampled].clone()))
         x, g = x.float(), g.float()
         self._fisher.addmm_(g.T, g)
-        squares = x.square()
-        self._squares += squares.sum(0)
-        self._joint += (squares * (g @ self._weight.float()).square()).sum(0)
+        active, sensitive = x.square(), (g @ self._weight.float()).square()  # [S, I]
+        self._active += active.sum(0)
+        self._sensitive += sensitive.sum(0)
+        self._joint += (active * sensitive).sum(0)
 
-    def result(self, tokens: int) -> OutputGradients:
-        weight = self._weight.float()
-        alone = self._squares * (weight * (self._fisher @ weight)).sum(0)
-        coupling = torch.where(alone > 0, tokens * self._joint / alone, 1)
-        return OutputGradients(self._fisher / tokens, coupling, *map(torch.cat, zip(*self._sample)))
+    def result(self, tokens: int) -> LayerGradients:
+        """Of all rows, which had so many tokens. The accumulator is empty afterwards."""
+        independent = self._active * self._sensitive
+        coupling = torch.where(independent > 0, tokens * self._joint / independent, 1)
+        sample, self._sample = self._sample, []
+        return LayerGradients(self._fisher.div_(tokens), coupling, *map(torch.cat, zip(*sample)))
 
 
-def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, OutputGradients]:
+def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
     """The gradients g of what the down projections write.
 
     Runs the model forward and backward, one row of the batches at a time. Half precision on a CPU is copied to float32
@@ -130,7 +140,7 @@ def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequenc
         layers: layer indices.
 
     Returns:
-        Layer index -> `OutputGradients`.
+        Layer index -> `LayerGradients`.
 
     Raises:
         ValueError: a gradient is NaN or Inf (names the layer), or the logits are NaN.
@@ -144,7 +154,7 @@ def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequenc
 
             def take(gradient: torch.Tensor) -> None:
                 kept = slice(None) if mask is None else mask[0].to(x.device)
-                accumulator.add(x[kept], gradient[0, kept], number % _SAMPLE_STEP)
+                accumulator.add(x[kept], gradient[0, kept], number)
 
             output.register_hook(take)
 
@@ -163,15 +173,15 @@ def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequenc
         glus = model_glus(model)
         embedding = model.get_input_embeddings()
         stack.callback(embedding.register_forward_hook(start_of_graph).remove)
+        rows = _rows(batches)
+        step = max(1, sum(map(_count, rows)) // _SAMPLE_TOKENS)
         for index in layers:
             down = glus[index].down
-            found[index] = _Accumulator(down)
+            found[index] = _Accumulator(down, step)
             stack.callback(down.register_forward_hook(taking_into(found[index])).remove)
         generator = torch.Generator().manual_seed(0)
         device = embedding.weight.device
-        for number, (ids, mask) in enumerate(
-            tqdm(_rows(batches), desc="gradients", unit="row", disable=None, leave=False)
-        ):
+        for number, (ids, mask) in enumerate(tqdm(rows, desc="gradients", unit="row", disable=None, leave=False)):
             # Autograd takes no tensors that were made in inference mode.
             ids, mask = ids.clone(), None if mask is None else mask.clone()
             attention_mask = None if mask is None else mask.long().to(device)
@@ -184,6 +194,7 @@ def output_gradients(model: nn.Module, batches: Sequence[Batch], layers: Sequenc
             loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             loss.backward(inputs=embedded)
             tokens += len(drawn)
+            del logits, loss  # with them, the activations go before those of the next row come
         results = {index: accumulator.result(tokens) for index, accumulator in found.items()}
     for index, gradients in results.items():
         if not gradients.fisher.isfinite().all():
@@ -205,19 +216,20 @@ def _cholesky(gram: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, to
         ridge = 10 * ridge  # float32 sums of neurons that dwarf others can round a small eigenvalue below zero
 
 
-def saliencies(down: torch.Tensor, gram: torch.Tensor, gradients: OutputGradients, tokens: int) -> torch.Tensor:
+def saliencies(down: torch.Tensor, gram: torch.Tensor, gradients: LayerGradients, tokens: int) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a neuron goes and the others are re-solved to make up for it.
 
     With w_i `[H]` the neuron's column of `down`: w_i^T F w_i / (2 T [G^-1]_ii), the saliency of *Optimal Brain Surgeon*
     (Hassibi and Stork, 1993, eq. 5) for a whole column and factored curvature, as in *The LLM Surgeon* (van der
-    Ouderaa et al., arXiv 2312.17244, section 3.2), whose labels are those of the text. F and G are damped first. This
-    times the mean of 1 and the neuron's coupling: few tokens tell the coupling, and so it is believed by half.
+    Ouderaa et al., arXiv 2312.17244, section 3.2), whose labels are those of the text. F and G are damped first. That is
+    multiplied by the mean of 1 and the neuron's coupling, which few tokens tell and which is its own, not that of what
+    re-solving leaves of it.
 
     Args:
         down: `[H, I]`, any floating dtype.
         gram: float32 `[I, I]`, G over all tokens.
         gradients: of the layer.
-        tokens: T.
+        tokens: T, of G.
 
     Returns:
         float32 `[I]`.
@@ -236,7 +248,7 @@ def saliencies(down: torch.Tensor, gram: torch.Tensor, gradients: OutputGradient
 
 
 def narrowing_costs(
-    down: torch.Tensor, gram: torch.Tensor, gradients: OutputGradients, saliency: torch.Tensor
+    down: torch.Tensor, gram: torch.Tensor, gradients: LayerGradients, saliency: torch.Tensor
 ) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a layer alone is narrowed and its down projection re-solved.
 
@@ -245,7 +257,7 @@ def narrowing_costs(
 
         D_S = (G_SS + lambda I)^-1 G_SR W_R = L_SS^-T L_RS^T W_R,    D_R = -W_R,
 
-    and the cost is 1/2 E[(x^T D g)^2] over the sample of tokens that `gradients` holds.
+    and the cost is the mean of 1/2 (x^T D g)^2 over the sample of tokens that `gradients` holds.
 
     Args:
         down: `[H, I]`, any floating dtype.
@@ -263,7 +275,7 @@ def narrowing_costs(
     order = saliency.argsort(descending=True)
     lower = _cholesky(gram[order][:, order], RIDGE * gram.diagonal().mean())[0].float()
     weight = down.float().T[order]  # [I, H]
-    x, g = gradients.inputs.float()[:, order], gradients.gradients.float()  # [T', I], [T', H]
+    x, g = gradients.x.float()[:, order], gradients.g.float()  # [T', I], [T', H]
     costs = []
     for removed in removed_counts(size):
         kept = size - removed

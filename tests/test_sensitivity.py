@@ -14,7 +14,7 @@ from gluprune.calibration import Statistics, calibrate, read_batches
 from gluprune.families import model_glus
 from gluprune.patching import patch
 from gluprune.pruning import prune
-from gluprune.sensitivity import OutputGradients, narrowing_costs, output_gradients, removed_counts, saliencies
+from gluprune.sensitivity import LayerGradients, narrowing_costs, output_gradients, removed_counts, saliencies
 from gluprune.streaming import prune_checkpoint
 from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -37,7 +37,7 @@ def random_layer(hidden=7, neurons=23, tokens=60, seed=0):
     down, fisher = torch.randn(hidden, neurons, generator=generator, dtype=torch.float64), root @ root.T
     coupling = 3 * torch.rand(neurons, generator=generator)
     sample = torch.randn(9, neurons, generator=generator), torch.randn(9, hidden, generator=generator)
-    return x, down, fisher, OutputGradients(fisher.float(), coupling, *sample)
+    return x, down, fisher, LayerGradients(fisher.float(), coupling, *sample)
 
 
 def drawn_from(monkeypatch, choose):
@@ -74,6 +74,7 @@ def test_gradients(family_name, dtype, monkeypatch):
 
     model, batches = make_tiny_model(family_name, dtype=dtype, seed=2), random_batches()
     drawn_from(monkeypatch, choose)
+    monkeypatch.setattr(sensitivity_module, "_SAMPLE_TOKENS", 13)  # of 54
     found = output_gradients(model, read_batches(model, batches), [0, 2])
     assert list(found) == [0, 2]
     sequences = [sequence for batch in batches for sequence in batch]
@@ -87,8 +88,8 @@ def test_gradients(family_name, dtype, monkeypatch):
         assert_near(layer.fisher, g.T @ g / len(g))
         torch.testing.assert_close(layer.coupling.double(), coupling, rtol=1e-3, atol=0)
         # Of every row another quarter of the tokens.
-        assert_near(layer.inputs, torch.cat([x[number % 4 :: 4] for number, (x, _) in enumerate(rows)]))
-        assert_near(layer.gradients, torch.cat([g[number % 4 :: 4] for number, (_, g) in enumerate(rows)]))
+        assert_near(layer.x, torch.cat([x[number % 4 :: 4] for number, (x, _) in enumerate(rows)]))
+        assert_near(layer.g, torch.cat([g[number % 4 :: 4] for number, (_, g) in enumerate(rows)]))
 
 
 def test_coupling_of_what_is_silent():
@@ -126,7 +127,7 @@ def last_logits(model, token):
     return logits
 
 
-def test_the_form_foretells_the_divergence():
+def test_gradients_foretell_the_divergence():
     """On a text of one token over and over all tokens are independent: the mean over the sample is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
     text = torch.full((32, 512), 17)
@@ -134,7 +135,7 @@ def test_the_form_foretells_the_divergence():
     glu = model_glus(model)[2]
     down = glu.down.weight.detach()
     gradients = output_gradients(model, [(text, None)], [2])[2]
-    assert len(gradients.inputs) == len(gradients.gradients) == 4096
+    assert len(gradients.x) == len(gradients.g) == 4096
     order = layer.saliency.argsort(descending=True)
     dense = last_logits(model, text[0, 0])(torch.zeros(32)).log_softmax(-1)
     for step in (5, 9):
@@ -143,8 +144,8 @@ def test_the_form_foretells_the_divergence():
         # narrowing, scaled down.
         change = -down.clone()
         change[:, kept] += down[:, kept]
-        error = gradients.inputs @ change.T
-        form = (error * gradients.gradients).sum(1).square().mean().item() / 2
+        error = gradients.x @ change.T
+        form = (error * gradients.g).sum(1).square().mean().item() / 2
         x = _input_of_down(model, text[:1, :1])
         scale = 1e-3
         pruned = last_logits(model, text[0, 0])(scale * (x @ change.double().T)).log_softmax(-1)
@@ -217,7 +218,7 @@ def test_narrowing_costs():
     gram, saliency = (x.T @ x).float(), torch.rand(64)
     found = narrowing_costs(down.float(), gram, gradients, saliency).double()
     assert found.shape == (16,) and found[0] == 0 and (found[2:] > 0).all()
-    sample, g = gradients.inputs.double(), gradients.gradients.double()
+    sample, g = gradients.x.double(), gradients.g.double()
     assert removed_counts(64) == [0, 0, 1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56]
     for step, removed in enumerate(removed_counts(64)):
         kept = saliency.topk(64 - removed).indices.sort().values

@@ -15,7 +15,7 @@ from gluprune.compensate import replace_down, resolved_down
 from gluprune.families import GLU, model_glus
 from gluprune.narrow import narrow, set_config_widths
 from gluprune.scores import CALIBRATED_SCORES, STATIC_SCORES, Score, calibrated_score, static_score
-from gluprune.selection import select, target_width, widths_by_cost
+from gluprune.selection import select, shrunk_costs, target_width, widths_by_cost
 from gluprune.sensitivity import removed_counts
 
 ALLOCATIONS = ("uniform", "sensitivity")
@@ -223,7 +223,7 @@ def allocated_widths(
         raise ValueError(
             "allocation='sensitivity' needs Statistics, which know all layers: calibration=calibrate(..., sensitivity=True)"
         )
-    costs = [statistics.layers[index].costs for index in layers]
+    costs = shrunk_costs([statistics.layers[index].costs for index in layers], width / intermediate_size)
     removed = removed_counts(intermediate_size)
     return dict(zip(layers, widths_by_cost(costs, removed, intermediate_size, width, multiple_of=multiple_of)))
 

@@ -142,6 +142,24 @@ def widths_by_cost(
     return widths
 
 
+def shrunk_costs(costs: Sequence[torch.Tensor], kept_share: float) -> list[torch.Tensor]:
+    """Costs of layers drawn towards their mean, in the logarithm: cost^s mean^(1 - s), s the share of neurons that stay.
+
+    What a layer costs is known with all others whole. The more goes from these, too, the less it tells: layers that could
+    stand in for each other look cheap one by one, and to narrow them all is not. On SmolLM2-135M at 60 % removed, costs
+    taken as they are gave no less perplexity than equal widths.
+
+    Args:
+        costs: of each layer float32 `[P]`, at the same numbers of removed neurons.
+        kept_share: s, between 0 and 1.
+
+    Returns:
+        Of each layer float32 `[P]`, on the CPU.
+    """
+    stacked = torch.stack([layer.cpu() for layer in costs])  # [layers, P]
+    return list(stacked**kept_share * stacked.mean(0) ** (1 - kept_share))
+
+
 def select(scores: torch.Tensor, width: int) -> torch.Tensor:
     """The `width` neurons of highest score, as ascending indices.
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gluprune.narrow import set_config_widths
 from gluprune.pruning import count_parameters
-from gluprune.selection import select, target_width, widths_by_cost
+from gluprune.selection import select, shrunk_costs, target_width, widths_by_cost
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parent / "data" / "published_expansion_rates.csv").open()))
 LLAMA_3_2 = {
@@ -162,3 +162,23 @@ def test_widths_by_cost_beside_odd_sizes():
     # The first step is the shorter one: what counts is what a neuron costs.
     costs = [torch.tensor([0.0, 6.0]), torch.tensor([0.0, 5.0])]
     assert widths_by_cost(costs, [0, 100], 101, 94, multiple_of=8) == [101, 80]
+
+
+def test_shrunk_costs():
+    costs = [torch.tensor([0.0, 0.0, 0.5, 2.0]), torch.tensor([0.0, 0.02, 0.5, 8.0]), torch.zeros(4)]
+    for share, expected in {
+        1.0: [[0, 0, 0.5, 2], [0, 0.02, 0.5, 8], [0, 0, 0, 0]],
+        0.75: [[0, 0, 0.45179, 2.2724], [0, 0.015198, 0.45179, 6.4274], [0, 0, 0, 0]],  # by hand, means 0.00667, 1/3, 10/3
+    }.items():
+        torch.testing.assert_close(torch.stack(shrunk_costs(costs, share)), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+def test_the_more_goes_the_nearer_to_one_width():
+    steps = torch.arange(16.0)
+    costs = [steps**2, 4 * steps**2, 30 * steps**2]
+    spread = []
+    for share in (1.0, 0.6, 0.2):
+        widths = widths_by_cost(shrunk_costs(costs, share), range(0, 256, 16), 256, 160, multiple_of=1)
+        assert sum(widths) == 480 and widths == sorted(widths)
+        spread.append(widths[-1] - widths[0])
+    assert spread[0] > spread[1] > spread[2]

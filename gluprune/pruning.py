@@ -289,8 +289,9 @@ def prune(
             out) or of tuples of the two, such as a DataLoader; or the `Statistics` that `calibrate` collected from it.
         compensate: re-solve the down projections for the neurons that stay (`gluprune.compensate`).
         allocation: "uniform" gives every layer the width asked for; "sensitivity" gives it to the average layer, and
-            every layer the width at which the loss of the whole model suffers least in total, as estimated for
-            `score="surgeon", compensate=True` (`gluprune.sensitivity`). It needs `Statistics` of
+            every layer the width at which the loss of the whole model suffers least in total, as measured for
+            `score="surgeon", compensate=True` one layer at a time (`gluprune.sensitivity`) and drawn towards one width
+            the more neurons go (`gluprune.selection.shrunk_costs`). It needs `Statistics` of
             `calibrate(..., sensitivity=True)`.
         layers: indices of the layers to prune; None means all. Where layers end up with different widths, the
             saved checkpoint loads with `gluprune.load`, and stock `from_pretrained` raises.

@@ -168,7 +168,11 @@ def test_shrunk_costs():
     costs = [torch.tensor([0.0, 0.0, 0.5, 2.0]), torch.tensor([0.0, 0.02, 0.5, 8.0]), torch.zeros(4)]
     for share, expected in {
         1.0: [[0, 0, 0.5, 2], [0, 0.02, 0.5, 8], [0, 0, 0, 0]],
-        0.75: [[0, 0, 0.45179, 2.2724], [0, 0.015198, 0.45179, 6.4274], [0, 0, 0, 0]],  # by hand, means 0.00667, 1/3, 10/3
+        0.75: [
+            [0, 0, 0.45179, 2.2724],
+            [0, 0.015198, 0.45179, 6.4274],
+            [0, 0, 0, 0],
+        ],  # by hand, means 0.00667, 1/3, 10/3
     }.items():
         torch.testing.assert_close(torch.stack(shrunk_costs(costs, share)), torch.tensor(expected), rtol=1e-4, atol=0)
 

@@ -14,6 +14,7 @@ from gluprune.calibration import Statistics, calibrate, read_batches
 from gluprune.families import model_glus
 from gluprune.patching import patch
 from gluprune.pruning import prune
+from gluprune.selection import shrunk_costs, widths_by_cost
 from gluprune.sensitivity import LayerGradients, narrowing_costs, output_gradients, removed_counts, saliencies
 from gluprune.streaming import prune_checkpoint
 from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot
@@ -360,6 +361,13 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
     widths = [report.widths[layer] for layer in range(3)]
     assert sum(widths) == 3 * 64 and widths[1] == min(widths) < min(widths[0], widths[2])
     assert all(width % multiple_of == 0 for width in widths)
+    costs = [statistics.layers[layer].costs for layer in range(3)]
+    expected, taken_as_they_are = (
+        widths_by_cost(of, removed_counts(96), 96, 64, multiple_of=multiple_of)
+        for of in (shrunk_costs(costs, 64 / 96), costs)
+    )
+    assert widths == expected
+    assert max(widths) - min(widths) <= max(taken_as_they_are) - min(taken_as_they_are)
     assert [glu.intermediate_size for glu in glus] == widths == [len(report.kept[layer]) for layer in range(3)]
     for index, (gate, up, _) in enumerate(before):
         kept = statistics.layers[index].saliency.topk(widths[index]).indices.sort().values

@@ -166,15 +166,10 @@ def test_widths_by_cost_beside_odd_sizes():
 
 def test_shrunk_costs():
     costs = [torch.tensor([0.0, 0.0, 0.5, 2.0]), torch.tensor([0.0, 0.02, 0.5, 8.0]), torch.zeros(4)]
-    for share, expected in {
-        1.0: [[0, 0, 0.5, 2], [0, 0.02, 0.5, 8], [0, 0, 0, 0]],
-        0.75: [
-            [0, 0, 0.45179, 2.2724],
-            [0, 0.015198, 0.45179, 6.4274],
-            [0, 0, 0, 0],
-        ],  # by hand, means 0.00667, 1/3, 10/3
-    }.items():
-        torch.testing.assert_close(torch.stack(shrunk_costs(costs, share)), torch.tensor(expected), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.stack(shrunk_costs(costs, 1.0)), torch.stack(costs))
+    # By hand, with the means 0, 0.02 / 3, 1 / 3 and 10 / 3.
+    expected = torch.tensor([[0, 0, 0.45179, 2.2724], [0, 0.015198, 0.45179, 6.4274], [0, 0, 0, 0]])
+    torch.testing.assert_close(torch.stack(shrunk_costs(costs, 0.75)), expected, rtol=1e-4, atol=0)
 
 
 def test_the_more_goes_the_nearer_to_one_width():

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -101,6 +102,27 @@ def test_coupling_of_what_is_silent():
         glu.down.weight[:, 8] = 0  # the neuron writes nothing
     coupling = output_gradients(model, read_batches(model, random_batches()), [1])[1].coupling
     assert coupling[5] == coupling[8] == 1 and coupling.isfinite().all()
+
+
+def test_activations_of_a_row_go_before_those_of_the_next_come(monkeypatch):
+    model, losses, compute = make_tiny_model(), [], torch.nn.functional.cross_entropy
+
+    def followed(*arguments, **options):
+        loss = compute(*arguments, **options)
+        losses.append(weakref.ref(loss))  # it holds the graph, and that the activations
+        return loss
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", followed)
+    alive = []
+    model.register_forward_pre_hook(lambda *_: alive.extend(ref for ref in losses if ref() is not None))
+    output_gradients(model, read_batches(model, random_batches(((3, 40),))), [1])
+    assert len(losses) == 3 and not alive
+
+
+def test_a_sample_does_not_keep_its_row():
+    accumulator = sensitivity_module._Accumulator(torch.nn.Linear(6, 4), step=5)
+    accumulator.add(torch.randn(40, 6), torch.randn(40, 4), row=0)
+    assert [tensor.untyped_storage().nbytes() for tensor in accumulator._sample[0]] == [8 * 6 * 4, 8 * 4 * 4]
 
 
 def test_labels_are_drawn_from_the_model():
@@ -229,7 +251,7 @@ def test_narrowing_costs():
         wanted = torch.cat([x @ down.T, ridge.sqrt() * down[:, kept].T])
         resolved = torch.linalg.lstsq(rows, wanted).solution
         lost = ((sample @ down.T - sample[:, kept] @ resolved) * g).sum(1)
-        assert found[step].item() == pytest.approx(lost.square().mean().item() / 2, rel=1e-3, abs=1e-6)
+        assert found[step].item() == pytest.approx(lost.square().mean().item() / 2, rel=1e-4, abs=1e-6)
 
 
 def test_few_rows_of_a_long_text(monkeypatch):
@@ -240,6 +262,13 @@ def test_few_rows_of_a_long_text(monkeypatch):
         monkeypatch.setattr(sensitivity_module, "FISHER_TOKENS", limit)
         found = sensitivity_module._rows(batches)
         assert all(torch.equal(ids[0], rows[index]) for (ids, _), index in zip(found, chosen, strict=True))
+
+
+def test_the_one_row_is_not_of_padding_alone(monkeypatch):
+    monkeypatch.setattr(sensitivity_module, "FISHER_TOKENS", 1)
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    ((row, _),) = sensitivity_module._rows([(ids, mask)])
+    assert torch.equal(row, ids[1:])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -253,7 +282,7 @@ def test_padding_is_left_out(side, monkeypatch):
     found = output_gradients(model, read_batches(model, [(padded, mask)]), [0, 1, 2])
     for index in expected:
         for name, tensor in vars(expected[index]).items():
-            torch.testing.assert_close(getattr(found[index], name), tensor, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(getattr(found[index], name), tensor, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -277,12 +306,13 @@ def test_dropout_is_off():
         assert torch.equal(found.layers[index].saliency, layer.saliency)
 
 
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "fused layers around"])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_patched_model(backend):
+def test_patched_model(backend, layers):
     model = make_tiny_model(seed=1)
-    expected = calibrate(model, random_batches(), sensitivity=True)
+    expected = calibrate(model, random_batches(), sensitivity=True, layers=layers)
     patch(model, backend=backend)
-    found = calibrate(model, random_batches(), sensitivity=True)
+    found = calibrate(model, random_batches(), sensitivity=True, layers=layers)
     for index, layer in expected.layers.items():
         torch.testing.assert_close(found.layers[index].saliency, layer.saliency)
         torch.testing.assert_close(found.layers[index].costs, layer.costs)

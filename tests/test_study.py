@@ -333,3 +333,11 @@ def test_a_context_too_short_for_the_task(inputs, tmp_path, capsys):
     command = ["eval", tmp_path / "short", "--data", inputs / "data", "--out", tmp_path / "out", "--tasks", "gsm8k"]
     assert main([str(a) for a in command]) == 2
     assert "gsm8k cannot be run: Invalid configuration" in capsys.readouterr().err
+
+
+def test_statistics_of_another_version_are_not_taken_from_the_cache(monkeypatch):
+    batches = [torch.arange(8).view(2, 4)]
+    names = {study.statistics_file("model", batches, sensitivity) for sensitivity in (False, True)}
+    monkeypatch.setattr(study, "VERSION", study.VERSION + 1)
+    names |= {study.statistics_file("model", batches, sensitivity) for sensitivity in (False, True)}
+    assert len(names) == 4

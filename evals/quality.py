@@ -31,6 +31,7 @@ from gluprune.checkpoint import load
 from gluprune.files import write_file
 from gluprune.perplexity import perplexity
 from gluprune.pruning import needs_sensitivity, prune
+from gluprune.reconstruct import reconstruct
 from gluprune.records import Record, append, read
 from gluprune.sample import sample_text
 from gluprune.smollm2 import cache_folder, smollm2_checkpoint
@@ -38,13 +39,17 @@ from gluprune.smollm2 import cache_folder, smollm2_checkpoint
 
 @dataclass(frozen=True)
 class Method:
-    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether the model's own text joins them."""
+    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether the model's own text joins them.
+
+    reconstructed: whether `reconstruct` follows, on a few windows of the same texts.
+    """
 
     score: str
     compensate: bool = False
     allocation: str = "uniform"
     windows: int = 0
     own_text: bool = False
+    reconstructed: bool = False
 
     @property
     def calibrated(self) -> tuple[int, bool, bool]:
@@ -54,6 +59,12 @@ class Method:
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
+    "surgeon by layer, reconstructed, + own text": Method(
+        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True, reconstructed=True
+    ),
+    "surgeon, reconstructed, + own text": Method(
+        "surgeon", compensate=True, windows=128, own_text=True, reconstructed=True
+    ),
     "surgeon by layer, re-solved, + own text": Method(
         "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True
     ),
@@ -69,6 +80,7 @@ METHODS = {
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 OWN_WINDOWS = 64  # that the model writes
+RECONSTRUCTION_WINDOWS = 16  # of each text
 
 
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
@@ -142,6 +154,12 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     def calibration_batches(windows: int, with_own: bool) -> list[torch.Tensor]:
         return batches_from_text(tokenizer, [calibration, own] if with_own else calibration, windows, WINDOW)
 
+    @lru_cache
+    def reconstructed_on(with_own: bool) -> dict:
+        """What the shape of a record says of the reconstruction."""
+        batches = calibration_batches(RECONSTRUCTION_WINDOWS, with_own)
+        return {"reconstruction_windows": sum(map(len, batches)), "reconstruction_digest": digest(batches)}
+
     @lru_cache(maxsize=1)
     def statistics(windows: int, with_own: bool, sensitivity: bool) -> Statistics:
         """Collected, or read from the cache of an earlier run on the same text."""
@@ -160,6 +178,8 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
         shape = settings | {"ratio": ratio} | calibrated_on(*method.calibrated)
+        if method.reconstructed:
+            shape |= reconstructed_on(method.own_text)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
             for text, held in held_out.items()
@@ -183,6 +203,8 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
                 compensate=method.compensate,
                 allocation=method.allocation,
             )
+            if method.reconstructed:
+                reconstruct(pruned, model, calibration_batches(RECONSTRUCTION_WINDOWS, method.own_text))
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
         pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
         for text in missing:
@@ -203,7 +225,8 @@ def table(records: list[Record]) -> str:
         (
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
-            ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. + own text: calibrated on what the model'
+            ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
+            f" `reconstruct` on {RECONSTRUCTION_WINDOWS} windows of each text. + own text: calibrated on what the model"
             " wrote itself (`gluprune sample`), too. –: not measured."
         ),
     ]
@@ -227,8 +250,8 @@ def table(records: list[Record]) -> str:
     times = {str(r.shape): r for r in records if r.what == "calibrate"}.values()
     lines += [
         "",
-        f"Seconds: scoring, selecting, re-solving and narrowing at all {len(RATIOS)} ratios together. Calibration, once"
-        " for all ratios: "
+        f"Seconds: scoring, selecting, re-solving, narrowing and reconstructing at all {len(RATIOS)} ratios together."
+        " Calibration, once for all ratios: "
         + ", ".join(
             f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
             + ", sensitivities included" * r.shape.get("sensitivity", False)

@@ -316,7 +316,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
+def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Run decoder layers on a CPU in float32, each with a float32 copy of its weights that lives as long as its forward.
 
     Elsewhere layers run as they are.
@@ -382,7 +382,7 @@ def _collect(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if gram:
-            stack.enter_context(_in_float32(decoder_layers(model)))
+            stack.enter_context(in_float32(decoder_layers(model)))
         for index, statistics in found.items():
             handle = glus[index].down.register_forward_pre_hook(taking_into(statistics))
             stack.callback(handle.remove)

@@ -53,7 +53,7 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
         logger.info("%s: %d of %d kept neurons are dead on the calibration data", label, dead, len(kept))
     # What the removed neurons wrote, seen from the kept ones.
     target = gram[kept][:, removed] @ down[:, removed].float().T  # [width, H]
-    change = _solve(kept_gram, target, RIDGE * gram.diagonal().mean(), label)
+    change = solve(kept_gram, target, RIDGE * gram.diagonal().mean(), label)
     if change is None:
         logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
         return plain
@@ -67,7 +67,7 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
     return resolved
 
 
-def _solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: str) -> torch.Tensor | None:
+def solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: str) -> torch.Tensor | None:
     """(gram + ridge I)^-1 target in float32, or None where no attempt gives finite numbers."""
     if not ridge > 0:  # dead on all of the data: nothing to solve
         return torch.zeros_like(target)

@@ -20,6 +20,7 @@ class Family:
     gate, up: attribute names of the gate and up projections; equal for a packed projection `[2 * I, H]`, whose first
         half is the gate and whose second half is up.
     activation: attribute name of the activation module.
+    normalized: whether a norm comes between the down projection and the residual stream.
     """
 
     mlp_class: str
@@ -27,14 +28,15 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    normalized: bool = False
 
     @property
     def packed(self) -> bool:
         return self.gate == self.up
 
 
-def _packed(mlp_class: str) -> Family:
-    return Family(mlp_class, gate="gate_up_proj", up="gate_up_proj", activation="activation_fn")
+def _packed(mlp_class: str, **others) -> Family:
+    return Family(mlp_class, gate="gate_up_proj", up="gate_up_proj", activation="activation_fn", **others)
 
 
 FAMILIES: dict[str, Family] = {
@@ -43,14 +45,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2MLP"),
     "qwen3": Family("Qwen3MLP"),
     "smollm3": Family("SmolLM3MLP"),
-    "olmo2": Family("Olmo2MLP"),
+    "olmo2": Family("Olmo2MLP", normalized=True),
     "granite": Family("GraniteMLP"),
     "gemma": Family("GemmaMLP"),
-    "gemma2": Family("Gemma2MLP"),
-    "gemma3_text": Family("Gemma3MLP"),
+    "gemma2": Family("Gemma2MLP", normalized=True),
+    "gemma3_text": Family("Gemma3MLP", normalized=True),
     "phi3": _packed("Phi3MLP"),
     "glm": _packed("GlmMLP"),
-    "glm4": _packed("Glm4MLP"),
+    "glm4": _packed("Glm4MLP", normalized=True),
 }
 
 # Why a model that looks similar is not in the table. The key is config.model_type.

@@ -86,7 +86,7 @@ def _address_range(parameter: torch.Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), parameter.data_ptr() + extent * parameter.element_size()
 
 
-def _check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) -> None:
+def check_prunable(model: nn.Module, glus: list[GLU], layers: Sequence[int]) -> None:
     """Refuse what cannot be narrowed: projections that are no plain linear layers, absent or shared weights."""
     for index in layers:
         for name, projection in glus[index].projections.items():
@@ -314,7 +314,7 @@ def prune(
     sensitivity = needs_sensitivity(score, allocation)
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))
-    _check_prunable(model, glus, indices)
+    check_prunable(model, glus, indices)
     before = {glus[index].intermediate_size for index in indices}
     if len(before) > 1:
         raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")

@@ -31,7 +31,7 @@ from gluprune.checkpoint import load
 from gluprune.files import write_file
 from gluprune.perplexity import perplexity
 from gluprune.pruning import needs_sensitivity, prune
-from gluprune.reconstruct import reconstruct
+from gluprune.reconstruction import reconstruct
 from gluprune.records import Record, append, read
 from gluprune.sample import sample_text
 from gluprune.smollm2 import cache_folder, smollm2_checkpoint

@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from gluprune.checkpoint import load, save
     from gluprune.patching import patch, patch_llama, unpatch, unpatch_llama
     from gluprune.pruning import PruneReport, prune
+    from gluprune.reconstruction import reconstruct
 
 __version__ = "0.1.0"
 
-__all__ = ["PruneReport", "load", "patch", "patch_llama", "prune", "save", "unpatch", "unpatch_llama"]
+__all__ = ["PruneReport", "load", "patch", "patch_llama", "prune", "reconstruct", "save", "unpatch", "unpatch_llama"]
 
 # Imported when asked for: transformers takes seconds, which a command that needs no model should not wait for.
 _MODULES = {
     **dict.fromkeys(("load", "save"), "checkpoint"),
     **dict.fromkeys(("patch", "patch_llama", "unpatch", "unpatch_llama"), "patching"),
     **dict.fromkeys(("PruneReport", "prune"), "pruning"),
+    "reconstruct": "reconstruction",
 }
 
 

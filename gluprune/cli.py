@@ -1,4 +1,4 @@
-"""The command line: `gluprune prune | sample | calibrate | info | bench | eval | study | report | demo`."""
+"""The command line: `gluprune prune | sample | calibrate | reconstruct | info | bench | eval | study | report | demo`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(report, "dry run: nothing was written" if arguments.dry_run else arguments.out, sep="\n")
 
 
-def _calibration(source: str, text_files: Sequence[str]):
-    """The model, its tokenizer, and batches of the texts."""
+def _calibration(source: str, text_files: Sequence[str], windows: int = 128):
+    """The model, its tokenizer, and batches of so many windows of each text."""
     from transformers import AutoTokenizer
 
     from gluprune.calibration import batches_from_text
@@ -60,7 +60,7 @@ def _calibration(source: str, text_files: Sequence[str]):
     texts = [Path(file).read_text(encoding="utf-8") for file in text_files]
     model = load(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return model, tokenizer, batches_from_text(tokenizer, texts)
+    return model, tokenizer, batches_from_text(tokenizer, texts, windows)
 
 
 def _prune_in_memory(arguments: argparse.Namespace, options: dict):
@@ -118,6 +118,24 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         "file": str(out),
     }
     text = f"{out}: statistics of {told['layers']} layers on {told['tokens']:,} tokens, {out.stat().st_size:,} bytes"
+    print(json.dumps(told) if arguments.json else text)
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    from gluprune.checkpoint import load, save
+    from gluprune.files import check_destination
+    from gluprune.reconstruction import reconstruct
+
+    check_destination(arguments.out)
+    model, tokenizer, batches = _calibration(arguments.pruned, arguments.text, arguments.windows)
+    reconstruct(model, load(arguments.dense), batches)
+    save(model, arguments.out, tokenizer)
+    told = {
+        "windows": sum(map(len, batches)),
+        "tokens": sum(batch.numel() for batch in batches),
+        "folder": arguments.out,
+    }
+    text = f"{arguments.out}: reconstructed on {told['windows']} windows, {told['tokens']:,} tokens"
     print(json.dumps(told) if arguments.json else text)
 
 
@@ -383,6 +401,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.set_defaults(run=_calibrate)
 
+    reconstruct = commands.add_parser(
+        "reconstruct",
+        help="bring a pruned checkpoint back towards the dense one",
+        description="Re-solve the down projections of a pruned checkpoint in order, so that its layers' outputs follow the"
+        " dense model's on a text. Loads both models.",
+    )
+    reconstruct.add_argument("pruned", help="model folder or Hub id")
+    reconstruct.add_argument("--dense", required=True, metavar="MODEL", help="the model that it was: folder or Hub id")
+    reconstruct.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 texts")
+    reconstruct.add_argument(
+        "--windows",
+        type=int,
+        default=32,
+        metavar="N",
+        help="windows of 512 tokens from each text (default: %(default)s)",
+    )
+    reconstruct.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where to write; must not exist or be empty"
+    )
+    reconstruct.set_defaults(run=_reconstruct)
+
     info = commands.add_parser(
         "info",
         help="widths, sizes, alignment",
@@ -504,7 +543,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="FOLDER", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
-    for command in (prune, sample, calibrate, info, bench, evaluate, study, report, demo):
+    for command in (prune, sample, calibrate, reconstruct, info, bench, evaluate, study, report, demo):
         command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser
 

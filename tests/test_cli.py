@@ -1,5 +1,6 @@
 """The command line as a stranger uses it: output, exit codes, one clear line on bad input."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -28,7 +29,19 @@ def run(*arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["prune"], ["sample"], ["calibrate"], ["info"], ["bench"], ["report"], ["eval"], ["study"], ["demo"]],
+    [
+        [],
+        ["prune"],
+        ["sample"],
+        ["calibrate"],
+        ["reconstruct"],
+        ["info"],
+        ["bench"],
+        ["report"],
+        ["eval"],
+        ["study"],
+        ["demo"],
+    ],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -134,6 +147,36 @@ def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     assert len(set(report["widths"].values())) > 1
     again = gluprune.load(out).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_reconstruct(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """The command line does what the library does with as many windows of each text, layers of different widths too."""
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    content = (files("gluprune") / "data" / "demo_text.txt").read_text()
+    text.write_text(3 * content)
+    other.write_text(content[::-1])
+    dense = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer), dtype=torch.bfloat16)
+    gluprune.save(dense, tmp_path / "dense", smollm2_tokenizer)
+    pruned = copy.deepcopy(dense)
+    gluprune.prune(pruned, pruning_ratio=0.4, multiple_of=1, layers=[0, 2])
+    gluprune.save(pruned, tmp_path / "pruned", smollm2_tokenizer)
+    where = ["--dense", str(tmp_path / "dense"), "--text", str(text), str(other), "--windows", "3"]
+    command = ["reconstruct", str(tmp_path / "pruned"), *where, "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    batches = batches_from_text(smollm2_tokenizer, [text.read_text(), other.read_text()], 3)
+    windows = sum(map(len, batches))
+    assert told == {"windows": windows, "tokens": 512 * windows, "folder": str(tmp_path / "out")} and windows > 3
+    before = pruned.state_dict()["model.layers.2.mlp.down_proj.weight"].clone()
+    gluprune.reconstruct(pruned, dense, batches)
+    assert not torch.equal(pruned.state_dict()["model.layers.2.mlp.down_proj.weight"], before)
+    again = gluprune.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in pruned.state_dict().items())
+    assert main(command) == 2 and "out" in capsys.readouterr().err, "the folder is not empty any more"
+    command[-2] = str(tmp_path / "new")
+    command[command.index("--windows") + 1] = "0"
+    assert main(command) == 2 and "windows must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The command that makes the quality table: reading text, going on after an interruption, the table."""
 
+import itertools
 import json
 import math
 
@@ -18,15 +19,17 @@ WORDS = [f"w{number:02}" for number in range(60)]
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Arguments of a run on a tiny model with four methods and short windows."""
+    """Arguments of a run on a tiny model with five methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
     monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
+    monkeypatch.setattr(quality, "RECONSTRUCTION_WINDOWS", 3)
     methods = {
         "MAW": quality.Method("maw"),
         "hybrid": quality.Method("hybrid", compensate=True, windows=6),
         "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
         "by layer": quality.Method("surgeon", allocation="sensitivity", windows=6, own_text=True),
+        "reconstructed": quality.Method("hybrid", compensate=True, windows=6, reconstructed=True),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
@@ -44,7 +47,7 @@ def command(tmp_path, monkeypatch):
 
 def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     """A run that stops half-way and goes on gives the records of one run, and nothing is measured twice."""
-    out, measured = tmp_path / "out", []
+    out, measured, reconstructed = tmp_path / "out", [], []
     perplexity = quality.windows_perplexity
 
     def stops(*arguments):
@@ -53,16 +56,19 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return measured[-1]
 
+    def follow(pruned, dense, batches):
+        widths = (model.config.intermediate_size for model in (pruned, dense))
+        reconstructed.append((*widths, sum(map(len, batches))))
+
     monkeypatch.setattr(quality, "windows_perplexity", stops)
+    monkeypatch.setattr(quality, "reconstruct", follow)
     with pytest.raises(KeyboardInterrupt):
         quality.main(command)
     assert quality.main(command) == 0
-    assert len(measured) == 2 * (1 + 4 * 4) + 1
+    assert len(measured) == 2 * (1 + 5 * 4) + 1
     records = read(out / "quality.jsonl")
     found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
-    methods = [("dense", 0.0)] + [
-        (method, ratio) for method in ("MAW", "hybrid", "own", "by layer") for ratio in (0.1, 0.2, 0.4, 0.6)
-    ]
+    methods = [("dense", 0.0), *itertools.product(quality.METHODS, (0.1, 0.2, 0.4, 0.6))]
     assert sorted(found) == sorted((*row, text) for row in methods for text in ("one", "two"))
     table = (out / "quality.md").read_text()
     assert table in capsys.readouterr().out
@@ -78,12 +84,17 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert {(shape["calibration_windows"], shape.get("sensitivity", False)) for shape in calibrations} == {
         *((6, False), (windows, False), (windows, True))
     }
+    with_windows = {
+        r.provider: r.shape["reconstruction_windows"] for r in records if "reconstruction_windows" in r.shape
+    }
+    assert with_windows == {"reconstructed": 3}
+    assert reconstructed == [(width, 101, 3) for width in (91, 81, 61, 41)]
     assert f"for {windows} windows, sensitivities included" in table
     assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
-    assert quality.main(command) == 0 and len(measured) == 35
+    assert quality.main(command) == 0 and len(measured) == 43
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
-    assert quality.main(command) == 0 and len(measured) == 35 + 17
+    assert quality.main(command) == 0 and len(measured) == 43 + 21
 
 
 def test_perplexity_of_windows():

@@ -18,7 +18,7 @@ other. On the half that it has not seen, D_a is best multiplied by
     s = S / (S + N) = <X_b D_a, h_b - h'_b> / ||X_b D_a||^2,
 
 with S the squares of what there is to find and N those of the noise of the fit; the sums run over both halves and exchange
-them. A fit on all of the text has half of that noise, so it is multiplied by S / (S + N / 2) = 2 s / (1 + s).
+them. A fit on all of the text has half of that noise at most, so it is multiplied by S / (S + N / 2) = 2 s / (1 + s).
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
         pruned = copy.deepcopy(model)
         if ratio:
             found = statistics(*method.calibrated) if method.windows else None
+            some = calibration_batches(RECONSTRUCTION_WINDOWS, method.own_text) if method.reconstructed else []
             start = time.perf_counter()
             prune(
                 pruned,
@@ -204,7 +205,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
                 allocation=method.allocation,
             )
             if method.reconstructed:
-                reconstruct(pruned, model, calibration_batches(RECONSTRUCTION_WINDOWS, method.own_text))
+                reconstruct(pruned, model, some)
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
         pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
         for text in missing:
@@ -264,12 +265,14 @@ def table(records: list[Record]) -> str:
 
 def plot(records: list[Record], path: Path) -> None:
     """Perplexity over dense against the pruning ratio, a panel a text."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r.p50 for r in records if r.what == "perplexity"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
     figure = Figure(figsize=(5.5 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for method in METHODS:
             points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
             if points:

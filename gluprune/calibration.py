@@ -352,6 +352,14 @@ def _output_gradients(model: nn.Module, batches: list[Batch], layers: Sequence[i
         return output_gradients(model, batches, layers)
 
 
+def run_decoder(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Run a batch without the language-model head, whose logits would be the largest tensor of all."""
+    decoder = getattr(model, model.base_model_prefix, model)
+    device = model.get_input_embeddings().weight.device
+    attention_mask = None if mask is None else mask.long().to(device)
+    decoder(input_ids=ids.to(device), attention_mask=attention_mask, use_cache=False)
+
+
 @torch.no_grad()
 def _collect(
     model: nn.Module,
@@ -362,13 +370,8 @@ def _collect(
     gradients: Mapping[int, LayerGradients] | None,
     label: str,
 ) -> Statistics:
-    """One pass. Runs the decoder without the language-model head, whose logits would be the largest tensor of all.
-
-    With `gradients`, of `output_gradients`, sensitivities are found, too.
-    """
+    """One pass. With `gradients`, of `output_gradients`, sensitivities are found, too."""
     found = {index: LayerStatistics.empty(glus[index], gram) for index in layers}
-    decoder = getattr(model, model.base_model_prefix, model)
-    device = model.get_input_embeddings().weight.device
     mask: torch.Tensor | None = None
 
     def taking_into(statistics: LayerStatistics):
@@ -387,8 +390,7 @@ def _collect(
             handle = glus[index].down.register_forward_pre_hook(taking_into(statistics))
             stack.callback(handle.remove)
         for number, (ids, mask) in enumerate(tqdm(batches, desc=label, unit="batch", disable=None, leave=False)):
-            attention_mask = None if mask is None else mask.long().to(device)
-            decoder(input_ids=ids.to(device), attention_mask=attention_mask, use_cache=False)
+            run_decoder(model, ids, mask)
             tokens += ids.numel() if mask is None else int(mask.sum())
             for index, statistics in found.items():
                 if not statistics.squares.isfinite().all():

@@ -408,7 +408,9 @@ def _parser() -> argparse.ArgumentParser:
         " dense model's on a text. Loads both models.",
     )
     reconstruct.add_argument("pruned", help="model folder or Hub id")
-    reconstruct.add_argument("--dense", required=True, metavar="MODEL", help="the model that it was: folder or Hub id")
+    reconstruct.add_argument(
+        "--dense", required=True, metavar="MODEL", help="the model before pruning: folder or Hub id"
+    )
     reconstruct.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 texts")
     reconstruct.add_argument(
         "--windows",

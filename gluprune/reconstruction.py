@@ -1,9 +1,9 @@
 """Bring a pruned model back towards the dense one, layer after layer, by least squares on text.
 
-What one narrowed layer gets wrong the next ones pass on, and all get their inputs from what came before. So layers are
-taken in order. With h `[T, H]` the residual stream of the dense model behind a layer, h' that of the pruned model, whose
-earlier layers have been dealt with already, and X `[T, width]` the inputs of the pruned layer's down projection, its
-weight W `[width, H]` is moved by
+The error of a narrowed layer is passed on by the layers behind it. So layers are taken in order. With h `[T, H]` the
+residual stream of the dense model behind a layer, h' that of the pruned model, whose earlier layers have been dealt with
+already, and X `[T, width]` the inputs of the pruned layer's down projection, all over the tokens of a text, the
+projection's weight `[width, H]` is moved by
 
     D = argmin ||(h - h') - X D||^2 + lambda ||D||^2,
 
@@ -11,14 +11,15 @@ so a layer makes up for all that went wrong up to it: *Channel Pruning for Accel
 al., arXiv 1707.06168), section 3.2, where layers are pruned in order, and 3.3, where the last layer of a residual branch
 aims at what the shortcut lacks, too. No gradient step is taken.
 
-Little of h - h' follows from X, and D has many entries: fitted on few tokens it makes the model worse. So D is shrunk by a
+X explains little of h - h', and D has many entries: fitted on few tokens it makes the model worse. So D is shrunk by a
 factor for the layer, which is found by cross-fitting. Let D_a be fitted on one half of the rows of text and D_b on the
 other. On the half that it has not seen, D_a is best multiplied by
 
-    s = S / (S + N) = <X_b D_a, h_b - h'_b> / ||X_b D_a||^2,
+    s = <X_b D_a, h_b - h'_b> / ||X_b D_a||^2,
 
-with S the squares of what there is to find and N those of the noise of the fit; the sums run over both halves and exchange
-them. A fit on all of the text has half of that noise at most, so it is multiplied by S / (S + N / 2) = 2 s / (1 + s).
+which estimates S / (S + N), with S the squares of what there is to find and N those of the noise of the fit. Numerator and
+denominator are summed over both ways to choose the halves. A fit on all of the text has half of that noise at most, so it is
+multiplied by S / (S + N / 2) = 2 s / (1 + s).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from gluprune.calibration import LayerStatistics, evaluating, in_float32, read_batches
+from gluprune.calibration import LayerStatistics, evaluating, in_float32, read_batches, run_decoder
 from gluprune.compensate import RIDGE, replace_down, solve
 from gluprune.families import GLU, decoder_layers, family_of, model_glus
 from gluprune.pruning import check_prunable
@@ -48,34 +49,38 @@ class _Stream:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]):
         self._layers = decoder_layers(model)
-        self._calls = [_layer_calls(model, batch) for batch in batches]
-        self.hidden = [calls[0][0][0] for calls in self._calls]
+        self.hidden: list[torch.Tensor] = []
+        self._arguments: list[list[tuple[tuple, dict]]] = []
+        for batch in batches:
+            hidden, arguments = _layer_arguments(model, batch)
+            self.hidden.append(hidden)
+            self._arguments.append(arguments)
 
     def advance(self, batch: int, index: int) -> torch.Tensor:
         """Run layer `index` on a batch."""
-        (_, *arguments), options = self._calls[batch][index]
+        arguments, options = self._arguments[batch][index]
         self.hidden[batch] = self._layers[index](self.hidden[batch], *arguments, **options)
         return self.hidden[batch]
 
 
-def _layer_calls(model: nn.Module, batch: Batch) -> list[tuple[tuple, dict]]:
-    """What each decoder layer is called with on a batch; the layers, which this does not run, would change the first alone."""
-    calls = []
+def _layer_arguments(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    """The hidden states `[B, S, H]` before the first layer, and what else each layer is called with: masks, positions.
+
+    The layers are not run: only the hidden states depend on them.
+    """
+    first, found = [], []
 
     def record(hidden: torch.Tensor, *arguments, **options) -> torch.Tensor:
-        calls.append(((hidden, *arguments), options))
+        first[:] = [hidden]
+        found.append((arguments, options))
         return hidden
 
     with ExitStack() as stack:
         for layer in decoder_layers(model):
             stack.callback(_restore_forward, layer, vars(layer).get("forward"))
             layer.forward = record
-        ids, mask = batch
-        device = model.get_input_embeddings().weight.device
-        decoder = getattr(model, model.base_model_prefix, model)
-        attention_mask = None if mask is None else mask.long().to(device)
-        decoder(input_ids=ids.to(device), attention_mask=attention_mask, use_cache=False)
-    return calls
+        run_decoder(model, *batch)
+    return first[0], found
 
 
 def _restore_forward(layer: nn.Module, own: object) -> None:
@@ -86,7 +91,7 @@ def _restore_forward(layer: nn.Module, own: object) -> None:
 
 
 class _Sums:
-    """Sums over tokens that least squares needs: X^T X and X^T E."""
+    """Sums over tokens that least squares needs: X^T X `[width, width]` and X^T E `[width, H]`, float32."""
 
     def __init__(self, glu: GLU):
         self._statistics = LayerStatistics.empty(glu, gram=True)
@@ -105,109 +110,122 @@ class _Sums:
         self._statistics.complete()
 
 
-def _change(halves: Sequence[_Sums], label: str) -> tuple[torch.Tensor, float]:
-    """The shrunk D `[width, H]` from the sums of either half of the text, and its factor."""
-    a, b = halves
-    gram, cross = a.gram + b.gram, a.cross + b.cross
-    fits = [
-        solve(g, c, RIDGE * g.diagonal().mean(), label)
-        for g, c in ((gram, cross), *((h.gram, h.cross) for h in halves))
-    ]
-    if any(fit is None for fit in fits):
+def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
+    """D `[width, H]` times its factor, and the factor, from the sums of either half of the text."""
+
+    def fit(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
+        return solve(gram, cross, RIDGE * gram.diagonal().mean(), label)
+
+    on_all, on_a, on_b = fit(a.gram + b.gram, a.cross + b.cross), fit(a.gram, a.cross), fit(b.gram, b.cross)
+    if on_all is None or on_a is None or on_b is None:
         logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
-        return torch.zeros_like(cross), 0.0
-    change, by_a, by_b = fits
-    explained = (by_a * b.cross).sum(dtype=torch.float64) + (by_b * a.cross).sum(dtype=torch.float64)
-    power = (by_a * (b.gram @ by_a)).sum(dtype=torch.float64) + (by_b * (a.gram @ by_b)).sum(dtype=torch.float64)
+        return torch.zeros_like(a.cross), 0.0
+    explained = (on_a * b.cross).sum(dtype=torch.float64) + (on_b * a.cross).sum(dtype=torch.float64)
+    power = (on_a * (b.gram @ on_a)).sum(dtype=torch.float64) + (on_b * (a.gram @ on_b)).sum(dtype=torch.float64)
     share = float((explained / power).clamp(0, 1)) if power > 0 else 0.0
     factor = 2 * share / (1 + share)
-    return factor * change, factor
+    return factor * on_all, factor
 
 
 def _check(pruned: nn.Module, dense: nn.Module) -> list[GLU]:
     """The GLUs of the pruned model, after refusing what cannot be reconstructed."""
     glus, dense_glus = model_glus(pruned), model_glus(dense)
-    family, dense_family = family_of(pruned.config), family_of(dense.config)
-    if family != dense_family or len(glus) != len(dense_glus) or glus[0].hidden_size != dense_glus[0].hidden_size:
-        found, other = (
-            f"{model.config.get_text_config().model_type} with {len(layers)} layers of hidden size {layers[0].hidden_size}"
-            for model, layers in ((pruned, glus), (dense, dense_glus))
-        )
-        raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}, dense is {other}")
-    if family.normalized:
+    config, dense_config = pruned.config.get_text_config(), dense.config.get_text_config()
+    vocabularies = [model.get_input_embeddings().num_embeddings for model in (pruned, dense)]
+    found, expected = (
+        f"{settings.model_type} with {len(layers)} layers, hidden size {settings.hidden_size}, {vocabulary} tokens"
+        for settings, layers, vocabulary in zip((config, dense_config), (glus, dense_glus), vocabularies)
+    )
+    if found != expected:
+        raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}; dense is {expected}")
+    if family_of(config).normalized:
         raise ValueError(
-            f"model type {pruned.config.get_text_config().model_type!r} cannot be reconstructed: a norm comes between its"
-            " down projections and the residual stream"
+            f"model type {config.model_type!r} cannot be reconstructed: a norm comes between its down projections and the"
+            " residual stream"
         )
     check_prunable(pruned, glus, range(len(glus)))
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        raise ValueError("dense is on the meta device: load its weights first")
+    for index, (glu, other) in enumerate(zip(glus, dense_glus)):
+        if glu.down.weight is other.down.weight:
+            raise ValueError(
+                f"pruned and dense share the weights of layer {index}: give dense as it was before pruning"
+            )
+        if glu.down.in_features > other.down.in_features:
+            widths = f"{glu.down.in_features} neurons in pruned, {other.down.in_features} in dense"
+            raise ValueError(f"layer {index} has {widths}: is pruned the first model, dense the second?")
     return glus
 
 
+def _without_padding_rows(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches without rows that are all padding."""
+    return [(ids, None) if mask is None else (ids[mask.any(1)], mask[mask.any(1)]) for ids, mask in batches]
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def reconstruct(pruned: nn.Module, dense: nn.Module, calibration: Iterable) -> None:
     """Re-solve the down projections of a pruned model in order, so that its residual stream follows the dense model's.
 
-    It works after pruning of any kind and on layers of any widths, on top of `compensate=True` best. The text may be
-    much less than a calibration pass takes; more does better. In place, all or nothing: Parameter objects stay the same,
-    and if anything fails every weight is as it was.
+    Layer after layer as in *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al., arXiv 1707.06168,
+    sections 3.2 and 3.3), with steps shrunk by cross-fitting (`gluprune.reconstruction`). It follows pruning of any kind
+    and works on layers of any widths, best after `compensate=True`. It needs much less text than calibration, of the same
+    kinds; more is better. A layer that the text has nothing to say about stays as it is; the factors are logged. In
+    place, all or nothing: Parameter objects stay the same, and if anything fails every weight is as it was.
 
-    Memory: the residual streams of both models over all of the text, `8 * T * H` bytes where layers run in float32, the
-    inputs of one down projection, and three Gram matrices `[width, width]` in float32. As in `calibrate`, decoder layers
-    in half precision run in float32 on a CPU.
+    Memory: over all of the text the residual streams of both models and the inputs of one down projection, in float32 on
+    a CPU and otherwise in the dtype of the model; the masks of all batches where there is padding; about five Gram
+    matrices `[width, width]` in float32; and the former down projections. As in `calibrate`, decoder layers in half
+    precision run in float32 on a CPU.
 
     Args:
         pruned: a causal LM of a family whose MLPs write into the residual stream directly: not olmo2, gemma2, gemma3_text
             and glm4, which normalise. Patched or not.
-        dense: the model that it was, on any device. Left as it was.
-        calibration: batches of text as `calibrate` takes them, with two rows at least.
+        dense: the model before pruning, wholly loaded, on any device. Left as it was.
+        calibration: batches of text as `calibrate` takes them, with two rows at least. Padding is left out.
 
     Raises:
-        TypeError, ValueError: unusable batches, as for `calibrate`, or a single row of text; models that do not belong
-            together or of another family; NaN or Inf in the residual streams (names the layer).
+        TypeError, ValueError: unusable batches, as for `calibrate`, or fewer than two rows of text; models that do not
+            belong together, share weights or are of another family; weights that `prune` refuses (quantized, on the meta
+            device, tied); NaN or Inf in the residual streams (names the layer).
     """
     glus = _check(pruned, dense)
-    batches = read_batches(pruned, calibration)
+    batches = _without_padding_rows(read_batches(pruned, calibration))
     if sum(len(ids) for ids, _ in batches) < 2:
-        raise ValueError("calibration holds one row of text: give at least two, each is to check the other")
+        raise ValueError("calibration holds one row of text: give at least two, one half checks the fit on the other")
     layers = decoder_layers(pruned)
-    inputs: list[torch.Tensor] = []
-
-    def take(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(arguments[0].detach())
-
     with ExitStack() as stack, ExitStack() as undo:
         for model in (pruned, dense):
             stack.enter_context(evaluating(model))
-            stack.enter_context(in_float32(decoder_layers(model)))
         aim, stream = _Stream(dense, batches), _Stream(pruned, batches)
+        for model in (pruned, dense):
+            stack.enter_context(in_float32(decoder_layers(model)))
         for index, glu in enumerate(tqdm(glus, desc="reconstructing", unit="layer", disable=None, leave=False)):
             label, weight = f"layer {index}", glu.down.weight.data
             # Granite scales what its MLPs write.
             scale = getattr(layers[index], "residual_multiplier", 1.0)
             halves, rows = (_Sums(glu), _Sums(glu)), 0
-            inputs.clear()
-            handle = glu.down.register_forward_pre_hook(take)
-            stack.callback(handle.remove)
-            for number, (ids, mask) in enumerate(batches):
-                wanted = aim.advance(number, index)
-                found = stream.advance(number, index)
-                missing = (wanted.to(found.device).float() - found.float()) / scale  # [B, S, H]
-                x = inputs[-1]  # [B, S, width]
-                for parity, half in enumerate(halves):
-                    chosen = slice((parity - rows) % 2, None, 2)
-                    here = slice(None) if mask is None else mask[chosen].to(x.device)
-                    half.add(x[chosen][here].flatten(0, -2), missing[chosen][here].flatten(0, -2))
-                rows += len(ids)
-            handle.remove()
+            inputs: list[torch.Tensor] = []  # of every batch x [B, S, width]
+            with glu.down.register_forward_pre_hook(lambda module, arguments, to=inputs: to.append(arguments[0])):
+                for number, (ids, mask) in enumerate(batches):
+                    wanted, found = aim.advance(number, index), stream.advance(number, index)
+                    missing = (wanted.to(found.device).float() - found.float()) / scale  # [B, S, H]
+                    for parity, half in enumerate(halves):  # rows take turns
+                        chosen = slice((parity - rows) % 2, None, 2)
+                        tokens = slice(None) if mask is None else mask[chosen].to(found.device)
+                        x, e = inputs[-1][chosen][tokens], missing[chosen][tokens]
+                        half.add(x.reshape(-1, x.shape[-1]), e.reshape(-1, e.shape[-1]))
+                    rows += len(ids)
             for half in halves:
                 half.complete()
             if not all(half.gram.isfinite().all() and half.cross.isfinite().all() for half in halves):
-                raise ValueError(f"{label} has NaN or Inf in its activations on the calibration text")
-            change, factor = _change(halves, label)
+                raise ValueError(f"layer {index} of pruned or dense has NaN or Inf in its activations on the text")
+            change, factor = _shrunk_fit(*halves, label)
             logger.info("%s: correction multiplied by %.2f", label, factor)
-            corrected = (weight.float() + change.T).to(weight.dtype)
-            replace_down(glu.down, corrected, undo)
-            moved = scale * (corrected.float() - weight.float()).T  # [width, H], as rounded
+            if factor == 0:
+                continue
+            replace_down(glu.down, (weight + change.T).to(weight.dtype), undo)
+            moved = scale * (glu.down.weight.data.float() - weight.float()).T  # [width, H], as rounded
             for number, x in enumerate(inputs):
                 stream.hidden[number] += (x.float() @ moved).to(stream.hidden[number].dtype)
         undo.pop_all()

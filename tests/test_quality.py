@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals import quality
 from evals.text import detokenised, read_text
+from gluprune.reconstruction import reconstruct
 from gluprune.records import read
 from tests.tiny_models import make_tiny_model
 
@@ -59,6 +60,7 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     def follow(pruned, dense, batches):
         widths = (model.config.intermediate_size for model in (pruned, dense))
         reconstructed.append((*widths, sum(map(len, batches))))
+        reconstruct(pruned, dense, batches)
 
     monkeypatch.setattr(quality, "windows_perplexity", stops)
     monkeypatch.setattr(quality, "reconstruct", follow)

@@ -278,7 +278,7 @@ def plot(records: list[Record], path: Path) -> None:
             if points:
                 values = [value / found["dense", text, 0.0] for value in points.values()]
                 axes.plot([0, *points], [1, *values], marker="o", label=method)
-        axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.9, 100))
+        axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.95, 20))
         axes.grid(alpha=0.3, which="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.axes[0].set_ylabel("perplexity over dense (lower is better)")

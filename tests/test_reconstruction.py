@@ -160,7 +160,13 @@ def test_other_dtypes_give_what_float32_gives(dtype):
     plain = [glu.down.weight.data.float() for glu in model_glus(pruned)]
     in_float32 = copy.deepcopy(pruned).float()
     reconstruct(in_float32, copy.deepcopy(dense).float(), batches)
+    computed = set()
+    for model in (pruned, dense):
+        down = model_glus(model)[1].down
+        down.register_forward_pre_hook(lambda module, arguments, of=model: computed.add((of, arguments[0].dtype)))
     reconstruct(pruned, dense, batches)
+    expected_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert computed == {(pruned, expected_dtype), (dense, expected_dtype)}
     for glu, other, before in zip(model_glus(pruned), model_glus(in_float32), plain):
         weight, same = glu.down.weight.data, other.down.weight.data
         assert weight.dtype == dtype

@@ -170,6 +170,7 @@ def test_other_dtypes_give_what_float32_gives(dtype):
     for glu, other, before in zip(model_glus(pruned), model_glus(in_float32), plain):
         weight, same = glu.down.weight.data, other.down.weight.data
         assert weight.dtype == dtype
+        assert dtype != torch.float64 or not torch.equal(weight.float().double(), weight), "rounded to float32"
         moved = (same - before).norm()
         # Weights and the angles of the positions are rounded to 8 bits, the changes are small beside the weights.
         tolerance = 0.1 if dtype == torch.bfloat16 else 0.02
@@ -210,6 +211,18 @@ def test_factor_is_the_best_one(noise):
     assert sum(found) / 20 == pytest.approx(sum(best) / 20, abs=0.03)
 
 
+def test_factor_stays_between_0_and_1():
+    generator = torch.Generator().manual_seed(0)
+    x, aim = torch.randn(50, 7, generator=generator), torch.randn(7, 3, generator=generator)
+    gram, cross = x.T @ x, x.T @ x @ aim
+    # Halves that contradict each other say nothing; with no noise only the ridge shrinks, and nothing makes up for it.
+    change, factor = _shrunk_fit(SimpleNamespace(gram=gram, cross=cross), SimpleNamespace(gram=gram, cross=-cross), "")
+    assert factor == 0 and not change.any()
+    half = SimpleNamespace(gram=gram, cross=cross)
+    change, factor = _shrunk_fit(half, half, "")
+    assert factor == 1 and 0.97 * aim.norm() < change.norm() < aim.norm()
+
+
 @pytest.mark.parametrize("is_patched", [False, True])
 def test_failure_in_the_middle(caplog, is_patched):
     """A layer that gives NaN is named, and nothing has changed: no weight, no hook, no forward."""
@@ -225,6 +238,17 @@ def test_failure_in_the_middle(caplog, is_patched):
     assert float(re.search(r"layer 1: correction multiplied by ([\d.]+)", caplog.text)[1]) > 0, "it had been changed"
     assert_unchanged(pruned, before)
     assert_unchanged(dense, dense_before)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_nan_in_either_half(row, unchanged):
+    dense, (ids,) = make_tiny_model(seed=3), random_batches(((4, 20),))
+    pruned = narrowed(dense)
+    ids[row, 5] = 2
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[2] = float("nan")
+    with unchanged(pruned), pytest.raises(ValueError, match="layer 0 of pruned or dense has NaN or Inf"):
+        reconstruct(pruned, dense, [ids])
 
 
 def test_failure_before_the_first_layer():

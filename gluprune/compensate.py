@@ -55,7 +55,6 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
     target = gram[kept][:, removed] @ down[:, removed].float().T  # [width, H]
     change = solve(kept_gram, target, RIDGE * gram.diagonal().mean(), label)
     if change is None:
-        logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
         return plain
     resolved = (plain.float() + change.T).to(down.dtype)
     change = (resolved.float() - plain.float()).T
@@ -68,7 +67,7 @@ def resolved_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
 
 
 def solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: str) -> torch.Tensor | None:
-    """(gram + ridge I)^-1 target in float32, or None where no attempt gives finite numbers."""
+    """(gram + ridge I)^-1 target in float32, or None, which is told in the log, where no attempt gives finite numbers."""
     if not ridge > 0:  # dead on all of the data: nothing to solve
         return torch.zeros_like(target)
     for number, (dtype, factor) in enumerate(_ATTEMPTS):
@@ -82,6 +81,7 @@ def solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: 
                     message = "%s: Gram matrix near singular, solved in %s with %d times the ridge"
                     logger.warning(message, label, dtype, factor)
                 return change
+    logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
     return None
 
 

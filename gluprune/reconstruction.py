@@ -118,7 +118,6 @@ def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
 
     on_all, on_a, on_b = fit(a.gram + b.gram, a.cross + b.cross), fit(a.gram, a.cross), fit(b.gram, b.cross)
     if on_all is None or on_a is None or on_b is None:
-        logger.warning("%s: the Gram matrix is singular whatever the ridge; its weights are kept as they were", label)
         return torch.zeros_like(a.cross), 0.0
     explained = (on_a * b.cross).sum(dtype=torch.float64) + (on_b * a.cross).sum(dtype=torch.float64)
     power = (on_a * (b.gram @ on_a)).sum(dtype=torch.float64) + (on_b * (a.gram @ on_b)).sum(dtype=torch.float64)
@@ -219,7 +218,7 @@ def reconstruct(pruned: nn.Module, dense: nn.Module, calibration: Iterable) -> N
             for half in halves:
                 half.complete()
             if not all(half.gram.isfinite().all() and half.cross.isfinite().all() for half in halves):
-                raise ValueError(f"layer {index} of pruned or dense has NaN or Inf in its activations on the text")
+                raise ValueError(f"{label} of pruned or dense has NaN or Inf in its activations on the text")
             change, factor = _shrunk_fit(*halves, label)
             logger.info("%s: correction multiplied by %.2f", label, factor)
             if factor == 0:

@@ -223,6 +223,16 @@ def test_factor_stays_between_0_and_1():
     assert factor == 1 and 0.97 * aim.norm() < change.norm() < aim.norm()
 
 
+@pytest.mark.parametrize("singular", [0, 1])
+def test_a_half_without_a_solution(singular, caplog):
+    """What no ridge makes solvable on one half of the text says nothing, and that is told."""
+    halves = [SimpleNamespace(gram=torch.eye(3), cross=torch.ones(3, 2)) for _ in range(2)]
+    halves[singular].gram = torch.tensor([[1.0, 1e6, 0], [1e6, 1, 0], [0, 0, 1]])
+    change, factor = _shrunk_fit(*halves, "layer 4")
+    assert factor == 0 and change.shape == (3, 2) and not change.any()
+    assert "layer 4: the Gram matrix is singular whatever the ridge" in caplog.text
+
+
 @pytest.mark.parametrize("is_patched", [False, True])
 def test_failure_in_the_middle(caplog, is_patched):
     """A layer that gives NaN is named, and nothing has changed: no weight, no hook, no forward."""

@@ -252,12 +252,13 @@ def narrowing_costs(
 ) -> torch.Tensor:
     """By how much, about, the loss of a token rises when a layer alone is narrowed and its down projection re-solved.
 
-    One factorisation serves every width. With the neurons in the order in which they stay, L L^T = G + lambda I, S those
-    that stay and R those that go, re-solving (`gluprune.compensate`) changes W by
+    One factorisation serves every width. With the neurons in the order in which they stay, S those that stay, R those that
+    go and L L^T = G + lambda I, re-solving (`gluprune.compensate`) changes W by
 
         D_S = (G_SS + lambda I)^-1 G_SR W_R = L_SS^-T L_RS^T W_R,    D_R = -W_R,
 
-    and the cost is the mean of 1/2 (x^T D g)^2 over the sample of tokens that `gradients` holds.
+    so with z = L^-1 x of a token what the change does to its loss is x^T D g = -(W_R g)^T L_RR z_R, summed up neuron by
+    neuron from the last; the cost is the mean of 1/2 (x^T D g)^2 over the sample of tokens that `gradients` holds.
 
     Args:
         down: `[H, I]`, any floating dtype.
@@ -271,16 +272,16 @@ def narrowing_costs(
     Raises:
         ValueError: the Gram matrix has NaN or Inf.
     """
-    size = down.shape[1]
     order = saliency.argsort(descending=True)
     lower = _cholesky(gram[order][:, order], RIDGE * gram.diagonal().mean())[0].float()
-    weight = down.float().T[order]  # [I, H]
     x, g = gradients.x.float()[:, order], gradients.g.float()  # [T', I], [T', H]
-    costs = []
+    z = torch.linalg.solve_triangular(lower, x.T, upper=False).T  # [T', I]
+    written = g @ down.float()[:, order]  # [T', I], W g
+    lost, costs = torch.zeros_like(x[:, 0]), []  # [T'], -x^T D g
+    size = stop = down.shape[1]
     for removed in removed_counts(size):
-        kept = size - removed
-        gone = weight[kept:]  # [R, H]
-        moved = torch.linalg.solve_triangular(lower[:kept, :kept].T, lower[kept:, :kept].T @ gone, upper=True)  # [S, H]
-        error = x[:, :kept] @ moved - x[:, kept:] @ gone  # [T', H], x^T D
-        costs.append((error * g).sum(1).square().mean() / 2)
+        start = size - removed
+        lost += (written[:, start:] @ lower[start:, start:stop] * z[:, start:stop]).sum(1)
+        costs.append(lost.square().mean() / 2)
+        stop = start
     return torch.stack(costs)

@@ -41,7 +41,7 @@ from gluprune.smollm2 import cache_folder, smollm2_checkpoint
 class Method:
     """Arguments of `prune`, windows of text to calibrate on (0: none), and whether the model's own text joins them.
 
-    reconstructed: whether `reconstruct` follows, on a few windows of the same texts.
+    reconstruction: windows of each text that `reconstruct` is given afterwards (0: it does not follow).
     """
 
     score: str
@@ -49,7 +49,7 @@ class Method:
     allocation: str = "uniform"
     windows: int = 0
     own_text: bool = False
-    reconstructed: bool = False
+    reconstruction: int = 0
 
     @property
     def calibrated(self) -> tuple[int, bool, bool]:
@@ -60,10 +60,13 @@ class Method:
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 METHODS = {
     "surgeon by layer, reconstructed, + own text": Method(
-        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True, reconstructed=True
+        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True, reconstruction=16
     ),
     "surgeon, reconstructed, + own text": Method(
-        "surgeon", compensate=True, windows=128, own_text=True, reconstructed=True
+        "surgeon", compensate=True, windows=128, own_text=True, reconstruction=16
+    ),
+    "surgeon by layer, reconstructed": Method(
+        "surgeon", compensate=True, allocation="sensitivity", windows=128, reconstruction=10
     ),
     "surgeon by layer, re-solved, + own text": Method(
         "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True
@@ -80,7 +83,6 @@ METHODS = {
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
 OWN_WINDOWS = 64  # that the model writes
-RECONSTRUCTION_WINDOWS = 16  # of each text
 
 
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
@@ -155,9 +157,11 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
         return batches_from_text(tokenizer, [calibration, own] if with_own else calibration, windows, WINDOW)
 
     @lru_cache
-    def reconstructed_on(with_own: bool) -> dict:
+    def reconstructed_on(windows: int, with_own: bool) -> dict:
         """What the shape of a record says of the reconstruction."""
-        batches = calibration_batches(RECONSTRUCTION_WINDOWS, with_own)
+        if not windows:
+            return {}
+        batches = calibration_batches(windows, with_own)
         return {"reconstruction_windows": sum(map(len, batches)), "reconstruction_digest": digest(batches)}
 
     @lru_cache(maxsize=1)
@@ -178,8 +182,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     rows.insert(0, ("dense", Method(""), 0.0))
     for label, method, ratio in tqdm(rows, unit="row"):
         shape = settings | {"ratio": ratio} | calibrated_on(*method.calibrated)
-        if method.reconstructed:
-            shape |= reconstructed_on(method.own_text)
+        shape |= reconstructed_on(method.reconstruction, method.own_text)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
             for text, held in held_out.items()
@@ -193,7 +196,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
         pruned = copy.deepcopy(model)
         if ratio:
             found = statistics(*method.calibrated) if method.windows else None
-            some = calibration_batches(RECONSTRUCTION_WINDOWS, method.own_text) if method.reconstructed else []
+            some = calibration_batches(method.reconstruction, method.own_text) if method.reconstruction else []
             start = time.perf_counter()
             prune(
                 pruned,
@@ -204,7 +207,7 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
                 compensate=method.compensate,
                 allocation=method.allocation,
             )
-            if method.reconstructed:
+            if some:
                 reconstruct(pruned, model, some)
             measurements.add("prune", label, shape, "s", time.perf_counter() - start)
         pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
@@ -227,8 +230,8 @@ def table(records: list[Record]) -> str:
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
             ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
-            f" `reconstruct` on {RECONSTRUCTION_WINDOWS} windows of each text. + own text: calibrated on what the model"
-            " wrote itself (`gluprune sample`), too. –: not measured."
+            " `reconstruct`. + own text: calibrated on what the model wrote itself (`gluprune sample`), too. Windows: of"
+            " calibration + of reconstruction. –: not measured."
         ),
     ]
     for text in texts:
@@ -237,7 +240,7 @@ def table(records: list[Record]) -> str:
             "",
             f"## {text}: {dense.shape['windows']} windows, dense {dense.p50:.2f}",
             "",
-            "| method | calibration | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " | seconds |",
+            "| method | windows | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " | seconds |",
             "|---|--:|" + "--:|" * (len(RATIOS) + 1),
         ]
         for name in METHODS:
@@ -246,7 +249,9 @@ def table(records: list[Record]) -> str:
                 continue
             cells = [f"{row[r].p50:.1f} ({row[r].p50 / dense.p50:.2f}×)" if r in row else "–" for r in RATIOS]
             total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
-            windows = next(iter(row.values())).shape.get("calibration_windows", "none")
+            shape = next(iter(row.values())).shape
+            counts = [str(shape[name]) for name in ("calibration_windows", "reconstruction_windows") if name in shape]
+            windows = " + ".join(counts) or "none"
             lines.append(f"| {name} | {windows} | {' | '.join(cells)} | {total:.0f} |")
     times = {str(r.shape): r for r in records if r.what == "calibrate"}.values()
     lines += [

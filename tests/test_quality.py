@@ -24,13 +24,12 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
     monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
-    monkeypatch.setattr(quality, "RECONSTRUCTION_WINDOWS", 3)
     methods = {
         "MAW": quality.Method("maw"),
         "hybrid": quality.Method("hybrid", compensate=True, windows=6),
         "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
         "by layer": quality.Method("surgeon", allocation="sensitivity", windows=6, own_text=True),
-        "reconstructed": quality.Method("hybrid", compensate=True, windows=6, reconstructed=True),
+        "reconstructed": quality.Method("hybrid", compensate=True, windows=6, reconstruction=3),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
@@ -93,6 +92,7 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert reconstructed == [(width, 101, 3) for width in (91, 81, 61, 41)]
     assert f"for {windows} windows, sensitivities included" in table
     assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
+    assert "| reconstructed | 6 + 3 |" in table
     assert quality.main(command) == 0 and len(measured) == 43
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew

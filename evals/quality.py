@@ -109,8 +109,10 @@ class Measurements:
         return record is not None
 
     def add(self, what: str, provider: str, shape: dict, unit: str, value: float) -> None:
-        self.records.append(Record.of(what, provider, shape, self._dtype, unit, [value]))
-        append(self._path, self.records[-1])
+        record = Record.of(what, provider, shape, self._dtype, unit, [value])
+        self._known[self._key(what, provider, shape)] = record
+        self.records.append(record)
+        append(self._path, record)
 
 
 def own_text(model: nn.Module, tokenizer, source: Source) -> str:

@@ -78,6 +78,7 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
     calibrations = [r.shape for r in records if r.what == "calibrate"]
+    assert len(calibrations) == 3, "a text is calibrated on again when a later method comes back to it"
     assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "the model's own text is no other text"
     (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
     windows = 6 + len(own.read_text().split()) // quality.WINDOW

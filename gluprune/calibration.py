@@ -182,7 +182,7 @@ def calibrate(
             neurons go, which `score="surgeon"` and `allocation="sensitivity"` need. First, that takes `4 * H^2` bytes
             a layer and `I + H` activations and gradients of about 4096 tokens, with all activations and several times
             the logits of one row, and on a CPU a float32 copy of a model in half precision; beside the Gram matrices
-            then what it takes a layer, and `32 * I^2` bytes.
+            then what it takes a layer, and `32 * I^2` bytes, or `4 * I * (I + 16384)` where that is more.
         layers: layer indices; None means all.
 
     Returns:

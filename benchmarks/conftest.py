@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings as ceilings_of_the_machine
-from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import SETS
-from gluprune import records, report
+from benchmarks.lib import ceilings as ceilings_of_the_machine
+from benchmarks.lib.providers import PROVIDERS
+from benchmarks.lib.shapes import SETS
+from gluprune.measure import records
+from gluprune.reports import report
 
 
 def pytest_addoption(parser):

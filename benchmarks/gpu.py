@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shapes import MODELS, SETS, aligned, all_widths, paper_widths
+from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
 LEAST_SECONDS = 30  # with less left, no step is begun
@@ -251,7 +251,7 @@ def run(
 
 def summarize(todo: Sequence[Step], state: State, out: Path, absent: dict[str, str]) -> str:
     """The report of all records, and a summary of the steps, in the folder."""
-    from gluprune import report
+    from gluprune.reports import report
 
     folders = [folder for folder in sorted((out / "records").glob("*")) if any(folder.glob("*.jsonl"))]
     lines = ["# GPU run", ""]

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks import timing
-from gluprune.records import Record
-from gluprune.storage import ALIGNMENT
+from benchmarks.lib import timing
+from gluprune.measure.records import Record
+from gluprune.runtime.aligned import ALIGNMENT
 
 FORWARD, BACKWARD = "mlp: forward", "mlp: forward and backward"
 

@@ -9,13 +9,13 @@ import functools
 
 import pytest
 
-from benchmarks.shapes import all_widths, paper_widths
-from gluprune import bench
-from gluprune.bench import Plan, Workload
-from gluprune.checkpoint import load
-from gluprune.generation import GenerationTiming, make_generator, time_generator
-from gluprune.random_models import CONFIGS, random_model
-from gluprune.smollm2 import NAME, smollm2_checkpoint
+from benchmarks.lib.shapes import all_widths, paper_widths
+from gluprune.checkpoints.load_save import load
+from gluprune.demo.smollm2 import NAME, smollm2_checkpoint
+from gluprune.measure import bench
+from gluprune.measure.bench import Plan, Workload
+from gluprune.measure.decoding import GenerationTiming, make_generator, time_generator
+from gluprune.measure.random_models import CONFIGS, random_model
 
 SHORT, LONG = (tuple(Workload(batch, prompt, 64) for batch in (1, 8)) for prompt in (128, 1024))
 PLANS = {

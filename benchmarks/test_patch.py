@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from gluprune.records import Record
+from gluprune.measure.records import Record
 
 PERCENTS = {1536: 0, 922: 40}  # the model's own width, a multiple of 128, and what 40 % pruned leave: 922
 SCRIPT = """
@@ -20,8 +20,8 @@ import json, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 import gluprune
-from gluprune.patching import fusion_status
-from gluprune.smollm2 import smollm2_checkpoint
+from gluprune.runtime.patching import fusion_status
+from gluprune.demo.smollm2 import smollm2_checkpoint
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()

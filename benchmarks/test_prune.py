@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gluprune
-from gluprune.random_models import CONFIGS, random_model
-from gluprune.records import Record
-from gluprune.smollm2 import smollm2_checkpoint
+from gluprune.demo.smollm2 import smollm2_checkpoint
+from gluprune.measure.random_models import CONFIGS, random_model
+from gluprune.measure.records import Record
 
 optipfair = pytest.importorskip("optipfair")
 

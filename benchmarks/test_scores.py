@@ -5,10 +5,10 @@ On CUDA gluprune's are one kernel launch a layer; on a CPU they are PyTorch's op
 
 import torch
 
-from benchmarks import timing
+from benchmarks.lib import timing
 from benchmarks.test_mlp import random_layers
-from gluprune.records import Record
-from gluprune.scores import static_score
+from gluprune.measure.records import Record
+from gluprune.pruning.scores import static_score
 
 SCORES = ("maw", "maw_gud")
 

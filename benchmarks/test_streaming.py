@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.checkpoints import write_random_checkpoint
-from gluprune.random_models import CONFIGS
-from gluprune.records import Record
-from gluprune.shards import INDEX_FILE
+from benchmarks.lib.checkpoints import write_random_checkpoint
+from gluprune.io.shards import INDEX_FILE
+from gluprune.measure.random_models import CONFIGS
+from gluprune.measure.records import Record
 
 EXPANSION_RATIO = 2.4
 REPEATS = 3
@@ -30,7 +30,7 @@ CASES = {
 }
 PROGRAMS = {
     "gluprune": """
-        from gluprune.streaming import prune_checkpoint
+        from gluprune.checkpoints.stream import prune_checkpoint
 
         start = time.perf_counter()
         prune_checkpoint(source, destination, expansion_ratio=ratio, score="maw")

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import timing
-from gluprune.records import Record
+from benchmarks.lib import timing
+from gluprune.measure.records import Record
 
 SLEEP = 0.01
 REPEATS = 31

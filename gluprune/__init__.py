@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gluprune.checkpoint import load, save
-    from gluprune.patching import patch, patch_llama, unpatch, unpatch_llama
-    from gluprune.pruning import PruneReport, prune
-    from gluprune.reconstruction import reconstruct
+    from gluprune.checkpoints.load_save import load, save
+    from gluprune.pruning.prune import PruneReport, prune
+    from gluprune.pruning.reconstruct import reconstruct
+    from gluprune.runtime.patching import patch, patch_llama, unpatch, unpatch_llama
 
 __version__ = "0.1.0"
 
@@ -15,10 +15,10 @@ __all__ = ["PruneReport", "load", "patch", "patch_llama", "prune", "reconstruct"
 
 # Imported when asked for: transformers takes seconds, which a command that needs no model should not wait for.
 _MODULES = {
-    **dict.fromkeys(("load", "save"), "checkpoint"),
-    **dict.fromkeys(("patch", "patch_llama", "unpatch", "unpatch_llama"), "patching"),
-    **dict.fromkeys(("PruneReport", "prune"), "pruning"),
-    "reconstruct": "reconstruction",
+    **dict.fromkeys(("load", "save"), "checkpoints.load_save"),
+    **dict.fromkeys(("patch", "patch_llama", "unpatch", "unpatch_llama"), "runtime.patching"),
+    **dict.fromkeys(("PruneReport", "prune"), "pruning.prune"),
+    "reconstruct": "pruning.reconstruct",
 }
 
 

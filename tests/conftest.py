@@ -15,10 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from gluprune import ops  # noqa: E402
-from gluprune.families import FAMILIES  # noqa: E402
-from gluprune.smollm2 import smollm2_checkpoint  # noqa: E402
-from tests.tiny_models import assert_unchanged, make_tiny_model, snapshot  # noqa: E402
+from gluprune.demo.smollm2 import smollm2_checkpoint  # noqa: E402
+from gluprune.models.families import FAMILIES  # noqa: E402
+from gluprune.runtime import operator  # noqa: E402
+from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot  # noqa: E402
 
 
 def quicken_interpreter():
@@ -39,7 +39,7 @@ def quicken_interpreter():
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": getmembers})
 
 
-if ops.INTERPRETED:
+if operator.INTERPRETED:
     quicken_interpreter()
 
 

@@ -1,0 +1,54 @@
+"""What the machine can do at the most, measured in the same run as everything else: a copy and a large matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.lib import timing
+from benchmarks.lib.shapes import ShapeSet
+from gluprune.measure.records import Record
+
+REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes and floating-point operations a second."""
+
+    bandwidth: float
+    rate: float
+
+    def floor(self, nbytes: int, flops: int) -> float:
+        """The least seconds that moving `nbytes` and doing `flops` take."""
+        return max(nbytes / self.bandwidth, flops / self.rate)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    if source.is_cuda:  # a captured `copy_` is left to the copy engine: on an H200 2.8 TB/s in place of a kernel's 4.3
+        torch.neg(source, out=target)
+    else:
+        target.copy_(source)
+
+
+def measure(device: torch.device, shapes: ShapeSet, keep: Callable[[Record], None]) -> Ceilings:
+    """Measure both, keep their records, and return what the medians say."""
+    dtype, nbytes, n = shapes.dtype, shapes.copied_bytes, shapes.gemm_size
+    source = torch.randn(nbytes // dtype.itemsize, device=device).to(dtype)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    passes = {
+        "copy": timing.prepare([partial(_copy, source, target)], device),
+        "gemm": timing.prepare([lambda: torch.mm(a, b.t(), out=out)], device),
+    }
+    times = timing.in_turns(passes, REPEATS)
+    how = {"method": timing.method(device)}
+    copy = Record.of("ceiling: copy", "torch", {"bytes": nbytes}, dtype, "s", times["copy"], nbytes=2 * nbytes, **how)
+    gemm = Record.of("ceiling: gemm", "torch", {"n": n}, dtype, "s", times["gemm"], flops=2 * n**3, **how)
+    keep(copy)
+    keep(gemm)
+    return Ceilings(copy.nbytes / copy.p50, gemm.flops / gemm.p50)

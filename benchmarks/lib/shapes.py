@@ -1,0 +1,93 @@
+"""What is measured: models, widths and numbers of tokens, in named sets of which `--shapes` chooses one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gluprune.measure.bench import PAPER_RATIOS
+from gluprune.measure.random_models import CONFIGS
+from gluprune.runtime.aligned import ALIGNMENT
+
+# Hidden size and intermediate size.
+MODELS = {name: (config.hidden_size, config.intermediate_size) for name, config in CONFIGS.items()}
+
+
+def paper_widths(dense: int) -> tuple[int, ...]:
+    """The study's exact widths, wide to narrow: 8192 -> 7373, 6554, 5735, 4916, 4096, 3277."""
+    return tuple(dense - int(ratio * dense) for ratio in PAPER_RATIOS)
+
+
+def aligned(width: int) -> int:
+    """The nearest multiple of 128, never 0."""
+    return max(1, round(width / ALIGNMENT)) * ALIGNMENT
+
+
+def all_widths(dense: int) -> tuple[int, ...]:
+    """Dense, the study's widths, and the same aligned, wide to narrow."""
+    exact = paper_widths(dense)
+    return tuple(sorted({dense, *exact, *map(aligned, exact)}, reverse=True))
+
+
+@dataclass(frozen=True)
+class ShapeSet:
+    """One choice of what to measure.
+
+    models: name -> hidden size and intermediate sizes.
+    tokens: M of the forward; training_tokens: M of the forward with backward.
+    repeats: of each provider and shape.
+    copied_bytes, gemm_size: of the copy and the square matrix product that tell the ceilings.
+    layers: that are rotated; None: as many as the cache does not hold, four at the least.
+    is_large: whether benchmarks marked `large` run: whole checkpoints of real sizes (45 GB on the disk, minutes each).
+    """
+
+    dtype: torch.dtype
+    models: dict[str, tuple[int, tuple[int, ...]]]
+    tokens: tuple[int, ...]
+    training_tokens: tuple[int, ...]
+    repeats: int
+    copied_bytes: int
+    gemm_size: int
+    layers: int | None = None
+    is_large: bool = False
+
+    def cases(self, tokens: tuple[int, ...]) -> list[tuple[str, int, int, int]]:
+        """Model, H, I and M of every case."""
+        return [(name, H, I, M) for name, (H, widths) in self.models.items() for M in tokens for I in widths]
+
+
+_TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
+SETS = {
+    "full": ShapeSet(
+        dtype=torch.bfloat16,
+        models={name: (MODELS[name][0], all_widths(MODELS[name][1])) for name in ("llama-3.2-1b", "llama-3.2-3b")},
+        tokens=_TOKENS,
+        training_tokens=_TOKENS,
+        repeats=30,
+        copied_bytes=1 << 30,
+        gemm_size=8192,
+        is_large=True,
+    ),
+    # What two cores of a CPU can do in minutes. In float32, since few CPUs have arithmetic in bfloat16.
+    "reduced": ShapeSet(
+        dtype=torch.float32,
+        models={"llama-3.2-1b": (2048, (8192, 4916, 4864))},
+        tokens=(1, 128),
+        training_tokens=(16,),
+        repeats=5,
+        copied_bytes=1 << 28,
+        gemm_size=2048,
+    ),
+    # Shows that every step runs; no figure of these sizes means anything.
+    "tiny": ShapeSet(
+        dtype=torch.float32,
+        models={"tiny": (64, (256, 153))},
+        tokens=(1, 16),
+        training_tokens=(16,),
+        repeats=3,
+        copied_bytes=1 << 20,
+        gemm_size=128,
+        layers=2,
+    ),
+}

@@ -1,0 +1,277 @@
+"""One task on one model by lm-eval: models in memory or any lm-eval backend, results as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gluprune.io.atomic import write_file
+from gluprune.measure import records
+from gluprune_evals.tasks import TASKS, Limits, build
+
+CPU_BATCH = 16  # sequences generated at a time; on a GPU lm-eval finds the largest batch that fits
+RANDOM_SEED, OTHER_SEED = 0, 1234  # lm-eval's
+BOOTSTRAPS = 1000  # for the standard error of lm-eval's perplexity
+
+
+def require_lm_eval() -> None:
+    """Raises ValueError with what to install where lm-eval is not there."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ValueError("evaluation needs lm-eval: pip install 'gluprune[eval]'") from None
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure and its standard error (None where lm-eval has none for it)."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task on one configuration, with what it hangs on. Written once, never changed.
+
+    model, revision, configuration: what was evaluated; see `gluprune_evals.study`.
+    versions of lm-eval's definition, shots, documents (run and available), limits: how.
+    metrics: every metric of lm-eval, by its name with the filter.
+    per_document: of the reported metric, one value a document in order; for perplexities of words, log-likelihood and
+        number of words. They make paired comparisons possible.
+    lengths: generated tokens of each document, for tasks that generate.
+    seconds: of evaluation, data and models already loaded.
+    """
+
+    model: str
+    revision: str
+    configuration: dict
+    task: str
+    task_version: str
+    shots: int
+    limits: str
+    generation_limit: int | None
+    data: str
+    dtype: str
+    documents: int
+    available: int
+    metric: str
+    metrics: dict[str, Metric]
+    per_document: list
+    lengths: list[int] | None
+    seconds: float
+    patched: bool = False
+    backend: str = "in memory"
+    hardware: str = field(default_factory=records.hardware)
+    driver: str | None = field(default_factory=records.driver)
+    versions: dict[str, str] = field(default_factory=records.versions)
+    commit: str | None = field(default_factory=records.commit)
+
+    @property
+    def value(self) -> float:
+        return self.metrics[self.metric].value
+
+    @property
+    def stderr(self) -> float | None:
+        return self.metrics[self.metric].stderr
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """Raises ValueError: the text is no result of this version."""
+        try:
+            fields = json.loads(text)
+            fields["metrics"] = {name: Metric(**metric) for name, metric in fields["metrics"].items()}
+            return cls(**fields)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no result of this version of gluprune: {error}") from None
+
+
+def model_in_memory(model: torch.nn.Module, tokenizer):
+    """The lm-eval model of a Hugging Face causal LM in memory, patched or not, on the device it is on."""
+    require_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    from gluprune_evals.shared_context import SharedContextLM, can_share
+
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    chosen = SharedContextLM if on_cpu and can_share(model) else HFLM
+    return chosen(pretrained=model.eval(), tokenizer=tokenizer, batch_size=CPU_BATCH if on_cpu else "auto")
+
+
+def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: str = ""):
+    """A checkpoint (folder or Hub id) in any backend of lm-eval.
+
+    Args:
+        backend: lm-eval's name of it: hf, vllm, sglang, ...
+        dtype: of the weights; auto is the checkpoint's own.
+        model_args: lm-eval's `key=value,...` for it, such as `tensor_parallel_size=2`.
+
+    Raises:
+        ValueError: lm-eval has no such backend, or the packages it needs are not there.
+    """
+    require_lm_eval()
+    from lm_eval.api.registry import get_model
+
+    try:
+        chosen = get_model(backend)
+    except (KeyError, ValueError, ImportError) as error:
+        raise ValueError(f"backend {backend!r} cannot be used: {error}") from None
+    arguments = ",".join(part for part in (f"pretrained={path},dtype={dtype}", model_args) if part)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = "auto" if torch.cuda.is_available() or backend != "hf" else CPU_BATCH
+    return chosen.create_from_arg_string(arguments, {"batch_size": batch, "device": device})
+
+
+def _configure(tasks: dict, shots: int | None, limits: Limits) -> int | None:
+    """Shots, seeds and the cap on generation, as lm-eval's command line sets them; returns the cap, if there is one."""
+    random.seed(RANDOM_SEED)
+    np.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
+    cap = None
+    for task in tasks.values():
+        if shots is not None or task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=OTHER_SEED)
+        if task.OUTPUT_TYPE == "generate_until":
+            cap = task.config.generation_kwargs.get("max_gen_toks")
+            if limits.small:
+                cap = min(Limits.small_tokens, cap or Limits.small_tokens)
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": cap}, update=True)
+    return cap
+
+
+def _per_document(sample: dict, metric: str):
+    value = sample[metric]
+    return list(value) if isinstance(value, tuple) else float(value)
+
+
+def _pooled(metrics: list[dict[str, Metric]], sizes: list[int]) -> dict[str, Metric]:
+    """Metrics of several leaves as one: means weighted by size, as lm-eval's groups are."""
+    if len(metrics) == 1:
+        return metrics[0]
+    total, pooled = sum(sizes), {}
+    for name in metrics[0]:
+        value = sum(m[name].value * size for m, size in zip(metrics, sizes)) / total
+        parts = [m[name].stderr for m in metrics]
+        if any(part is None for part in parts):
+            pooled[name] = Metric(value, None)
+        else:  # of a weighted sum of independent means
+            pooled[name] = Metric(value, math.sqrt(sum((e * size / total) ** 2 for e, size in zip(parts, sizes))))
+    return pooled
+
+
+def _weighted_perplexity_error(pairs: list) -> float | None:
+    """Standard error of exp(-sum(log-likelihoods) / sum(words)) over documents: delta method on the ratio."""
+    if len(pairs) < 2:
+        return None
+    words = sum(weight for _, weight in pairs)
+    rate = sum(value for value, _ in pairs) / words
+    residuals = [value - rate * weight for value, weight in pairs]
+    return math.exp(-rate) * math.sqrt(len(pairs) * statistics.variance(residuals)) / words
+
+
+def evaluate(
+    lm,
+    name: str,
+    limits: Limits,
+    *,
+    data: Path | None = None,
+    samples_to: Path | None = None,
+    **identity,
+) -> Result | None:
+    """Run one task of the study.
+
+    Args:
+        lm: an lm-eval model.
+        name: one of `TASKS`.
+        data: local folder, None for the Hub.
+        samples_to: a file for every document's requests, answers and lengths, as JSON Lines; None writes none.
+        identity: the fields of `Result` that say what was evaluated.
+
+    Returns:
+        The result; None on all ranks but the first where lm-eval runs on several.
+
+    Raises:
+        ValueError, RuntimeError: see `gluprune_evals.tasks.build`; or lm-eval cannot run the task on this model.
+    """
+    from lm_eval.evaluator import evaluate as lm_evaluate
+
+    spec = TASKS[name]
+    tasks = build(name, limits, data)
+    available = {leaf: len(task.eval_docs) for leaf, task in tasks.items()}
+    samples = {leaf: limits.samples(spec, count) for leaf, count in available.items()}
+    generates = next(iter(tasks.values())).OUTPUT_TYPE == "generate_until"
+    cap = _configure(tasks, spec.shots, limits)
+    start = time.perf_counter()
+    try:
+        found = lm_evaluate(
+            lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True
+        )
+    except AssertionError as error:  # lm-eval's way to say that a model and a task do not go together
+        raise ValueError(f"{name} cannot be run: {error}") from error
+    seconds = time.perf_counter() - start
+    if found is None:
+        return None
+    metric, _, filter_name = spec.metric.partition(",")
+    chosen = {leaf: [s for s in found["samples"][leaf] if s["filter"] == filter_name] for leaf in tasks}
+    per_document = [_per_document(sample, metric) for leaf in tasks for sample in chosen[leaf]]
+    metrics = _pooled([_metrics(found["results"][leaf]) for leaf in tasks], [len(chosen[leaf]) for leaf in tasks])
+    if name == "wikitext":
+        value = metrics[spec.metric].value
+        metrics[spec.metric] = Metric(value, _weighted_perplexity_error(per_document))
+    lengths = [_length(lm, sample) for leaf in tasks for sample in chosen[leaf]] if generates else None
+    if samples_to is not None:
+        lines = [_logged(lm, leaf, sample, generates) for leaf in tasks for sample in chosen[leaf]]
+        write_file(samples_to, [json.dumps(line).encode() + b"\n" for line in lines])
+    return Result(
+        task=name,
+        task_version=str(next(iter(found["versions"].values()))),
+        shots=next(iter(found["n-shot"].values())),
+        limits=str(limits),
+        generation_limit=cap,
+        documents=len(per_document),
+        available=sum(available.values()),
+        metric=spec.metric,
+        metrics=metrics,
+        per_document=per_document,
+        lengths=lengths,
+        seconds=round(seconds, 2),
+        data="Hub" if data is None else "local files",
+        **identity,
+    )
+
+
+def _metrics(results: dict) -> dict[str, Metric]:
+    metrics = {}
+    for name, value in results.items():
+        metric, comma, filter_name = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = results.get(f"{metric}_stderr,{filter_name}")
+            metrics[name] = Metric(float(value), float(error) if isinstance(error, (int, float)) else None)
+    return metrics
+
+
+def _length(lm, sample: dict) -> int:
+    return len(lm.tok_encode(sample["resps"][0][0], add_special_tokens=False))
+
+
+def _logged(lm, leaf: str, sample: dict, generates: bool) -> dict:
+    kept = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "metrics")
+    line = {"task": leaf, **{key: sample[key] for key in kept if key in sample}}
+    line |= {metric: sample[metric] for metric in sample["metrics"]}
+    return line | ({"generated_tokens": _length(lm, sample)} if generates else {})

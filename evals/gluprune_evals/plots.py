@@ -1,0 +1,152 @@
+"""The pictures of a study."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from gluprune.measure.records import Record
+from gluprune_evals.paper import scores
+from gluprune_evals.series import Series
+from gluprune_evals.significance import Correlation
+from gluprune_evals.tasks import TASKS
+
+
+def _panels(count: int, columns: int, width: float, height: float, margin: float):
+    """A figure of `count` panels, each `width` x `height` inches, with a `margin` for title and legend."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, margin + height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for empty in panels[count:]:
+        empty.set_axis_off()
+    return figure, list(panels[:count])
+
+
+def _task_panels(own: list[Series]):
+    """A figure, and a panel for each task."""
+    tasks = list(dict.fromkeys(task for series in own for task in series.results))
+    figure, panels = _panels(len(tasks), columns=4, width=3.4, height=2.6, margin=0.9)
+    return figure, dict(zip(tasks, panels))
+
+
+def _titled(axes, task: str) -> None:
+    spec = TASKS[task]
+    axes.set_title(f"{task} ({'lower' if spec.lower_is_better else 'higher'} is better)", fontsize="small")
+    axes.tick_params(labelsize="x-small")
+    axes.grid(alpha=0.3)
+
+
+def capability(own: list[Series], path: Path) -> None:
+    """Every task's score against the expansion ratio, a line a recipe, bars of one standard error."""
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
+        for index, series in enumerate(own):
+            found = dict(sorted(series.results.get(task, {}).items()))
+            x = [result.configuration["expansion_ratio"] for result in found.values()]
+            errors = [result.stderr or 0.0 for result in found.values()]
+            values = [result.value for result in found.values()]
+            if TASKS[task].lower_is_better:  # the axis is logarithmic: keep bars above zero
+                errors = [[min(e, 0.9 * v) for e, v in zip(errors, values)], errors]
+            line = {"color": f"C{index}", "marker": "o", "ms": 3.5, "lw": 1.2, "capsize": 2, "elinewidth": 0.8}
+            axes.errorbar(x, values, yerr=errors, label=series.recipe, **line)
+        if TASKS[task].lower_is_better:
+            axes.set_yscale("log")
+        elif TASKS[task].chance is not None:
+            axes.axhline(TASKS[task].chance, color="grey", linestyle=":", label="chance")
+        _titled(axes, task)
+        axes.invert_xaxis()
+    _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bars: one standard error)", path)
+
+
+def beside_published(own: list[Series], path: Path) -> None:
+    """Every task's score over the dense model's against the share of neurons removed, with the published models."""
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
+        axes.axhline(1, color="black", lw=0.8)
+        for index, series in enumerate(own):
+            found = dict(sorted(series.results.get(task, {}).items()))
+            dense = found[0.0].value if 0.0 in found else 0.0
+            if dense:
+                values = [result.value / dense for result in found.values()]
+                axes.plot(list(found), values, marker="o", ms=3.5, lw=1.6, color=f"C{index}", label=_label(series))
+        for model, style in zip(scores.MODELS, ("--", "-.", ":")):
+            values = scores.series(model, task)
+            if values:
+                shares = [value / values[0.0] for value in values.values()]
+                axes.plot(list(values), shares, style, color="grey", label=f"{model}, published")
+        if TASKS[task].lower_is_better:
+            axes.set_yscale("log")
+        _titled(axes, task)
+    _finish(figure, panels, "Score over that of the dense model against the share of neurons removed", path)
+
+
+def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) -> bool:
+    """Every task's score against a cost measured at the same widths; False, and no file, where fewer than two are."""
+    points = {  # recipe -> task -> (cost, score)
+        series.recipe: {
+            task: sorted(
+                (costs[width].p50, result.value)
+                for result in found.values()
+                if (width := result.configuration["intermediate_size"]) in costs
+            )
+            for task, found in series.results.items()
+        }
+        for series in own
+    }
+    if max((len(pairs) for of in points.values() for pairs in of.values()), default=0) < 2:
+        return False
+    figure, panels = _task_panels(own)
+    for task, axes in panels.items():
+        for index, (recipe, of) in enumerate(points.items()):
+            if of.get(task):
+                axes.plot(*zip(*of[task]), marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe)
+        if TASKS[task].lower_is_better:
+            axes.set_yscale("log")
+        _titled(axes, task)
+    record = next(iter(costs.values()))
+    how = ", ".join(f"{key} {value}" for key, value in record.shape.items() if key not in ("model", "I", "H"))
+    title = f"{own[0].model}: score against {words} ({record.unit}), by {record.provider}, {how or record.what}, {record.hardware}"
+    _finish(figure, panels, title, path)
+    return True
+
+
+def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]], path: Path) -> None:
+    """A matrix of r for each series; pairs with p < 0.05 carry their figure."""
+    figure, panels = _panels(len(table), columns=3, width=5.4, height=4.9, margin=0.0)
+    for axes, ((model, recipe), pairs) in zip(panels, table.items()):
+        tasks = [task for task in TASKS if any(task in pair for pair in pairs)]
+        grid = [[math.nan] * len(tasks) for _ in tasks]
+        for (first, second), found in pairs.items():
+            x, y = tasks.index(first), tasks.index(second)
+            grid[y][x] = grid[x][y] = found.r
+            if found.p < 0.05:
+                color = "white" if abs(found.r) > 0.6 else "black"
+                text = {"ha": "center", "va": "center", "fontsize": 6, "color": color}
+                axes.text(x, y, f"{found.r:.2f}", **text)
+                axes.text(y, x, f"{found.r:.2f}", **text)
+        image = axes.imshow(grid, cmap="RdBu", vmin=-1, vmax=1)
+        short = [task.replace("leaderboard_", "").replace("_openai", "").replace("truthfulqa", "tqa") for task in tasks]
+        axes.set_xticks(range(len(tasks)), short, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(tasks)), short, fontsize=7)
+        axes.set_title(f"{model}, {recipe}", fontsize="small")
+    figure.colorbar(image, ax=panels, shrink=0.6, label="Pearson's r (figures where p < 0.05)")
+    figure.savefig(path, dpi=110)
+
+
+def _label(series: Series) -> str:
+    return f"{series.model}, {series.recipe}"
+
+
+def _finish(figure, panels, title: str, path: Path) -> None:
+    handles: dict[str, object] = {}
+    for axes in panels.values():
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize="small"
+    )
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,381 @@
+"""The report of a study: tables, findings, correlations and plots, made from its results and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from gluprune.io.atomic import write_file
+from gluprune.measure.records import Record
+from gluprune.reports.plots import number
+from gluprune_evals import plots
+from gluprune_evals.findings import CLAIMS, has_nothing_to_lose, published_verdict, verdict
+from gluprune_evals.harness import Result
+from gluprune_evals.paper import scores
+from gluprune_evals.series import (
+    BETTER,
+    DENSE,
+    NOISE,
+    WORSE,
+    Series,
+    all_series,
+    correlate,
+    mark_counts,
+    series_correlation,
+)
+from gluprune_evals.significance import Correlation, is_beyond_chance
+from gluprune_evals.study import Folder
+from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
+
+NAME = "study.md"
+CORRELATIONS = "correlations.csv"
+GROUPS = {
+    FRAGILE: "published as fragile: knowledge, arithmetic, perplexity",
+    ROBUST: "published as robust: instructions, multi-step reasoning, truthfulness",
+    OTHER: "not in the published dichotomy",
+}
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The scores as text for a terminal."""
+    lines = []
+    for series in all_series(results):
+        ratios = [0.0, *series.ratios]
+        lines += ["", f"{series.model}, {series.recipe}: {next(iter(results)).limits}", ""]
+        lines.append(f"{'task':<18}" + "".join(f"{DENSE if not r else f'{r:.0%}':>20}" for r in ratios))
+        for task, found in series.results.items():
+            cells = [f"{_score(found[r])} {series.mark(task, r)}" if r in found else "–" for r in ratios]
+            lines.append(f"{task:<18}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join([*lines, "", _LEGEND.replace("**", "")])
+
+
+_LEGEND = (
+    f"± is one standard error of the score alone. The marks compare with the dense model on the same documents, at 95 %:"
+    f" {BETTER} better, {WORSE} worse, {NOISE} **within the noise**."
+)
+
+
+def _score(result: Result) -> str:
+    value = number(result.value) if TASKS[result.task].lower_is_better else f"{result.value:.3f}"
+    if result.stderr is None:
+        return value
+    return f"{value} ±{number(result.stderr) if TASKS[result.task].lower_is_better else f'{result.stderr:.3f}'}"
+
+
+def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Path:
+    """Write the report of a study and its plots into `out`; returns its path.
+
+    Args:
+        records: of `gluprune bench`, where there are any: J/token and time per output token to set scores against.
+
+    Raises:
+        ValueError: the folder holds no study, or no result yet.
+    """
+    results = folder.results()
+    if not results:
+        raise ValueError(f"{folder.path} holds no result yet")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    every = all_series(results)
+    parts = [
+        "# " + ", ".join(dict.fromkeys(series.model for series in every)) + ": capability against width\n",
+        _conditions(results),
+        _in_short(every),
+        *(_scores(series) for series in every),
+        _groups(every),
+        _findings(every),
+        _beside_published(every),
+        _correlations(every, out),
+        _lengths(every),
+        _pictures(every, records, out),
+    ]
+    write_file(out / NAME, ["\n".join(part for part in parts if part).encode()])
+    return out / NAME
+
+
+# --- sections ---
+
+
+def _conditions(results: Sequence[Result]) -> str:
+    """What was run, on what, with what."""
+    first = results[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    machines = " and ".join(dict.fromkeys(result.hardware for result in results))
+    commits = ", ".join(dict.fromkeys(result.commit or "none" for result in results))
+    seconds: dict[tuple, float] = {}
+    for result in results:
+        key = result.model, result.configuration["recipe"], result.configuration["ratio"]
+        seconds[key] = seconds.get(key, 0.0) + result.seconds
+    spent = sorted(seconds.values())
+    revisions = ", ".join(dict.fromkeys(f"{result.model} {result.revision}" for result in results))
+    lines = [
+        (
+            f"- Limits: **{first.limits}**, {first.data}, weights in {first.dtype}, {first.backend}"
+            f"{', patched' if first.patched else ''}. Prompts without a chat template, as in the published study."
+        ),
+        f"- Machine: {machines}" + (f", driver {first.driver}" if first.driver else "") + ".",
+        f"- {versions}; commits {commits}; model revisions {revisions}.",
+        f"- {len(seconds)} configurations, {spent[0]:.0f} to {spent[-1]:.0f} s of evaluation each, as the machine was.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _in_short(every: list[Series]) -> str:
+    """What the results show, and what their noise forbids to say."""
+    lines = ["## In short", ""]
+    for series in every:
+        if not series.ratios:
+            continue
+        shown, hidden, bare = [], [], []
+        for task, found in series.results.items():
+            counts = mark_counts(series, [task])
+            total = sum(counts.values())
+            moved = ", ".join(f"{mark} {counts[mark]}" for mark in (WORSE, BETTER) if counts[mark])
+            told = f"{task} ({moved} of {total})" if moved else task
+            if has_nothing_to_lose(found.get(0.0)):
+                bare.append(told)
+            elif any(is_beyond_chance(counts[mark], total) for mark in (WORSE, BETTER)):
+                shown.append(told)
+            elif total:
+                hidden.append(told)
+        lines += [
+            f"**{series.model}, {series.recipe}**",
+            "",
+            f"- Shown, beyond the noise of these documents: {', '.join(shown) or 'nothing'}.",
+            f"- Forbidden to say anything about, no more changes than chance gives: {', '.join(hidden) or 'nothing'}.",
+            "- No loss can show, the dense model itself is not above chance, or at zero:"
+            f" {', '.join(bare) or 'nowhere'}.",
+            "",
+        ]
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _scores(series: Series) -> str:
+    ratios = [0.0, *series.ratios]
+    heads = [
+        f"{DENSE if not ratio else f'{ratio:.0%}'} ({series.expansion_ratio(ratio):.2f})"
+        for ratio in ratios
+        if any(ratio in found for found in series.results.values())
+    ]
+    lines = [
+        f"## {series.model}, {series.recipe}",
+        "",
+        f"Columns: share of the neurons removed (expansion ratio). {_LEGEND} –: not measured.",
+        "",
+        f"| task | metric | shots | documents | {' | '.join(heads)} |",
+        "|---|---|--:|--:|" + "--:|" * len(heads),
+    ]
+    for task, found in series.results.items():
+        any_result = next(iter(found.values()))
+        cells = [f"{_score(found[r])} {series.mark(task, r)}".strip() if r in found else "–" for r in ratios]
+        lines.append(
+            f"| {task} | {any_result.metric.partition(',')[0]} | {any_result.shots} | {any_result.documents} of"
+            f" {any_result.available} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _groups(every: list[Series]) -> str:
+    lines = [
+        "## Fragile and robust",
+        "",
+        (
+            f"How many of the scores (tasks × ratios) are {BETTER} better and {WORSE} worse than dense, or {NOISE} within the"
+            " noise. Of scores that do not change one in twenty is marked all the same."
+        ),
+        "",
+        f"| model | recipe | group | tasks | {BETTER} | {WORSE} | {NOISE} |",
+        "|---|---|---|---|--:|--:|--:|",
+    ]
+    for series in every:
+        for group, words in GROUPS.items():
+            tasks = [task for task in series.results if TASKS[task].group == group]
+            counts = mark_counts(series, tasks)
+            if any(counts.values()):
+                lines.append(
+                    f"| {series.model} | {series.recipe} | {words} | {', '.join(tasks)} |"
+                    f" {' | '.join(map(str, counts.values()))} |"
+                )
+    return "\n".join(lines) + "\n" if len(lines) > 6 else ""
+
+
+def _findings(every: list[Series]) -> str:
+    pruned = [series for series in every if series.ratios]
+    if not pruned:
+        return ""
+    lines = [
+        "## What holds here of the published findings",
+        "",
+        (
+            f"Published: in how many configurations the score moved so, noise not considered ({scores.SOURCE}). IFEval rises"
+            " there for the two base models; the published instruct model falls."
+        ),
+        "",
+        f"| finding | {' | '.join(scores.MODELS)} | {' | '.join(f'{s.model}, {s.recipe}' for s in pruned)} |",
+        "|---|" + "---|" * (len(scores.MODELS) + len(pruned)),
+    ]
+    for claim in CLAIMS:
+        cells = [published_verdict(claim, model) for model in scores.MODELS]
+        cells += [verdict(claim, series) for series in pruned]
+        lines.append(f"| {claim.words} | {' | '.join(cells)} |")
+    cells = [_correlation_cell(_published_correlation(model)) for model in scores.MODELS]
+    cells += [_correlation_cell(series_correlation(series, "mmlu", "truthfulqa_mc2")) for series in pruned]
+    lines.append(
+        f"| Knowledge against truthfulness: MMLU and TruthfulQA-MC2 are anticorrelated | {' | '.join(cells)} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _correlation_cell(found: Correlation | None) -> str:
+    if found is None:
+        return "cannot be told: fewer than four configurations, or a score that never changes"
+    word = "cannot be told" if found.low <= 0 <= found.high else "holds" if found.r < 0 else "does not hold"
+    return f"{word}: {found}"
+
+
+def _beside_published(every: list[Series]) -> str:
+    lines = []
+    for series in every:
+        if not series.ratios:
+            continue
+        heads = [series.recipe, *scores.MODELS]
+        lines += [
+            f"## {series.model}, {series.recipe}, beside the published Llama-3.2",
+            "",
+            "Change against the dense model in per cent of its score; of perplexities too.",
+            "",
+            "| task | removed | " + " | ".join(heads) + " |",
+            "|---|--:|" + "--:|" * len(heads),
+        ]
+        for task in series.results:
+            theirs = [scores.changes(model, task) for model in scores.MODELS]
+            for ratio in series.ratios:
+                change = series.change(task, ratio)
+                cells = [f"{_percent(change.relative)} {series.mark(task, ratio)}" if change else "–"]
+                cells += [_percent(found[ratio]) if ratio in found else "–" for found in theirs]
+                lines.append(f"| {task} | {ratio:.0%} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:+,.1f} %"
+
+
+def _published_correlation(model: str, first: str = "mmlu", second: str = "truthfulqa_mc2") -> Correlation | None:
+    return correlate(first, second, scores.series(model, first), scores.series(model, second))
+
+
+def _correlations(every: list[Series], out: Path) -> str:
+    """Every pair of tasks of every series and of the published models, as a CSV file and a picture."""
+    table: dict[tuple[str, str], dict[tuple[str, str], Correlation]] = {}
+    for series in every:
+        pairs = {pair: series_correlation(series, *pair) for pair in combinations(series.results, 2)}
+        table[series.model, series.recipe] = {pair: found for pair, found in pairs.items() if found}
+    for model in scores.MODELS:
+        pairs = {pair: _published_correlation(model, *pair) for pair in combinations(TASKS, 2)}
+        table[model, "published"] = {pair: found for pair, found in pairs.items() if found}
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["model", "recipe", "task", "other_task", "n", "r", "p", "low_95", "high_95"])
+    for (model, recipe), pairs in table.items():
+        for pair, c in pairs.items():
+            rows.writerow([model, recipe, *pair, c.n, f"{c.r:.4f}", f"{c.p:.4g}", f"{c.low:.4f}", f"{c.high:.4f}"])
+    write_file(out / CORRELATIONS, [text.getvalue().encode()])
+    counts = [
+        f"- {model}, {recipe}: {sum(c.p < 0.05 for c in pairs.values())} of {len(pairs)} pairs with p < 0.05"
+        for (model, recipe), pairs in table.items()
+        if pairs
+    ]
+    plots.correlations({key: pairs for key, pairs in table.items() if pairs}, out / "correlations.png")
+    return "\n".join(
+        [
+            "## Correlations between tasks",
+            "",
+            (
+                "Pearson's r over the configurations of a series, dense included: two scores that both follow the width"
+                f" correlate whatever they measure. Perplexities count by their logarithm. Every pair with p and confidence interval: [{CORRELATIONS}]({CORRELATIONS})."
+            ),
+            "",
+            *counts,
+            "",
+            "![correlations](correlations.png)",
+            "",
+        ]
+    )
+
+
+def _lengths(every: list[Series]) -> str:
+    rows = []
+    for series in every:
+        for task, found in series.results.items():
+            for ratio, result in sorted(found.items()):
+                if result.lengths:
+                    full = sum(length >= 0.95 * (result.generation_limit or math.inf) for length in result.lengths)
+                    rows.append(
+                        f"| {series.model} | {series.recipe if ratio else DENSE} | {task} | {ratio:.0%} |"
+                        f" {statistics.mean(result.lengths):.0f} | {result.generation_limit or 'task’s own'} |"
+                        f" {full} of {len(result.lengths)} |"
+                    )
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "## Length of what was generated",
+            "",
+            (
+                "Tokens of the text until the model or a stop word ended it, tokenized again: garbled text comes out"
+                " shorter. The published latency followed this length, not the time a token took."
+            ),
+            "",
+            "| model | recipe | task | removed | mean tokens | limit | at the limit |",
+            "|---|---|---|--:|--:|--:|--:|",
+            *dict.fromkeys(rows),
+            "",
+        ]
+    )
+
+
+def _pictures(every: list[Series], records: Sequence[Record], out: Path) -> str:
+    pruned = [series for series in every if series.ratios]
+    if not pruned:
+        return ""
+    lines = ["## Pictures", ""]
+    for index, model in enumerate(dict.fromkeys(series.model for series in pruned)):
+        suffix = f"-{index + 1}" if index else ""
+        own = [series for series in pruned if series.model == model]
+        plots.capability(own, out / f"capability{suffix}.png")
+        plots.beside_published(own, out / f"published{suffix}.png")
+        lines.append(f"![capability of {model} against expansion ratio](capability{suffix}.png)\n")
+        lines.append(f"![change of {model} beside the published models](published{suffix}.png)\n")
+        for what, unit, words, name in COSTS:
+            costs = costs_by_width([r for r in records if _is_cost(r, model, what, unit)])
+            if plots.cost(own, costs, words, out / f"{name}{suffix}.png"):
+                lines.append(f"![capability of {model} against {words}]({name}{suffix}.png)\n")
+            else:
+                lines.append(f"{model}: {words} was not measured at these widths; nothing is drawn against it.\n")
+    return "\n".join(lines)
+
+
+COSTS = (
+    ("generation: energy", "J/token", "J/token", "energy"),
+    ("generation: TPOT", "s", "time per output token", "tpot"),
+)
+
+
+def _is_cost(record: Record, model: str, what: str, unit: str) -> bool:
+    return (record.what, record.unit, record.shape.get("model")) == (what, unit, model) and record.p50 is not None
+
+
+def costs_by_width(records: Sequence[Record]) -> dict[int, Record]:
+    """Intermediate size -> record, of the one provider and workload that was measured at most widths."""
+    ways: dict[tuple, dict[int, Record]] = {}
+    for record in records:
+        rest = tuple(sorted((key, value) for key, value in record.shape.items() if key != "I"))
+        ways.setdefault((record.provider, rest, record.dtype, record.hardware), {})[record.shape["I"]] = record
+    return max(ways.values(), key=len, default={})

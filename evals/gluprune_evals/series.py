@@ -1,0 +1,86 @@
+"""The results of one model under one recipe, against its dense ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gluprune_evals.harness import Result
+from gluprune_evals.significance import Change, Correlation, paired_change, pearson
+from gluprune_evals.tasks import TASKS
+
+DENSE = "dense"
+BETTER, WORSE, NOISE = "▲", "▼", "≈"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The results of one model under one recipe, the dense ones included: task -> pruning ratio -> result."""
+
+    model: str
+    recipe: str
+    results: dict[str, dict[float, Result]]
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted({ratio for found in self.results.values() for ratio in found} - {0.0})
+
+    def change(self, task: str, ratio: float) -> Change | None:
+        """Against the dense model; None where either was not measured."""
+        found = self.results.get(task, {})
+        if 0.0 not in found or ratio not in found:
+            return None
+        return paired_change(found[0.0].per_document, found[ratio].per_document, found[ratio].metric)
+
+    def mark(self, task: str, ratio: float) -> str:
+        change = self.change(task, ratio) if ratio else None
+        if change is None:
+            return ""
+        if change.is_noise:
+            return NOISE
+        return WORSE if (change.difference > 0) == TASKS[task].lower_is_better else BETTER
+
+    def expansion_ratio(self, ratio: float) -> float:
+        return next(found[ratio] for found in self.results.values() if ratio in found).configuration["expansion_ratio"]
+
+
+def all_series(results: Sequence[Result]) -> list[Series]:
+    """One for each model and recipe; a model that was only measured dense has one, named so."""
+    series = []
+    for model in dict.fromkeys(result.model for result in results):
+        own = [result for result in results if result.model == model]
+        for recipe in list(dict.fromkeys(_recipe(r) for r in own if _recipe(r))) or [DENSE]:
+            chosen: dict[str, dict[float, Result]] = {}
+            for result in own:
+                if _recipe(result) in (None, recipe):
+                    chosen.setdefault(result.task, {})[result.configuration["ratio"]] = result
+            series.append(Series(model, recipe, {task: chosen[task] for task in TASKS if task in chosen}))
+    return series
+
+
+def _recipe(result: Result) -> str | None:
+    name, multiple = result.configuration["recipe"], result.configuration["multiple_of"]
+    return f"{name}, multiples of {multiple}" if name and multiple > 1 else name
+
+
+def mark_counts(series: Series, tasks: Sequence[str]) -> dict[str, int]:
+    """How many of the scores of these tasks, at all ratios, have each mark."""
+    marks = [series.mark(task, ratio) for task in tasks for ratio in series.ratios]
+    return {mark: marks.count(mark) for mark in (BETTER, WORSE, NOISE)}
+
+
+def correlate(first: str, second: str, x: dict[float, float], y: dict[float, float]) -> Correlation | None:
+    """Of two tasks, over the ratios at which both have a score; perplexities count by their logarithm."""
+
+    def axis(task: str, values: dict[float, float]) -> list[float]:
+        shared = sorted(x.keys() & y.keys())
+        return [math.log(values[r]) if TASKS[task].lower_is_better else values[r] for r in shared]
+
+    return pearson(axis(first, x), axis(second, y))
+
+
+def series_correlation(series: Series, first: str, second: str) -> Correlation | None:
+    """Of two tasks, over the ratios of a series and the dense model."""
+    values = ({r: result.value for r, result in series.results.get(task, {}).items()} for task in (first, second))
+    return correlate(first, second, *values)

@@ -1,0 +1,101 @@
+"""Two runs of the same measurements: which figures got worse by more than their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gluprune.measure.records import Record
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure in two runs.
+
+    verdict: "worse" and "better" where the ranges from p20 to p80 do not meet; "same" where they do; "no spread" where
+        one of the two was measured once; "refused" and "no longer refused" where the provider's mind changed.
+    """
+
+    old: Record
+    new: Record
+
+    @property
+    def verdict(self) -> str:
+        if self.new.p50 is None:
+            return "same" if self.old.p50 is None else "refused"
+        if self.old.p50 is None:
+            return "no longer refused"
+        if min(self.old.repeats, self.new.repeats) < 2:
+            return "no spread"
+        if self.new.p20 > self.old.p80:
+            return "better" if self.new.higher_is_better else "worse"
+        if self.new.p80 < self.old.p20:
+            return "worse" if self.new.higher_is_better else "better"
+        return "same"
+
+    @property
+    def is_regression(self) -> bool:
+        return self.verdict in ("worse", "refused")
+
+    def __str__(self) -> str:
+        shape = ", ".join(f"{key} {value}" for key, value in self.new.shape.items())
+        name = f"{self.new.what}, {self.new.provider}, {shape}, {self.new.dtype}"
+        if self.new.p50 is None or self.old.p50 is None:
+            return f"{self.verdict}: {name}: {self.new.refusal or self.old.refusal}"
+        figures = f"{self.old.p50:.4g} -> {self.new.p50:.4g} {self.new.unit} ({self.new.p50 / self.old.p50 - 1:+.1%})"
+        return f"{self.verdict}: {name}: {figures}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs have in common, and how many figures only one of them has."""
+
+    changes: list[Change]
+    only_old: int
+    only_new: int
+
+    @property
+    def regressions(self) -> list[Change]:
+        return [change for change in self.changes if change.is_regression]
+
+    def to_dict(self) -> dict:
+        told = ((change, change.verdict) for change in self.changes)
+        lines = [
+            {
+                "verdict": verdict,
+                "old": change.old.p50,
+                "new": change.new.p50,
+                "unit": change.new.unit,
+                **_place(change.new),
+            }
+            for change, verdict in told
+        ]
+        return {"changes": lines, "only_old": self.only_old, "only_new": self.only_new}
+
+    def __str__(self) -> str:
+        counts = {}
+        for change in self.changes:
+            counts[change.verdict] = counts.get(change.verdict, 0) + 1
+        told = [str(change) for change in self.changes if change.verdict not in ("same", "no spread")]
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+        return "\n".join(
+            [*told, f"{summary}; {self.only_old} only in the old run, {self.only_new} only in the new one"]
+        )
+
+
+def _place(record: Record) -> dict:
+    return {"what": record.what, "provider": record.provider, "shape": record.shape, "dtype": record.dtype}
+
+
+def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
+    """Compare the figures of the same measurement, provider, shape, dtype, unit, method and hardware.
+
+    Raises:
+        ValueError: the runs have no figure in common.
+    """
+    before, after = ({record.key: record for record in records} for records in (old, new))
+    common = [key for key in after if key in before]
+    if not common:
+        raise ValueError("the two runs have no figure in common: same measurement, provider, shape, dtype and hardware")
+    changes = [Change(before[key], after[key]) for key in common]
+    return Comparison(changes, len(before) - len(common), len(after) - len(common))

@@ -1,0 +1,170 @@
+"""The plan of a GPU run: what it selects, how it stops, goes on and fails; and a part of it in the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _pytest.mark.expression import Expression
+
+from benchmarks import gpu
+from benchmarks.gpu import Step, main, rehearsal, run, steps
+from benchmarks.lib.shapes import SETS, paper_widths
+from benchmarks.test_model import CASES as MODEL_CASES
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
+
+
+def test_steps_are_named_once_and_short():
+    for todo in (steps(), rehearsal()):
+        assert len({step.name for step in todo}) == len(todo)
+        assert all(0 < step.minutes <= 8 for step in todo)
+        for step in todo:
+            for argument in step.arguments:
+                assert not argument.endswith(".py") or (ROOT / argument).is_file(), argument
+
+
+def selected(step, case):
+    """Whether pytest's `-k` selects the case in this step."""
+    expression = Expression.compile(step.arguments[step.arguments.index("-k") + 1])
+    return expression.evaluate(lambda word, **_: word in case)
+
+
+@pytest.mark.parametrize("part, prefixes", [("forward", ("all",)), ("backward", ("backward",))])
+def test_the_parts_make_the_whole_grid(part, prefixes):
+    """Every case of the full set is selected by exactly one step, beside those that bring some of them first."""
+    full = SETS["full"]
+    todo = [step for step in steps() if step.name.startswith(prefixes)]
+    for case in [f"test_{part}[{model}-M{M:04}-I{I}]" for model, _, I, M in full.cases(full.tokens)]:
+        assert sum(selected(step, case) for step in todo) == 1, case
+
+
+def test_the_studys_widths_come_first_without_torch_compile():
+    full = SETS["full"]
+    todo = [step for step in steps() if step.name.startswith("forward")]
+    for case in full.cases(full.tokens):
+        model, _, I, M = case
+        first = I in (8192, *paper_widths(8192))
+        assert sum(selected(step, f"test_forward[{model}-M{M:04}-I{I}]") for step in todo) == first, case
+    assert all("--without" in step.arguments for step in todo)
+
+
+def test_the_parts_make_all_model_benchmarks():
+    todo = [step for step in steps() if step.name.startswith("model")]
+    for case in [f"test_llama[{name}-I{width}-{plan}]" for name, width, plan in MODEL_CASES]:
+        assert sum(selected(step, case) for step in todo) == 1, case
+
+
+def test_every_shape_of_the_tables_is_tuned():
+    for name, (H, widths) in SETS["full"].models.items():
+        (step,) = [step for step in steps() if step.name == f"tune-{name}"]
+        words = " ".join(step.arguments)
+        assert f"--hidden {H} " in words
+        sizes, tokens = words.partition("--intermediate ")[2].partition(" --out")[0].split(" --tokens ")
+        assert set(map(str, widths)) == set(sizes.split())
+        assert set(map(str, SETS["full"].tokens)) == set(tokens.split())
+
+
+def python(name, code, minutes=1.0):
+    return Step(name, ("timeit", "-n1", "-r1", code), minutes)
+
+
+def go(todo, out, seconds=600.0, **options):
+    told = []
+    state = run(todo, out, out / "tuned.json", seconds, ENVIRONMENT, tell=told.append, **options)
+    return state, told
+
+
+def test_a_second_call_goes_on(tmp_path):
+    """What is done is not done again; what failed or was stopped is."""
+    mark = tmp_path / "mark"
+    good = python("good", f"open({str(mark)!r}, 'a').write('x')")
+    bad = python("bad", "raise ValueError('no luck')")
+    slow = python("slow", "import time; time.sleep(60)", minutes=0.05)
+    state, _ = go([good, bad, slow], tmp_path)
+    assert [outcome.status for outcome in state.outcomes.values()] == ["done", "failed", "stopped"]
+    assert state.outcomes["bad"].last_line == "ValueError: no luck"
+    assert "$ " in (tmp_path / "logs" / "bad.log").read_text()
+    slow = python("slow", "pass")
+    state, told = go([good, bad, slow], tmp_path)
+    assert mark.read_text() == "x" and told[0] == "1 of 3 steps were done before"
+    assert [outcome.status for outcome in state.outcomes.values()] == ["done", "failed", "done"]
+    assert json.loads((tmp_path / "state.json").read_text())["slow"]["code"] == 0
+
+
+def test_what_failed_waits_for_what_had_no_chance(tmp_path, monkeypatch):
+    """A failing test must not eat the time of every call; a step that the call's end cut short goes on first."""
+    slow = python("slow", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    times = iter((0.0, 10.0, 15.0, 598.0, 599.5))
+    todo = [python("bad", "raise ValueError"), python("long", "import time; time.sleep(60)", minutes=0.03), slow]
+    state, _ = go([*todo, python("last", "pass")], tmp_path, clock=lambda: next(times))
+    assert [outcome.status for outcome in state.outcomes.values()] == ["failed", "stopped", "out of time"]
+    assert [step.name for step in state.pending([*todo, python("last", "pass")])] == ["slow", "last", "bad", "long"]
+
+
+def test_no_step_is_begun_without_time(tmp_path):
+    times = iter((0.0, 10.0, 575.0))
+    state, told = go([python("one", "pass"), python("two", "pass")], tmp_path, clock=lambda: next(times))
+    assert list(state.outcomes) == ["one"]
+    assert told[-1] == "[2/2] two: no time left; call again to go on"
+
+
+def test_what_a_stopped_step_started_is_stopped_too(tmp_path):
+    """No process of a step lives on to disturb the next one's timing."""
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
+    code = child + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
+    go([python("slow", code, minutes=0.05)], tmp_path)
+    pid = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.is_file() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_table_is_carried_home(tmp_path):
+    (tmp_path / "tuned.json").write_text("{}")
+    go([python("one", "pass")], tmp_path)
+    assert (tmp_path / "tuned" / "tuned.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rehearse", "--steps", "nothing"], "unknown step 'nothing'"),
+        (["--rehearse", "--wheels", "."], "holds no wheel"),
+        ([], "no CUDA device is available; --rehearse shows the way without one"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages(tmp_path, monkeypatch, capsys):
+    """What is needed is named at once; what is only useful is left out, and said so."""
+    monkeypatch.setattr(gpu, "_installed", lambda module: module not in ("liger_kernel", "pytest_benchmark"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "not installed: pytest_benchmark; carry their wheels" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "_installed", lambda module: module != "liger_kernel")
+    main(["--out", str(tmp_path)])
+    assert "not installed: liger_kernel; both of Liger's MLPs are recorded as refusing" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups and the interpreter are tried on Linux")
+def test_rehearsal(tmp_path):
+    """A step of benchmarks to its end on a CPU, with the report and the summary of its records."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path), "--steps", "scores"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| scores | done |" in (tmp_path / "summary.md").read_text()
+    assert "## scores" in (tmp_path / "report.md").read_text()
+    finished = (tmp_path / "records" / "scores" / "finished.txt").read_text().split()
+    assert len(finished) == 2 and all(
+        line.startswith("benchmarks/test_scores.py::test_scores[tiny-I") for line in finished
+    )

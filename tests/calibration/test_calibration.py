@@ -1,0 +1,488 @@
+"""Calibration statistics, and pruning on them, against inputs of `down_proj` captured one sequence at a time."""
+
+import copy
+import logging
+from contextlib import nullcontext
+from importlib.resources import files
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
+
+import gluprune
+from gluprune.calibration import statistics as calibration_module
+from gluprune.calibration.statistics import (
+    Statistics,
+    batches_from_text,
+    calibrate,
+    calibrate_in_passes,
+    plan_passes,
+)
+from gluprune.models.families import model_glus
+from gluprune.pruning import prune as pruning_module
+from gluprune.runtime.patching import fusion_status, patch
+from tests.helpers.tiny_models import make_tiny_model
+
+GIB = 1 << 30
+
+
+def random_batches(shapes=((3, 11), (1, 5), (2, 8), (4, 9)), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 64, shape, generator=generator) for shape in shapes]
+
+
+def captured(model, sequences):
+    """X `[T, I]` in float64 of every layer: each sequence `[S]` is run alone, through hooks of this file's own."""
+    glus = model_glus(model)
+    taken = [[] for _ in glus]
+    handles = [
+        glu.down.register_forward_pre_hook(lambda _, arguments, into=into: into.append(arguments[0][0].double()))
+        for glu, into in zip(glus, taken)
+    ]
+    with torch.no_grad():
+        for sequence in sequences:
+            model(sequence[None])
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(rows) for rows in taken]
+
+
+def batch_norms(model, batches):
+    """Sum over batches of the norms within a batch, `[I]` of every layer."""
+    per_batch = [[x.norm(dim=0) for x in captured(model, batch)] for batch in batches]
+    return [sum(norms) for norms in zip(*per_batch)]
+
+
+def close(found, expected, dtype):
+    # bf16 activations differ in their last bit between batch shapes.
+    tolerance = {"rtol": 2e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    scale = expected.abs().max()
+    torch.testing.assert_close(found.double() / scale, expected / scale, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_statistics(family, dtype):
+    model, batches = make_tiny_model(family, dtype=dtype, seed=1), random_batches()
+    found = calibrate(model, batches)
+    assert found.tokens == sum(batch.numel() for batch in batches)
+    assert list(found.layers) == [0, 1, 2]
+    truth = captured(model, [sequence for batch in batches for sequence in batch])
+    for statistics, x, norms in zip(found.layers.values(), truth, batch_norms(model, batches)):
+        assert statistics.squares.dtype == statistics.batch_norms.dtype == statistics.gram.dtype == torch.float32
+        close(statistics.squares, x.square().sum(0), dtype)
+        close(statistics.norms, x.norm(dim=0), dtype)
+        close(statistics.batch_norms, norms, dtype)
+        close(statistics.gram, x.T @ x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_calibrated_in_float32(family_name, dtype):
+    """The Gram matrices are nearly those of the same weights in float32 (embeddings and angles keep their dtype), and the
+    weights are the very tensors they were."""
+    tolerance = 5e-3 if family_name.startswith("gemma") else 5e-4  # Gemma scales its embeddings, in their dtype
+    model = make_tiny_model(family_name, dtype=dtype, seed=17)
+    batches = [*random_batches(), padded((9, 4, 1, 12), "left")[:2]]
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    found, expected = calibrate(model, batches), calibrate(copy.deepcopy(model).float(), batches)
+    for layer, statistics in expected.layers.items():
+        scale = statistics.gram.abs().max()
+        torch.testing.assert_close(found.layers[layer].gram / scale, statistics.gram / scale, rtol=0, atol=tolerance)
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("block", [40, 101, 1000])
+def test_batches_larger_than_one_block(monkeypatch, block):
+    monkeypatch.setattr(calibration_module, "_ROWS", 7)
+    monkeypatch.setattr(calibration_module, "_BLOCK", block)
+    model, batches = make_tiny_model(seed=2), random_batches()
+    found = calibrate(model, batches)
+    truth = captured(model, [sequence for batch in batches for sequence in batch])
+    for statistics, x, norms in zip(found.layers.values(), truth, batch_norms(model, batches)):
+        close(statistics.gram, x.T @ x, torch.float32)
+        close(statistics.batch_norms, norms, torch.float32)
+
+
+def padded(lengths, side, seed=3):
+    """Ids and mask `[B, S]` of sequences of different lengths, and the sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(max(lengths) - len(sequence), None)
+        ids[row, place], mask[row, place] = sequence, 1
+    return ids, mask, sequences
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("form", ["dict", "tuple", "dataloader", "bool mask"])
+def test_padding_is_left_out(form, side):
+    model = make_tiny_model(seed=3)
+    ids, mask, sequences = padded((9, 4, 1, 12), side)
+    batches = {
+        "dict": [{"input_ids": ids, "attention_mask": mask, "labels": ids}],
+        "tuple": [(ids, mask)],
+        "dataloader": DataLoader(TensorDataset(ids, mask), batch_size=4),
+        "bool mask": [{"input_ids": ids, "attention_mask": mask.bool()}],
+    }[form]
+    found = calibrate(model, batches)
+    assert found.tokens == 9 + 4 + 1 + 12
+    for statistics, x in zip(found.layers.values(), captured(model, sequences)):
+        close(statistics.squares, x.square().sum(0), torch.float32)
+        close(statistics.gram, x.T @ x, torch.float32)
+
+
+def test_batches_without_tokens_are_passed_over():
+    model, batches = make_tiny_model(seed=4), random_batches()
+    empty = [torch.zeros(0, 5, dtype=torch.long), (torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3))]
+    found, expected = calibrate(model, [*empty, *batches]), calibrate(model, batches)
+    assert found.tokens == expected.tokens
+    assert torch.equal(found.layers[1].gram, expected.layers[1].gram)
+
+
+def test_without_gram_and_for_some_layers():
+    model, batches = make_tiny_model(seed=5), random_batches()
+    some, every = calibrate(model, batches, gram=False, layers=[2]), calibrate(model, batches)
+    assert list(some.layers) == [2] and some.layers[2].gram is None
+    assert torch.equal(some.layers[2].squares, every.layers[2].squares)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 3], [-1]])
+def test_layers_that_are_not_there(layers):
+    with pytest.raises(ValueError, match="layers must hold indices from 0 to 2"):
+        calibrate(make_tiny_model(seed=5), random_batches(), layers=layers)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    model = make_tiny_model(seed=6, dtype=torch.bfloat16).train()
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    model.model.layers[1].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    if fails:
+        with torch.no_grad():
+            model.model.layers[1].mlp.gate_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="layer 1 has NaN or Inf") if fails else nullcontext():
+        calibrate(model, random_batches())
+    assert [module.training for module in model.modules()] == modes
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_is_off():
+    model = make_tiny_model(seed=7, attention_dropout=0.5)
+    expected = calibrate(model, random_batches()).layers[2].gram
+    assert torch.equal(calibrate(model.train(), random_batches()).layers[2].gram, expected)
+
+
+def test_few_tokens_are_told(caplog):
+    calibrate(make_tiny_model(seed=8), random_batches([(2, 9)]))
+    assert "18 calibration tokens for 101 neurons" in caplog.text
+
+
+# --- pruning on them ---
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_activation_score_and_re_solved_weights(family):
+    """From the text to the weights: kept neurons and down projections follow from X in float64."""
+    model, batches = make_tiny_model(family, seed=9), random_batches([(7, 40)] * 3)
+    before = [glu.weights()[2].double() for glu in model_glus(model)]
+    biases = [None if glu.down.bias is None else glu.down.bias.detach().clone() for glu in model_glus(model)]
+    xs = captured(model, [sequence for batch in batches for sequence in batch])
+    report = gluprune.prune(
+        model, pruning_ratio=0.4, multiple_of=1, score="activation", calibration=batches, compensate=True
+    )
+    assert report.score == "activation"
+    for layer, (glu, x, down, bias) in enumerate(zip(model_glus(model), xs, before, biases)):
+        scores = x.norm(dim=0) * down.norm(dim=0)
+        kept = report.kept[layer]
+        assert torch.equal(kept, scores.topk(61).indices.sort().values)
+        ridge = (0.01 * x.square().sum(0).mean()) ** 0.5
+        rows = torch.cat([x[:, kept], ridge * torch.eye(61, dtype=torch.float64)])
+        values = torch.cat([x @ down.T, ridge * down.T[kept]])
+        expected = torch.linalg.lstsq(rows, values, driver="gelsd").solution.T
+        torch.testing.assert_close(glu.weights()[2].double(), expected, rtol=1e-3, atol=1e-4)
+        assert (bias is None and glu.down.bias is None) or torch.equal(glu.down.bias, bias)
+
+
+def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
+    dense, batches = make_tiny_model(dtype=torch.bfloat16, seed=10), random_batches([(7, 40)] * 2)
+    calibrate(dense, batches).save(tmp_path / "statistics.safetensors")
+    statistics = Statistics.load(tmp_path / "statistics.safetensors")
+    assert statistics.tokens == 2 * 7 * 40
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
+    for width in (91, 81, 71, 61, 50, 40, 30):
+        for score in ("hybrid", "activation", "maw_gud"):
+            one, other = copy.deepcopy(dense), copy.deepcopy(dense)
+            for model, calibration in ((one, statistics), (other, iter(batches))):
+                gluprune.prune(
+                    model,
+                    intermediate_size=width,
+                    multiple_of=1,
+                    score=score,
+                    calibration=calibration,
+                    compensate=True,
+                )
+            for (name, found), expected in zip(one.state_dict().items(), other.state_dict().values()):
+                assert torch.equal(found, expected), (width, score, name)
+
+
+def test_same_neurons_as_optipfair(smollm2, smollm2_tokenizer):
+    """All 30 layers of the real model, 20 % pruned, on the same DataLoader."""
+    optipfair = pytest.importorskip("optipfair")
+    text = (files("gluprune.demo") / "data" / "demo_text.txt").read_text(encoding="utf-8")
+    ids = torch.cat(batches_from_text(smollm2_tokenizer, text, windows=7, length=48))
+    batches = DataLoader(TensorDataset(ids, torch.ones_like(ids)), batch_size=3)
+    theirs = copy.deepcopy(smollm2)
+    logging.disable(logging.INFO)
+    try:
+        theirs = optipfair.prune_model(
+            theirs, "MLP_GLU", "MAW", pruning_percentage=20, show_progress=False, dataloader=batches
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    dense = [layer.mlp.gate_proj.weight.detach().clone() for layer in smollm2.model.layers]
+    report = gluprune.prune(smollm2, pruning_ratio=0.2, multiple_of=1, score="hybrid", calibration=batches)
+    for layer, kept in report.kept.items():
+        assert torch.equal(dense[layer][kept], theirs.model.layers[layer].mlp.gate_proj.weight), layer
+        assert torch.equal(
+            smollm2.model.layers[layer].mlp.down_proj.weight, theirs.model.layers[layer].mlp.down_proj.weight
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_patched_model(backend):
+    batches = random_batches([(2, 40)])
+    plain = make_tiny_model(seed=12, dtype=torch.bfloat16)
+    patched = patch(copy.deepcopy(plain), backend=backend)
+    assert all(status.fused for status in fusion_status(patched)) == (backend == "triton")
+    arguments = {
+        "pruning_ratio": 0.3,
+        "multiple_of": 1,
+        "score": "activation",
+        "calibration": batches,
+        "compensate": True,
+    }
+    expected, found = gluprune.prune(plain, **arguments), gluprune.prune(patched, **arguments)
+    for layer, kept in expected.kept.items():
+        assert torch.equal(found.kept[layer], kept)
+    for one, other in zip(model_glus(plain), model_glus(patched)):
+        assert torch.equal(one.down.weight, other.down.weight)
+
+
+# --- memory ---
+
+
+CPU, OTHER = torch.device("cpu"), torch.device("meta")
+
+
+def test_passes_fit_into_half_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(calibration_module, "free_memory", {CPU: 10 * GIB, OTHER: 4 * GIB}.__getitem__)
+    assert plan_passes([(index, CPU, 2 * GIB) for index in range(5)]) == [[0, 1], [2, 3], [4]]
+    assert plan_passes([(index, CPU, GIB) for index in (3, 4, 7, 8, 9)]) == [[3, 4, 7, 8, 9]]
+    assert plan_passes([(0, CPU, 9 * GIB), (1, CPU, GIB), (2, CPU, 4 * GIB), (3, CPU, 1)]) == [[0], [1, 2], [3]]
+    two_devices = [(0, CPU, 5 * GIB), (1, OTHER, 2 * GIB), (2, OTHER, 1), (3, CPU, 5 * GIB)]
+    assert plan_passes(two_devices) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("grams, passes", [(1, 3), (2, 2), (3, 1), (0.5, 3)])
+def test_more_passes_give_the_same_model(monkeypatch, grams, passes):
+    one, other = (make_tiny_model(seed=13) for _ in range(2))
+    batches = random_batches([(7, 40)])
+    arguments = {"pruning_ratio": 0.4, "multiple_of": 1, "score": "hybrid", "compensate": True}
+    gluprune.prune(one, calibration=batches, **arguments)
+    monkeypatch.setattr(calibration_module, "free_memory", lambda device: 2 * grams * 4 * 101**2)
+    held, runs = [], []
+    other.model.register_forward_hook(lambda *_: runs.append(1))
+    solve = pruning_module.resolved_down
+    monkeypatch.setattr(pruning_module, "resolved_down", lambda *args: held.append(args[2].shape) or solve(*args))
+    gluprune.prune(other, calibration=iter(batches), **arguments)
+    assert len(runs) == passes and held == [(101, 101)] * 3
+    for (name, found), expected in zip(other.state_dict().items(), one.state_dict().values()):
+        assert torch.equal(found, expected), name
+
+
+def test_only_one_pass_holds_its_grams(monkeypatch):
+    """While a pass runs, the Gram matrices of earlier passes are gone."""
+    monkeypatch.setattr(calibration_module, "free_memory", lambda device: 2 * 4 * 101**2)
+    alive = []
+    empty = calibration_module.LayerStatistics.empty.__func__
+
+    def counted(cls, glu, gram):
+        import gc
+
+        alive.append(sum(type(o) is torch.Tensor and o.shape == (101, 101) for o in gc.get_objects()))
+        return empty(cls, glu, gram)
+
+    monkeypatch.setattr(calibration_module.LayerStatistics, "empty", classmethod(counted))
+    for _, statistics in calibrate_in_passes(
+        make_tiny_model(seed=14), random_batches(), gram=True, sensitivity=False, layers=[0, 1, 2]
+    ):
+        del statistics
+    assert alive == [0, 0, 0]
+
+
+# --- bad input ---
+
+
+IDS = torch.full((2, 5), 7)
+
+
+def arguments(**given):
+    return dict({"pruning_ratio": 0.3, "multiple_of": 1, "score": "hybrid"}, **given)
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        (arguments(), ValueError, "score='hybrid' needs calibration data"),
+        (arguments(score="activation"), ValueError, "score='activation' needs calibration data"),
+        (arguments(score="maw", compensate=True), ValueError, "compensate=True needs calibration data"),
+        (arguments(compensate=1, calibration=[IDS]), TypeError, "compensate must be True or False, got 1"),
+        (arguments(calibration=[]), ValueError, "calibration holds no tokens"),
+        (arguments(calibration=[(IDS, IDS * 0)]), ValueError, "calibration holds no tokens"),
+        (arguments(calibration=5), TypeError, "calibration must be an iterable of batches, got int"),
+        (arguments(calibration="text"), TypeError, "calibration batch 0 must be a tensor.* got str"),
+        (arguments(calibration=IDS), ValueError, r"batch 0 must hold .* got torch.int64 of shape \[5\]"),
+        (arguments(calibration=[IDS, IDS.float()]), ValueError, "batch 1 must hold .* got torch.float32"),
+        (arguments(calibration=[IDS, IDS.bool()]), ValueError, "batch 1 must hold .* got torch.bool"),
+        (arguments(calibration=[{"ids": IDS}]), ValueError, "batch 0 is a dict without input_ids: it has ids"),
+        (arguments(calibration=[{"input_ids": [[7, 7]]}]), TypeError, "batch 0 must be a tensor.* got list"),
+        (arguments(calibration=[(IDS, IDS[:1])]), ValueError, r"calibration batch 0 must have the shape .* \[1, 5\]"),
+        (arguments(calibration=[(IDS, "mask")]), ValueError, "calibration batch 0 must have the shape .* got str"),
+        (arguments(calibration=[IDS + 57]), ValueError, "calibration batch 0 has token ids from 64 to 64"),
+        (arguments(calibration=[IDS - 8]), ValueError, "calibration batch 0 has token ids from -1 to -1"),
+    ],
+)
+def test_bad_input_changes_nothing(tiny_model, unchanged, given, error, message):
+    model = tiny_model()
+    with unchanged(model), pytest.raises(error, match=message):
+        gluprune.prune(model, **given)
+
+
+def test_statistics_of_another_model_change_nothing(tiny_model, unchanged):
+    model = tiny_model()
+    narrow = calibrate(tiny_model(intermediate_size=90), [IDS])
+    with unchanged(model), pytest.raises(ValueError, match="layer 0 has 101 neurons, its .* are of 90"):
+        gluprune.prune(model, **arguments(calibration=narrow))
+    some = calibrate(model, [IDS], layers=[0, 2])
+    with unchanged(model), pytest.raises(ValueError, match=r"have no layer 1: they have \[0, 2\]"):
+        gluprune.prune(model, **arguments(calibration=some))
+    without_gram = calibrate(model, [IDS], gram=False)
+    with unchanged(model), pytest.raises(ValueError, match="needs statistics with Gram matrices"):
+        gluprune.prune(model, **arguments(calibration=without_gram, compensate=True))
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_nan_in_the_activations_names_the_layer(tiny_model, unchanged, broken):
+    model = tiny_model("qwen2")
+    model.model.layers[broken].mlp.up_proj.bias = None
+    with torch.no_grad():
+        model.model.layers[broken].mlp.up_proj.weight[50] = torch.inf
+    model.model.layers[broken].mlp.up_proj.weight.requires_grad_(False)
+    with unchanged(model), pytest.raises(ValueError, match=f"layer {broken} has NaN or Inf .* batch 0"):
+        gluprune.prune(model, **arguments(calibration=[IDS]))
+
+
+def test_failure_while_replacing_changes_nothing(tiny_model, unchanged, monkeypatch):
+    model, count = tiny_model("qwen2"), iter(range(10))
+    replace = pruning_module.replace_down
+
+    def fails_at_the_third(*args):
+        replace(*args)
+        if next(count) == 2:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(pruning_module, "replace_down", fails_at_the_third)
+    with unchanged(model), pytest.raises(MemoryError):
+        gluprune.prune(model, **arguments(calibration=[IDS], compensate=True))
+
+
+def test_calibration_is_not_looked_at_by_static_scores(tiny_model):
+    one, other = tiny_model(seed=15), tiny_model(seed=15)
+    gluprune.prune(one, **arguments(score="maw"))
+    gluprune.prune(other, **arguments(score="maw", calibration=iter(lambda: 1 / 0, 1)))
+    assert torch.equal(one.model.layers[2].mlp.down_proj.weight, other.model.layers[2].mlp.down_proj.weight)
+
+
+# --- files and text ---
+
+
+def test_bad_statistics_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Statistics.load(tmp_path / "absent.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        Statistics.load(tmp_path / "text")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no calibration statistics"):
+        Statistics.load(tmp_path / "other")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "statistics.safetensors"
+    statistics = calibrate(make_tiny_model(seed=16), [IDS], gram=False)
+    statistics.save(path)
+    before = path.read_bytes()
+
+    def half_a_file(tensors, destination, metadata):
+        destination.write_bytes(before[: len(before) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(calibration_module, "save_file", half_a_file)
+    with pytest.raises(OSError, match="disk full"):
+        statistics.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return type("Encoding", (), {"input_ids": [ord(character) for character in text]})
+
+
+def test_windows_are_spread_over_the_text():
+    text = "".join(chr(1000 + i) for i in range(107))
+    found = batches_from_text(Characters(), text, windows=4, length=10, batch_size=3)
+    assert [batch.shape for batch in found] == [(3, 10), (1, 10)]
+    starts = torch.cat(found)[:, 0] - 1000
+    assert starts.tolist() == [0, 20, 50, 70]
+    assert torch.equal(torch.cat(found) - 1000, starts[:, None] + torch.arange(10))
+    every = torch.cat(batches_from_text(Characters(), text, windows=50, length=10))
+    assert torch.equal(every.flatten(), torch.arange(1000, 1100))
+
+
+def test_several_texts_give_as_many_windows_each():
+    texts = [chr(1000 + number) * length for number, length in enumerate((300, 25, 300))]
+    found = torch.cat(batches_from_text(Characters(), texts, windows=4, length=10))
+    assert found[:, 0].tolist() == [1000] * 4 + [1001] * 2 + [1002] * 4  # the second has no more than two
+    assert torch.equal(found, found[:, :1].expand(-1, 10))
+    ordered = ["".join(chr(start + i) for i in range(100)) for start in (1000, 2000)]
+    alone = [torch.cat(batches_from_text(Characters(), text, windows=4, length=10)) for text in ordered]
+    assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(alone))
+    for given, message in [
+        ([], "give at least one calibration text"),
+        ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window takes 10"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            batches_from_text(Characters(), given, windows=8, length=10)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"length": 108}, "has 107 tokens: one window takes 108"),
+        ({"windows": 0}, "windows must be at least 1"),
+        ({"length": 0}, "length must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_bad_windows(given, message):
+    with pytest.raises(ValueError, match=message):
+        batches_from_text(Characters(), "x" * 107, **given)

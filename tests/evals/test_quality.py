@@ -1,0 +1,157 @@
+"""The command that makes the quality table: reading text, going on after an interruption, the table."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from gluprune_evals import quality
+from gluprune_evals.text import detokenised, read_text
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gluprune.measure.records import read
+from gluprune.pruning.reconstruct import reconstruct
+from tests.helpers.tiny_models import make_tiny_model
+
+WORDS = [f"w{number:02}" for number in range(60)]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Arguments of a run on a tiny model with five methods and short windows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quality, "WINDOW", 8)
+    monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
+    methods = {
+        "MAW": quality.Method("maw"),
+        "hybrid": quality.Method("hybrid", compensate=True, windows=6),
+        "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
+        "by layer": quality.Method("surgeon", allocation="sensitivity", windows=6, own_text=True),
+        "reconstructed": quality.Method("hybrid", compensate=True, windows=6, reconstruction=3),
+    }
+    monkeypatch.setattr(quality, "METHODS", methods)
+    make_tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({word: number + 3 for number, word in enumerate(WORDS)}, unk_token="w00"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w59").save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("calibration.txt", "one.txt", "two.txt"):
+        words = [WORDS[i] for i in torch.randint(0, 60, (80,), generator=generator)]
+        (tmp_path / name).write_text(" ".join(words))
+    texts = [f"--text={name}={tmp_path / name}.txt" for name in ("one", "two")]
+    fixed = ["--calibration", f"{tmp_path / 'calibration.txt'}", "--model", f"{tmp_path / 'model'}", "--windows", "3"]
+    return [*fixed, *texts, "--out", f"{tmp_path / 'out'}"]
+
+
+def test_every_row_once(command, tmp_path, monkeypatch, capsys):
+    """A run that stops half-way and goes on gives the records of one run, and nothing is measured twice."""
+    out, measured, reconstructed = tmp_path / "out", [], []
+    perplexity = quality.windows_perplexity
+
+    def stops(*arguments):
+        measured.append(perplexity(*arguments))
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        return measured[-1]
+
+    def follow(pruned, dense, batches):
+        widths = (model.config.intermediate_size for model in (pruned, dense))
+        reconstructed.append((*widths, sum(map(len, batches))))
+        reconstruct(pruned, dense, batches)
+
+    monkeypatch.setattr(quality, "windows_perplexity", stops)
+    monkeypatch.setattr(quality, "reconstruct", follow)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(command)
+    assert quality.main(command) == 0
+    assert len(measured) == 2 * (1 + 5 * 4) + 1
+    records = read(out / "quality.jsonl")
+    found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
+    methods = [("dense", 0.0), *itertools.product(quality.METHODS, (0.1, 0.2, 0.4, 0.6))]
+    assert sorted(found) == sorted((*row, text) for row in methods for text in ("one", "two"))
+    table = (out / "quality.md").read_text()
+    assert table in capsys.readouterr().out
+    for record in records:
+        if record.what == "perplexity":
+            assert f"{record.p50:.1f} (" in table or record.provider == "dense"
+    assert (out / "quality.png").stat().st_size > 10_000
+    calibrations = [r.shape for r in records if r.what == "calibrate"]
+    assert len(calibrations) == 3, "a text is calibrated on again when a later method comes back to it"
+    assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "the model's own text is no other text"
+    (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
+    windows = 6 + len(own.read_text().split()) // quality.WINDOW
+    assert windows > 6
+    assert {(shape["calibration_windows"], shape.get("sensitivity", False)) for shape in calibrations} == {
+        *((6, False), (windows, False), (windows, True))
+    }
+    with_windows = {
+        r.provider: r.shape["reconstruction_windows"] for r in records if "reconstruction_windows" in r.shape
+    }
+    assert with_windows == {"reconstructed": 3}
+    assert reconstructed == [(width, 101, 3) for width in (91, 81, 61, 41)]
+    assert f"for {windows} windows, sensitivities included" in table
+    assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
+    assert "| reconstructed | 6 + 3 |" in table
+    assert quality.main(command) == 0 and len(measured) == 43
+    assert (out / "quality.md").read_text() == table
+    (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
+    assert quality.main(command) == 0 and len(measured) == 43 + 21
+
+
+def test_perplexity_of_windows():
+    model = make_tiny_model(seed=2)
+    windows = list(torch.randint(3, 64, (3, 1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(3)))
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(window).logits[0, :-1].double()
+        losses.append(-logits.log_softmax(-1).gather(1, window[0, 1:, None]).mean())
+    expected = math.exp(sum(losses) / 3)
+    assert quality.windows_perplexity(model, windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_read_text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
+    rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_text(path) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
+    (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")
+    assert read_text(tmp_path / "plain.txt") == "a 1.5 b"
+
+
+@pytest.mark.parametrize(
+    "tokens, text",
+    [
+        (" \n = A b = \n \n = = C = = \n \n D \n", "\n= A b =\n\n== C ==\n\nD\n"),
+        ('x ( see " y z " ) ; w [ 2 ] ...', 'x (see "y z"); w [2]...'),
+        ('she said : " no ! " and " go ? "', 'she said: "no!" and "go?"'),
+        ("it 's the dogs ' own , don 't they 're", "it's the dogs' own, don't they're"),
+        ("$ 5 @.@ 2 million , 30 % of 1 : 2 – 3", "$5.2 million, 30% of 1: 2 – 3"),
+        ("the <unk> , a <unk> <unk> .", "the, a."),
+    ],
+)
+def test_detokenised(tokens, text):
+    assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
+
+
+def test_other_text_is_left_alone():
+    text = '  A " b " , c . \n\n\n\n d \'s'
+    assert detokenised(text) == text
+
+
+def test_bad_input(command, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"text": "a"}\n{"label": 3}')
+    with pytest.raises(ValueError, match="line 2 has none of the fields"):
+        read_text(path)
+    assert quality.main([*command, "--text", "absent=nowhere.txt"]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert quality.main([*command, "--windows", "0"]) == 2
+    assert "windows must be at least 1" in capsys.readouterr().err
+    (tmp_path / "calibration.txt").write_text("w01 w02")
+    assert quality.main(command) == 2
+    assert not (tmp_path / "cache").exists(), "told after the model wrote"
+    assert "the calibration text has 2 tokens" in capsys.readouterr().err

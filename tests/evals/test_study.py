@@ -1,0 +1,343 @@
+"""The study's folder: it goes on where it was, never makes a result twice, never mixes two studies."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from gluprune_evals import study
+from gluprune_evals.harness import Result
+from gluprune_evals.study import Configuration, Folder, Recipe, Settings, Source, fingerprint, grid, run
+from gluprune_evals.tasks import Limits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gluprune.calibration.statistics import batches_from_text
+from gluprune.checkpoints.load_save import read_config
+from gluprune.cli.main import main
+from gluprune.io import atomic
+from gluprune.pruning.prune import prune
+from tests.helpers.study_cases import WORDS, save_tiny_model, write_data
+
+TASKS = ["wikitext", "lambada_openai", "hellaswag", "arc_challenge"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model and data; both are only read."""
+    root = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(root / "tiny")
+    write_data(root / "data", count=4)
+    text = " ".join(WORDS[n * n % 60] for n in range(2000))
+    (root / "text.txt").write_text(text)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(study, "CALIBRATION_LENGTH", 16)
+
+
+def arguments(inputs, out, *more, tasks=TASKS, ratios=("0.4",)):
+    fixed = ["study", inputs / "tiny", "--data", inputs / "data", "--out", out, "--limit", 3]
+    return [str(a) for a in [*fixed, "--tasks", *tasks, "--ratios", *ratios, *more]]
+
+
+def contents(folder):
+    """Results without what differs from run to run."""
+    found = {}
+    for path in sorted(folder.glob("*/*/*.json")):
+        result = json.loads(path.read_text())
+        found[str(path.relative_to(folder))] = {
+            key: value for key, value in result.items() if key not in ("seconds", "commit")
+        }
+    return found
+
+
+def test_killed_and_started_again(inputs, tmp_path, capsys):
+    """`kill -9` in the middle: the same results and table as an undisturbed run, and no task is run twice."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(arguments(inputs, whole)) == 0
+    capsys.readouterr()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gluprune", *arguments(inputs, killed)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while len(contents(killed)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("*/*/*.json")}
+    assert 2 <= len(before) < 8
+    assert main(arguments(inputs, killed)) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert contents(killed) == contents(whole) and len(contents(whole)) == 8
+    tables = []
+    for folder in (whole, killed):
+        assert main(["report", str(folder)]) == 0
+        text = (folder / "study.md").read_text()
+        tables.append([line for line in text.splitlines() if line.startswith("|")])
+    assert tables[0] == tables[1] and len(tables[0]) > 12
+
+
+def test_nothing_is_made_twice(inputs, tmp_path, monkeypatch):
+    """A second run evaluates nothing; more ratios and tasks only what is new."""
+    out, ran, evaluate = tmp_path / "out", [], study.evaluate
+
+    def counted(lm, task, limits, **named):
+        ran.append((named["configuration"]["ratio"], task))
+        return evaluate(lm, task, limits, **named)
+
+    monkeypatch.setattr(study, "evaluate", counted)
+    assert main(arguments(inputs, out, tasks=TASKS[:1])) == 0
+    assert ran == [(0.0, "wikitext"), (0.4, "wikitext")]
+    assert main(arguments(inputs, out, tasks=TASKS[:1])) == 0 and len(ran) == 2
+    assert main(arguments(inputs, out, tasks=TASKS[:2], ratios=("0.4", "0.6"))) == 0
+    assert ran[2:] == [(0.0, "lambada_openai"), (0.4, "lambada_openai"), (0.6, "wikitext"), (0.6, "lambada_openai")]
+
+
+def test_two_studies_do_not_mix(inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(inputs, out, tasks=["wikitext"])) == 0
+    before = contents(out)
+    for more, message in [
+        (["--dtype", "bfloat16"], "holds a study with dtype 'auto', this one has 'bfloat16'"),
+        (["--patch"], "holds a study with patched False, this one has True"),
+    ]:
+        assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    other = arguments(inputs, out, tasks=["wikitext"])
+    other[other.index("--limit") + 1] = "2"
+    assert main(other) == 2
+    assert "limits 'limit 3', this one has 'limit 2': use another folder" in capsys.readouterr().err
+    assert contents(out) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    assert main(arguments(inputs, tmp_path / "full")) == 2
+    assert "is not empty and holds no study" in capsys.readouterr().err
+
+
+def test_a_changed_model_is_told(inputs, tmp_path, capsys):
+    save_tiny_model(tmp_path / "tiny", seed=1)
+    folder = tmp_path / "out"
+    command = [
+        "eval",
+        str(tmp_path / "tiny"),
+        "--data",
+        str(inputs / "data"),
+        "--out",
+        str(folder),
+        "--tasks",
+        "wikitext",
+    ]
+    assert main(command) == 0
+    save_tiny_model(tmp_path / "tiny", seed=2)
+    assert main(command) == 2
+    assert "holds a study with revision of tiny" in capsys.readouterr().err
+
+
+def test_processes_share_a_study(inputs, tmp_path):
+    """A configuration that another process is at is left to it."""
+    folder = Folder(tmp_path / "out")
+    source = Source.find(inputs / "tiny")
+    settings = Settings(limits=Limits(2), data=inputs / "data")
+    configurations = grid([0.2, 0.4], [Recipe("maw")])
+    taken = folder.file("tiny", configurations[1], "x").parent
+    folder.path.mkdir()
+    folder.claim(settings.identity(), {})
+    taken.mkdir(parents=True)
+    with atomic.locked(taken):
+        found = run(folder, [source], configurations, ["wikitext"], settings)
+    assert [result.configuration["ratio"] for result in found] == [0.0, 0.4]
+    assert len(run(folder, [source], configurations, ["wikitext"], settings)) == 3
+
+
+def test_full_disk(inputs, tmp_path, monkeypatch, capsys):
+    """One line, what was finished stays, and the study goes on when there is room again."""
+    out, write = tmp_path / "out", atomic.write
+
+    def full(descriptor, data):
+        if len(contents(out)) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(atomic, "write", full)
+    assert main(arguments(inputs, out)) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    kept = contents(out)
+    assert len(kept) == 3
+    monkeypatch.setattr(atomic, "write", write)
+    assert main(arguments(inputs, out)) == 0
+    assert len(contents(out)) == 8 and kept.items() <= contents(out).items()
+
+
+def test_data_without_a_field_keeps_what_is_finished(inputs, tmp_path, capsys):
+    data = write_data(tmp_path / "data", count=4)
+    (data / "arc_challenge" / "test.jsonl").write_text('{"question": "w1"}\n')
+    command = ["eval", str(inputs / "tiny"), "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", *TASKS]
+    assert main(command) == 2
+    assert "line 1 has no field 'choices'" in capsys.readouterr().err.splitlines()[-1]
+    finished = ["tiny/dense/lambada_openai.json", "tiny/dense/wikitext.json"]  # those before it
+    assert sorted(contents(tmp_path / "out")) == finished
+
+
+def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
+    """The release of WikiText and the same text as written are one calibration: the folder takes both."""
+    words = (inputs / "text.txt").read_text()
+    for name, joint in (("tokenised", " @-@ "), ("running", "-")):
+        (tmp_path / name).write_text(words + f" well{joint}known")
+        more = ["--scores", "hybrid", "--calibration", tmp_path / name]
+        assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 0
+    (tmp_path / "other").write_text(words + " unknown")
+    more = ["--scores", "hybrid", "--calibration", tmp_path / "other"]
+    assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 2
+
+
+@pytest.mark.parametrize("score", ["hybrid", "surgeon"])
+def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score):
+    """The model that is scored is the one that `prune` makes of the same texts; statistics are collected once."""
+    recipe, out = f"{score}+compensate", tmp_path / "out"
+    texts = [(inputs / "text.txt").read_text(), " ".join(reversed((inputs / "text.txt").read_text().split()))]
+    (tmp_path / "second.txt").write_text(texts[1])
+    more = ["--scores", recipe, "--calibration", inputs / "text.txt", tmp_path / "second.txt"]
+    assert main(arguments(inputs, out, *more, tasks=["wikitext"], ratios=("0.4", "0.6"))) == 0
+    model = AutoModelForCausalLM.from_pretrained(inputs / "tiny").eval()
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tiny")
+    batches = batches_from_text(tokenizer, texts, study.CALIBRATION_WINDOWS, 16)
+    prune(model, pruning_ratio=0.4, multiple_of=1, score=score, compensate=True, calibration=batches)
+    lm = study.model_in_memory(model, tokenizer)
+    expected = study.evaluate(
+        lm, "wikitext", Limits(3), data=inputs / "data", model="m", revision="r", configuration={}, dtype="float32"
+    )
+    found = Result.from_json((out / "tiny" / f"{recipe}-0.4" / "wikitext.json").read_text())
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert found.configuration["intermediate_size"] == 61 and found.configuration["recipe"] == recipe
+    assert len(list((tmp_path / "cache" / "gluprune").glob("study-tiny-*"))) == 1
+    more += ["--calibration-windows", 4]
+    assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
+    assert "with calibration 'text " in capsys.readouterr().err
+    more = ["--scores", recipe, "--calibration", inputs / "text.txt"]
+    assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
+    assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-5), ("bfloat16", 0.1)])
+def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
+    """The checkpoint of a configuration in lm-eval's own hf backend scores as the model in memory does."""
+    assert main(arguments(inputs, tmp_path / "memory", tasks=TASKS[:2])) == 0
+    more = ["--backend", "hf", "--dtype", dtype]
+    assert main(arguments(inputs, tmp_path / "backend", *more, tasks=TASKS[:2])) == 0
+    for name, result in contents(tmp_path / "memory").items():
+        other = contents(tmp_path / "backend")[name]
+        assert other["configuration"] == result["configuration"] and other["backend"] == "hf"
+        assert other["dtype"] == ("float32" if dtype == "auto" else dtype)
+        for metric, value in result["metrics"].items():
+            assert other["metrics"][metric]["value"] == pytest.approx(value["value"], rel=tolerance)
+        if result["task"] == "lambada_openai" and dtype != "auto":  # the dtype did reach the backend
+            assert other["per_document"] != pytest.approx(result["per_document"], rel=1e-5)
+
+
+def test_samples_and_lengths(inputs, tmp_path):
+    out = tmp_path / "out"
+    command = ["eval", inputs / "tiny", "--data", inputs / "data", "--out", out, "--tasks", "gsm8k", "--limit", 2]
+    assert main([*map(str, command), "--log-samples"]) == 0
+    place = out / "tiny" / "dense"
+    lines = [json.loads(line) for line in (place / "gsm8k.samples.jsonl").read_text().splitlines()]
+    result = Result.from_json((place / "gsm8k.json").read_text())
+    assert len(lines) == 2 and result.lengths == [line["generated_tokens"] for line in lines]
+    for line in lines:
+        assert len(line["resps"][0][0].split()) == line["generated_tokens"] > 0
+        assert "exact_match" in line and line["doc"]["question"] in line["arguments"][0][0]
+
+
+def test_patched_is_unpatched(smollm2_path, tmp_path):
+    """SmolLM2, patched and not: the same accuracies, perplexity within 0.1 %."""
+    data = write_data(tmp_path / "data", count=2)
+    command = [
+        "eval",
+        smollm2_path,
+        "--data",
+        data,
+        "--dtype",
+        "float32",
+        "--tasks",
+        "wikitext",
+        "arc_challenge",
+        "--out",
+    ]
+    assert main([str(a) for a in [*command, tmp_path / "stock"]]) == 0
+    assert main([str(a) for a in [*command, tmp_path / "patched", "--patch"]]) == 0
+    stock, patched = (contents(tmp_path / name) for name in ("stock", "patched"))
+    for name, result in stock.items():
+        assert patched[name]["patched"] and not result["patched"]
+        for metric, value in result["metrics"].items():
+            other = patched[name]["metrics"][metric]["value"]
+            assert other == pytest.approx(value["value"], rel=1e-3 if "perplexity" in metric else 0)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--scores", "best"], "unknown score 'best': allowed are maw"),
+        (["--scores", "maw+compensates"], "unknown score 'maw+compensates'"),
+        (["--scores", "hybrid"], "calibrated scores and +compensate need --calibration FILE"),
+        (["--scores", "maw+compensate"], "need --calibration FILE"),
+        (["--backend", "nonesuch"], "backend 'nonesuch' cannot be used"),
+        (["--backend", "hf", "--patch"], "give one of them"),
+        (["--model-args", "a=1"], "--model-args needs --backend"),
+        (["--data", "nowhere"], "data folder nowhere is not there"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--tasks", "mmlu_pro"], "unknown task 'mmlu_pro'"),
+        (["--ratios", "1.5"], "pruning ratios must lie between 0 and 1 (both excluded), got 1.5"),
+    ],
+)
+def test_bad_input_is_one_line(inputs, tmp_path, capsys, more, message):
+    assert main(arguments(inputs, tmp_path / "out", *more)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("gluprune study: error: ") and message in last
+    assert not contents(tmp_path / "out")
+
+
+def test_without_lm_eval(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(arguments(inputs, tmp_path / "out")) == 2
+    assert "evaluation needs lm-eval: pip install 'gluprune[eval]'" in capsys.readouterr().err
+
+
+def test_names():
+    assert [str(c) for c in grid([0.1, 0.25], [Recipe("maw"), Recipe("hybrid", True)])] == [
+        *("dense", "maw-0.1", "maw-0.25", "hybrid+compensate-0.1", "hybrid+compensate-0.25")
+    ]
+    assert str(Configuration(Recipe("l2"), 0.4, 128)) == "l2-0.4-multiple-of-128"
+    assert Recipe.parse("hybrid+compensate") == Recipe("hybrid", True) and Recipe.parse("maw") == Recipe("maw")
+
+
+def test_fingerprint(tmp_path):
+    """Another weight or another config is another revision; the name of the folder is not."""
+    first, second = save_tiny_model(tmp_path / "a", seed=1), save_tiny_model(tmp_path / "b", seed=1)
+    assert fingerprint(str(first), read_config(first)) == fingerprint(str(second), read_config(second))
+    model = AutoModelForCausalLM.from_pretrained(second)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 4] += 1
+    model.save_pretrained(second)
+    assert fingerprint(str(first), read_config(first)) != fingerprint(str(second), read_config(second))
+
+
+def test_a_context_too_short_for_the_task(inputs, tmp_path, capsys):
+    save_tiny_model(tmp_path / "short", max_position_embeddings=128)
+    command = ["eval", tmp_path / "short", "--data", inputs / "data", "--out", tmp_path / "out", "--tasks", "gsm8k"]
+    assert main([str(a) for a in command]) == 2
+    assert "gsm8k cannot be run: Invalid configuration" in capsys.readouterr().err
+
+
+def test_statistics_of_another_version_are_not_taken_from_the_cache(monkeypatch):
+    batches = [torch.arange(8).view(2, 4)]
+    names = {study.statistics_file("model", batches, sensitivity) for sensitivity in (False, True)}
+    monkeypatch.setattr(study, "VERSION", study.VERSION + 1)
+    names |= {study.statistics_file("model", batches, sensitivity) for sensitivity in (False, True)}
+    assert len(names) == 4

@@ -1,0 +1,280 @@
+"""The report: published figures recomputed, changes against their noise, findings, plots."""
+
+import csv
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from gluprune_evals import report
+from gluprune_evals.findings import CLAIMS, published_verdict, verdict
+from gluprune_evals.harness import Metric, Result
+from gluprune_evals.paper import scores
+from gluprune_evals.series import BETTER, NOISE, WORSE, all_series
+from gluprune_evals.significance import is_beyond_chance, paired_change, pearson
+from gluprune_evals.study import Folder
+from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, TASKS
+from scipy import stats
+
+from gluprune.cli.main import main
+from gluprune.io import atomic
+from gluprune.measure.records import Record, append
+
+# The summary tables of results/readme.md in github.com/peremartra/llama-glu-expansion-pruning: per cent of the dense score.
+SUMMARY = {
+    "mmlu": (-19.3, -14.5, -16.1, -13.6, -16.2, -17.9),
+    "gsm8k": (-40.3, -65.6, -75.9, -68.9, -74.7, -68.9),
+    "arc_challenge": (-8.2, -15.1, -27.3, -30.8, -31.8, -33.9),
+    "hellaswag": (-9.0, -20.2, -31.1, -41.3, -48.9, -54.3),
+    "wikitext": (51.3, 116.5, 233.5, 386.9, 911.5, 2691.0),
+    "ifeval": (37.5, 23.2, 75.0, 46.5, 48.2, 32.2),
+    "leaderboard_musr": (6.6, 7.0, 10.5, 26.1, 10.1, 20.2),
+    "truthfulqa_mc1": (5.2, 3.7, 4.7, 6.3, 5.2, 1.6),
+    "truthfulqa_mc2": (6.7, 10.1, 12.7, 13.9, 14.4, 23.6),
+    "winogrande": (1.7, -0.9, -4.5, -4.8, -11.3, -18.7),
+}
+
+
+@pytest.mark.parametrize("task", SUMMARY)
+def test_published_percentages(task):
+    found = scores.changes("Llama-3.2-1B", task)
+    assert list(found) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    for value, printed in zip(found.values(), SUMMARY[task]):
+        assert 100 * value == pytest.approx(printed, abs=0.0501)
+
+
+def test_published_correlation():
+    series = (list(scores.series("Llama-3.2-3B", task).values()) for task in ("mmlu", "truthfulqa_mc2"))
+    found = pearson(*series)
+    assert (round(found.r, 3), round(found.p, 3), found.n) == (-0.864, 0.012, 7)
+    series = (list(scores.series("Llama-3.2-1B", task).values()) for task in ("mmlu", "truthfulqa_mc2"))
+    found = pearson(*series)
+    assert (round(found.r, 3), round(found.p, 3)) == (-0.676, 0.096)
+
+
+def test_published_tasks_and_ratios():
+    for model, tasks, count in zip(scores.MODELS, (BASE_TASKS, BASE_TASKS, INSTRUCT_TASKS), (7, 7, 4)):
+        found = scores.scores(model)
+        assert {score.task for score in found} == set(tasks) and len(found) == count * len(tasks)
+    ratios = {score.pruning: score.expansion_ratio for score in scores.scores("Llama-3.2-3B")}
+    assert (ratios[0.0], ratios[0.4]) == (2.667, 1.6)
+    assert scores.series("Llama-3.2-1B-Instruct", "ifeval")[0.4] == 0.146
+
+
+def test_pearson_against_its_definition():
+    rng = random.Random(3)
+    x = [rng.gauss(0, 1) for _ in range(9)]
+    y = [a + rng.gauss(0, 1) for a in x]
+    found = pearson(x, y)
+    r = np.corrcoef(x, y)[0, 1]
+    t = r * math.sqrt(7 / (1 - r * r))
+    half = 1.959964 / math.sqrt(6)
+    assert found.r == pytest.approx(r)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), 7))
+    assert (found.low, found.high) == pytest.approx(
+        (math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)), abs=1e-5
+    )
+    assert pearson([1, 2, 3], [1, 2, 3]) is None and pearson([1, 1, 1, 1], [1, 2, 3, 4]) is None
+    with pytest.raises(ValueError, match="4 values against 3"):
+        pearson([1, 2, 3, 4], [1, 2, 3])
+
+
+def test_paired_change_of_an_accuracy():
+    rng = random.Random(4)
+    dense = [float(rng.random() < 0.6) for _ in range(50)]
+    other = [float(rng.random() < 0.3) for _ in range(50)]
+    found = paired_change(dense, other, "acc,none")
+    interval = stats.ttest_rel(other, dense).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.relative == pytest.approx(np.mean(other) / np.mean(dense) - 1)
+    assert not found.is_noise and paired_change(dense, dense, "acc,none").is_noise
+    assert paired_change([1.0], [0.0], "acc,none").is_noise
+    with pytest.raises(ValueError, match="50 documents against 49"):
+        paired_change(dense, other[1:], "acc,none")
+
+
+def test_paired_change_of_perplexities():
+    rng = random.Random(5)
+    words = [rng.randint(50, 400) for _ in range(12)]
+    dense = [(-w * rng.uniform(2.5, 3.5), w) for w in words]
+    other = [(value - w * rng.uniform(0.2, 0.6), w) for (value, w) in dense]
+    found = paired_change(dense, other, "word_perplexity,none")
+    before, after = (math.exp(-sum(v for v, _ in pairs) / sum(words)) for pairs in (dense, other))
+    assert found.relative == pytest.approx(after / before - 1)
+    assert found.difference == pytest.approx(math.log(after / before))
+    # Jackknife of the ratio of sums, an independent estimate of the same error.
+    parts = []
+    for leave in range(12):
+        rest = [n for n in range(12) if n != leave]
+        total = sum(words[n] for n in rest)
+        parts.append(sum(dense[n][0] - other[n][0] for n in rest) / total)
+    jackknife = math.sqrt(11 / 12 * sum((part - np.mean(parts)) ** 2 for part in parts))
+    half = (found.high - found.low) / 2 / stats.t.ppf(0.975, 11)
+    assert half == pytest.approx(jackknife, rel=0.15) and not found.is_noise
+    plain = paired_change([v for v, _ in dense], [v for v, _ in other], "perplexity,none")
+    assert plain.difference == pytest.approx(np.mean([d[0] - o[0] for d, o in zip(dense, other)]))
+
+
+def made(task, ratio, values, recipe="maw", model="m", **more):
+    """A result whose documents have these values."""
+    spec = TASKS[task]
+    mean = math.exp(-sum(values) / len(values)) if spec.lower_is_better else sum(values) / len(values)
+    return Result(
+        model=model,
+        revision="r",
+        configuration={
+            "recipe": recipe if ratio else None,
+            "ratio": ratio,
+            "multiple_of": 1,
+            "intermediate_size": round(1000 * (1 - ratio)),
+            "expansion_ratio": 4 * (1 - ratio),
+            "parameters": 1,
+        },
+        task=task,
+        task_version="1.0",
+        shots=0,
+        limits="budget small",
+        generation_limit=128 if more.get("lengths") else None,
+        data="Hub",
+        dtype="float32",
+        documents=len(values),
+        available=99,
+        metric=spec.metric,
+        metrics={spec.metric: Metric(mean, 0.05)},
+        per_document=values,
+        seconds=1.0,
+        **{"lengths": None, **more},
+    )
+
+
+def some(share, count=60):
+    return [float(n < round(share * count)) for n in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study in which MMLU falls, TruthfulQA rises, WinoGrande moves by a document, GSM8K is at zero."""
+    found = []
+    for step in range(5):
+        ratio = step / 10
+        found += [
+            made("mmlu", ratio, some(0.9 - 0.15 * step)),
+            made("truthfulqa_mc2", ratio, some(0.3 + 0.12 * step + 0.01 * (step % 2))),
+            made("winogrande", ratio, some(0.6 + (step % 2) / 60)),
+            made("gsm8k", ratio, [0.0] * 8, lengths=[20 * step + n for n in range(8)]),
+            made("lambada_openai", ratio, [-2.0 - step - 0.1 * (n % 3) for n in range(20)]),
+        ]
+    study = Folder(tmp_path / "study")
+    study.path.mkdir()
+    study.claim({"limits": "budget small"}, {})
+    for result in found:
+        path = study.path / "m" / f"{result.configuration['ratio']}" / f"{result.task}.json"
+        atomic.write_file(path, [result.to_json().encode()])
+    return study
+
+
+def test_results_survive_the_disk(folder):
+    for result in folder.results():
+        assert Result.from_json(result.to_json()) == result
+        assert dataclasses.asdict(result)["hardware"]
+    with pytest.raises(ValueError, match="no result of this version"):
+        Result.from_json('{"model": "m"}')
+    path = next(folder.path.glob("*/*/*.json"))
+    path.write_text("{")
+    with pytest.raises(ValueError, match=path.name):
+        folder.results()
+
+
+def test_marks_and_verdicts(folder):
+    (series,) = all_series(folder.results())
+    marks = {task: [series.mark(task, ratio) for ratio in (0.1, 0.2, 0.3, 0.4)] for task in series.results}
+    assert marks["mmlu"] == [WORSE] * 4 and marks["lambada_openai"] == [WORSE] * 4
+    assert marks["truthfulqa_mc2"] == [BETTER] * 4
+    assert marks["winogrande"] == [NOISE] * 4 and marks["gsm8k"] == [NOISE] * 4
+    words = {claim.tasks[0]: verdict(claim, series) for claim in CLAIMS}
+    assert words["mmlu"].startswith("**holds** (4 of 4")
+    assert words["truthfulqa_mc2"].startswith("**holds**")
+    assert words["gsm8k"] == "**cannot be told**: the dense model is not above chance on gsm8k"
+    assert words["ifeval"] == "not measured"
+    # The other way round.
+    turned = [made("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
+    (series,) = all_series(turned)
+    ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
+    assert verdict(ifeval, series) == "**does not hold** (0 of 2 changes with it beyond the noise, 2 against it)"
+
+
+def test_one_mark_of_six_is_no_finding():
+    """A score that falls once and stays five times; one below chance; one that does both."""
+
+    def series_of(task, shares):
+        found = [made(task, ratio / 10, some(share, 200)) for ratio, share in enumerate(shares)]
+        return all_series(found)[0]
+
+    claims = {claim.tasks[0]: claim for claim in CLAIMS}
+    once = series_of("mmlu", [0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.9])
+    assert verdict(claims["mmlu"], once).startswith("**within the noise** (1 of 6")
+    twice = series_of("mmlu", [0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.5])
+    assert verdict(claims["mmlu"], twice).startswith("**holds** (2 of 6")
+    low = series_of("mmlu", [0.25, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05])
+    assert verdict(claims["mmlu"], low) == "**cannot be told**: the dense model is not above chance on mmlu"
+    both = series_of("ifeval", [0.5, 0.9, 0.9, 0.5, 0.5, 0.1, 0.1])
+    assert verdict(claims["ifeval"], both).startswith("**mixed** (2 of 6 changes with it beyond the noise, 2 against")
+    short = report._in_short([once, twice, low])
+    assert short.count("Shown, beyond the noise of these documents: nothing") == 2 and f"mmlu ({WORSE} 2 of 6)" in short
+    assert f"no more changes than chance gives: mmlu ({WORSE} 1 of 6)" in short
+    assert f"at zero: mmlu ({WORSE} 6 of 6)" in short
+
+
+@pytest.mark.parametrize("total, least", [(1, 1), (2, 1), (3, 2), (6, 2), (12, 2), (24, 3)])
+def test_marks_beyond_chance(total, least):
+    """The least number of marks that a binomial gives in less than one case in twenty, summed up by hand."""
+    chances = [math.comb(total, k) * 0.025**k * 0.975 ** (total - k) for k in range(total + 1)]
+    assert sum(chances[least:]) < 0.05 <= sum(chances[least - 1 :])
+    assert is_beyond_chance(least, total) and not is_beyond_chance(least - 1, total)
+
+
+def test_published_findings_are_told_plainly(folder):
+    """IFEval rises for the two base models; the published instruct model falls."""
+    ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
+    told = [published_verdict(ifeval, model) for model in scores.MODELS]
+    assert told == ["holds: 6 of 6", "holds: 6 of 6", "does not hold: 0 of 3"]
+
+
+def test_report_of_a_study(folder, tmp_path, capsys):
+    records = tmp_path / "bench.jsonl"
+    for width, seconds in ((1000, 0.02), (800, 0.017), (600, 0.015)):
+        shape = {"model": "m", "H": 250, "I": width}
+        append(records, Record.of("generation: TPOT", "stock", shape, torch.float32, "s", [seconds]))
+    out = tmp_path / "report"
+    assert main(["report", str(folder.path), str(records), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(out / "study.md")
+    text = (out / "study.md").read_text()
+    assert "| mmlu | acc | 0 | 60 of 99 | 0.900 ±0.050 | 0.750 ±0.050 ▼ |" in text
+    assert (
+        "the noise of these documents: lambada_openai (▼ 4 of 4), mmlu (▼ 4 of 4), truthfulqa_mc2 (▲ 4 of 4)." in text
+    )
+    assert "no more changes than chance gives: winogrande." in text and "or at zero: gsm8k." in text
+    assert "| mmlu | 40% | -66.7 % ▼ | -13.6 % | " in text
+    assert "does not hold: 0 of 3" in text and "r = -0.864, p = 0.012" in text
+    assert "| m | maw | gsm8k | 40% | 84 | 128 | 0 of 8 |" in text
+    assert "J/token was not measured at these widths" in text and "(tpot.png)" in text
+    for name in ("capability", "published", "correlations", "tpot"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    assert not (out / "energy.png").exists()
+    rows = list(csv.DictReader((out / "correlations.csv").open()))
+    row = next(r for r in rows if (r["model"], r["task"], r["other_task"]) == ("m", "mmlu", "truthfulqa_mc2"))
+    assert float(row["r"]) < -0.9 and row["n"] == "5" and float(row["low_95"]) < float(row["r"]) < float(row["high_95"])
+    assert sum(r["recipe"] == "published" for r in rows) == 78 + 78 + 21
+
+
+def test_folder_without_results(tmp_path, capsys):
+    folder = Folder(tmp_path / "empty")
+    folder.path.mkdir()
+    with pytest.raises(ValueError, match="holds no study"):
+        folder.results()
+    folder.claim({"limits": "limit 1"}, {})
+    assert main(["report", str(folder.path)]) == 2
+    assert "holds no result yet" in capsys.readouterr().err

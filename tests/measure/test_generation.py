@@ -1,0 +1,158 @@
+"""The timer of generation, against a model whose steps take a known time; the ways of decoding, against each other."""
+
+import time
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gluprune
+from gluprune.measure.decoding import (
+    GenerationTiming,
+    StaticGenerator,
+    make_generator,
+    time_generation,
+    time_generator,
+)
+from gluprune.models.families import FAMILIES
+
+NEW_TOKENS = 7
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_decode_are_told_apart(tiny_model, monkeypatch, batch):
+    """Prefill sleeps 0.2 s and a decode step 0.02 s: the order and the lower bounds must show, whatever the machine."""
+    model, steps = tiny_model(), []
+    original = model.forward
+
+    def slow(*arguments, **options):
+        tokens = options["input_ids"].shape[1]
+        steps.append(tokens)
+        time.sleep(0.2 if tokens > 1 else 0.02)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", slow)
+    timing = time_generation(model, torch.randint(3, 64, (batch, 9)), new_tokens=6, repeats=2)
+    assert steps == [9, 1, 1, 1, 1, 1] * 3  # a warm-up and two repeats, each of exactly six tokens
+    assert len(timing.ttfts) == len(timing.ttlts) == 2
+    assert min(timing.ttfts) >= 0.2 and min(timing.tpots) >= 0.02
+    assert timing.ttlt >= timing.ttft + 5 * 0.02
+    assert timing.ttlt == pytest.approx(timing.ttft + 5 * timing.tpot, rel=0.5)
+    assert timing.prefill_tokens_per_second == pytest.approx(9 * batch / timing.ttft)
+    assert timing.decode_tokens_per_second == pytest.approx(batch / timing.tpot)
+
+
+def test_medians_and_time_per_token():
+    timing = GenerationTiming(2, 9, 5, ttfts=(1.0, 2.0, 6.0), ttlts=(5.0, 4.0, 7.0))
+    assert timing.tpots == (1.0, 0.5, 0.25)
+    assert (timing.ttft, timing.tpot, timing.ttlt) == (2.0, 0.5, 5.0)
+
+
+def test_end_of_sequence_does_not_stop_it(tiny_model, monkeypatch):
+    model = tiny_model()
+    model.lm_head.weight.data[2] = 100 * model.lm_head.weight.data.abs().max()  # token 2 ends; it is likely
+    calls = []
+    original = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **o: calls.append(1) or original(*a, **o))
+    assert time_generation(model, torch.randint(3, 64, (1, 4)), new_tokens=7, repeats=1).new_tokens == 7
+    assert len(calls) == 14
+
+
+def test_one_new_token_is_too_few(tiny_model):
+    with pytest.raises(ValueError, match="at least 2 .*, got 1"):
+        time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=1)
+
+
+# --- the ways of decoding give the same tokens ---
+
+
+def generate(generator, prompt, new_tokens=NEW_TOKENS):
+    """The tokens, and how many of them were announced."""
+    told = []
+    tokens = generator(prompt, new_tokens, lambda: told.append(1))
+    return tokens.tolist(), len(told)
+
+
+def assert_same_tokens(model, generator):
+    """Also in later runs, whose cache holds what an earlier run left, and with fewer tokens than there is room for."""
+    for new_tokens in (NEW_TOKENS, NEW_TOKENS, 3, 1):
+        prompt = torch.randint(3, 64, (2, 9), device=model.device)
+        plain, told = generate(make_generator("generate", model, prompt, new_tokens), prompt, new_tokens)
+        assert told == new_tokens
+        assert [len(row) for row in plain] == [new_tokens] * 2 and not any(2 in row for row in plain)
+        assert generate(generator, prompt, new_tokens) == (plain, new_tokens)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gemma2", "gemma3_text")])
+def test_the_static_step_gives_the_tokens_of_generate(tiny_model, family):
+    model = tiny_model(family, seed=3, **({"sliding_window": None} if family in ("mistral", "phi3") else {}))
+    assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))
+
+
+class HostTraffic(TorchDispatchMode):
+    """Notes what waits for a GPU or copies from Python's memory: neither may be in a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in {f"aten::{op}" for op in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh")}:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_the_static_step_can_be_captured(tiny_model, family):
+    prompt = torch.ones(2, 9, dtype=torch.long)
+    model = tiny_model(family, **({"sliding_window": None} if family == "phi3" else {}))
+    generator = StaticGenerator(model, prompt, NEW_TOKENS, lambda step: step)
+    with torch.no_grad(), HostTraffic() as traffic:
+        assert generator.position.item() == 0 and traffic.seen == ["aten::_local_scalar_dense"]  # it would show
+        generator._prefill(prompt)
+        traffic.seen.clear()
+        generator.run_step()
+    assert not traffic.seen
+
+
+def test_end_of_sequence_is_never_chosen(tiny_model):
+    """Token 2 would be: both ways must leave it out."""
+    model = tiny_model(seed=3)
+    model.lm_head.weight.data[2] = 100 * model.lm_head.weight.data.abs().max()
+    assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))
+
+
+def test_the_compiled_step_gives_the_tokens_of_generate(tiny_model):
+    model = gluprune.patch(tiny_model(seed=3, num_hidden_layers=1))
+    prompt = torch.randint(3, 64, (2, 9))
+    generator = make_generator("compiled", model, prompt, NEW_TOKENS)
+    assert_same_tokens(model, generator)
+    assert time_generator(generator, [prompt] * 3, NEW_TOKENS).ttlt > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("width", [101, 128])
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_the_graph_gives_the_tokens_of_generate(tiny_model, is_patched, width):
+    model = tiny_model(seed=3, intermediate_size=width).cuda()
+    if is_patched:
+        gluprune.patch(model)
+    prompt = torch.randint(3, 64, (2, 9), device="cuda")
+    assert_same_tokens(model, make_generator("graph", model, prompt, NEW_TOKENS))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without CUDA says")
+def test_a_graph_needs_cuda(tiny_model):
+    with pytest.raises(ValueError, match="decoding 'graph' needs a CUDA device, the model is on cpu"):
+        time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="graph")
+
+
+def test_unknown_decoding(tiny_model):
+    with pytest.raises(ValueError, match="unknown decoding 'fast': allowed are generate, compiled, graph"):
+        time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="fast")
+
+
+def test_sliding_windows_have_no_static_step(tiny_model):
+    with pytest.raises(ValueError, match="this model has a sliding window"):
+        make_generator("compiled", tiny_model("gemma2"), torch.tensor([[5, 6]]), 2)

@@ -1,0 +1,421 @@
+"""Reconstruction against least squares in float64 on whole forward passes, layer after layer."""
+
+import copy
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gluprune
+from gluprune.models.families import FAMILIES, decoder_layers, model_glus
+from gluprune.pruning.compensate import RIDGE
+from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
+from gluprune.runtime import aligned
+from gluprune.runtime.patching import patch
+from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
+
+DIRECT = [name for name, family in FAMILIES.items() if not family.normalized]
+
+
+def random_batches(shapes=((3, 40), (1, 25), (4, 31)), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 64, shape, generator=generator) for shape in shapes]
+
+
+def padded_batches():
+    """With padding on either side and in between, a row of padding alone, and a batch without a mask."""
+    first, second, third = random_batches()
+    mask = torch.ones_like(first)
+    mask[0, :7] = mask[1, 33:] = mask[2, 5:9] = 0
+    nothing = torch.ones_like(third)
+    nothing[1] = 0
+    return [(first, mask), second, {"input_ids": third, "attention_mask": nothing}]
+
+
+def narrowed(dense, **how):
+    pruned = copy.deepcopy(dense)
+    gluprune.prune(pruned, multiple_of=1, **{"intermediate_size": 33, "score": "maw_gud", **how})
+    return pruned
+
+
+def masked_rows(batches):
+    """Ids `[1, S]` and mask `[1, S]` of every row that is not all padding."""
+    for batch in batches:
+        ids, mask = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch, None)
+        mask = torch.ones_like(ids) if mask is None else mask
+        yield from (row for row in zip(ids.split(1), mask.split(1)) if row[1].any())
+
+
+@torch.no_grad()
+def seen(model, index, rows):
+    """Of every row, the inputs of a layer's down projection and the layer's output, by a forward of the whole model."""
+    found = []
+    glu, layer = model_glus(model)[index], decoder_layers(model)[index]
+    for ids, mask in rows:
+        x, y = [], []
+        handles = [
+            glu.down.register_forward_pre_hook(lambda module, arguments, x=x: x.append(arguments[0][0])),
+            layer.register_forward_hook(lambda module, arguments, output, y=y: y.append(output[0])),
+        ]
+        model(ids, attention_mask=mask)
+        for handle in handles:
+            handle.remove()
+        found.append((x[0][mask[0] != 0], y[0][mask[0] != 0]))
+    return found
+
+
+def ridge(x, e):
+    """argmin ||e - x d||^2 + lambda ||d||^2 as one stacked problem."""
+    weight = RIDGE * x.square().sum(0).mean()
+    rows = torch.cat([x, weight.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([e, torch.zeros(x.shape[1], e.shape[1], dtype=e.dtype)])).solution
+
+
+def expected(pruned, dense, batches, scale=1.0):
+    """The down projections in float64 and the factors, every layer found with the earlier ones in place."""
+    pruned, dense = copy.deepcopy(pruned).double(), copy.deepcopy(dense).double()
+    rows = list(masked_rows(batches))
+    weights, factors = [], []
+    for index, glu in enumerate(model_glus(pruned)):
+        both = zip(seen(pruned, index, rows), seen(dense, index, rows))
+        data = [(x, (aim - found) / scale) for (x, found), (_, aim) in both]
+        halves = [[torch.cat(of) for of in zip(*data[parity::2])] for parity in (0, 1)]
+        (x_a, e_a), (x_b, e_b) = halves
+        on_b, on_a = x_b @ ridge(x_a, e_a), x_a @ ridge(x_b, e_b)
+        share = ((on_b * e_b).sum() + (on_a * e_a).sum()) / (on_b.square().sum() + on_a.square().sum())
+        share = share.clamp(0, 1).item()
+        factors.append(2 * share / (1 + share))
+        change = factors[-1] * ridge(torch.cat([x_a, x_b]), torch.cat([e_a, e_b]))
+        glu.down.weight.data += change.T
+        weights.append(glu.down.weight.data)
+    return weights, factors
+
+
+@pytest.mark.parametrize("make_batches", [random_batches, padded_batches])
+@pytest.mark.parametrize("family", DIRECT)
+def test_every_layer_is_the_least_squares_solution(family, make_batches):
+    granite = {"residual_multiplier": 0.3} if family == "granite" else {}
+    dense = make_tiny_model(family, seed=3, initializer_range=0.15, attention_dropout=0.5, **granite)
+    batches = make_batches()
+    pruned = narrowed(dense)
+    before, dense_before = snapshot(pruned), snapshot(dense)
+    wanted, factors = expected(pruned, dense, batches, scale=granite.get("residual_multiplier", 1.0))
+    assert max(factors) > 0.1, "a case in which nothing is to be done shows nothing"
+    pruned.train()
+    dense.model.layers[1].train()
+    reconstruct(pruned, dense, batches)
+    assert all(module.training for module in pruned.modules())
+    assert next(module for module in dense.modules() if module.training) is dense.model.layers[1]
+    dense.eval()
+    pruned.eval()
+    assert_unchanged(dense, dense_before)
+    for glu, weight in zip(model_glus(pruned), wanted):
+        # Gram matrices in float32, condition at most 100 * 33: errors stay near 3300 * 1.2e-7.
+        torch.testing.assert_close(glu.down.weight.data.double(), weight, rtol=0, atol=5e-4 * weight.abs().max().item())
+    after = snapshot(pruned)
+    assert all(after[part] == value for part, value in before.items() if not part.endswith("down_proj.weight"))
+
+
+def test_the_models_come_together():
+    """On text of the same kind that it has not seen, on which the pruned model's last layer was far from the dense one's."""
+    dense = make_tiny_model(seed=3, initializer_range=0.15)
+    pruned = narrowed(dense, intermediate_size=80)
+    rows = list(masked_rows(random_batches(seed=1)))
+    aims = seen(dense, 2, rows)
+
+    def distance():
+        return sum((y - aim).square().sum().item() for (_, y), (_, aim) in zip(seen(pruned, 2, rows), aims))
+
+    far = distance()
+    reconstruct(pruned, dense, random_batches(((16, 60),)))
+    assert distance() < 0.9 * far
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", DIRECT)
+def test_nothing_pruned_changes_nothing(family, dtype):
+    dense = make_tiny_model(family, seed=3, dtype=dtype)
+    pruned = copy.deepcopy(dense)
+    before = snapshot(pruned)
+    reconstruct(pruned, dense, random_batches())
+    assert_unchanged(pruned, before)
+
+
+def test_layers_of_different_widths():
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15), random_batches()
+    pruned = narrowed(dense, layers=[0, 2])
+    wanted, _ = expected(pruned, dense, batches)
+    assert [weight.shape[1] for weight in wanted] == [33, 101, 33]
+    reconstruct(pruned, dense, batches)
+    for glu, weight in zip(model_glus(pruned), wanted):
+        torch.testing.assert_close(glu.down.weight.data.double(), weight, rtol=0, atol=2e-3 * weight.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_give_what_float32_gives(dtype):
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15, dtype=dtype), random_batches()
+    pruned = narrowed(dense)
+    plain = [glu.down.weight.data.float() for glu in model_glus(pruned)]
+    in_float32 = copy.deepcopy(pruned).float()
+    reconstruct(in_float32, copy.deepcopy(dense).float(), batches)
+    computed = set()
+    for model in (pruned, dense):
+        down = model_glus(model)[1].down
+        down.register_forward_pre_hook(lambda module, arguments, of=model: computed.add((of, arguments[0].dtype)))
+    reconstruct(pruned, dense, batches)
+    expected_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert computed == {(pruned, expected_dtype), (dense, expected_dtype)}
+    for glu, other, before in zip(model_glus(pruned), model_glus(in_float32), plain):
+        weight, same = glu.down.weight.data, other.down.weight.data
+        assert weight.dtype == dtype
+        assert dtype != torch.float64 or not torch.equal(weight.float().double(), weight), "rounded to float32"
+        moved = (same - before).norm()
+        # Weights and the angles of the positions are rounded to 8 bits, the changes are small beside the weights.
+        tolerance = 0.1 if dtype == torch.bfloat16 else 0.02
+        assert moved > 0 and (weight.float() - same).norm() < tolerance * moved
+
+
+def test_patched():
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15), random_batches()
+    pruned = narrowed(dense)
+    same = copy.deepcopy(pruned)
+    patch(pruned, "triton")
+    parameters = [glu.down.weight for glu in model_glus(pruned)]
+    reconstruct(pruned, dense, batches)
+    reconstruct(same, dense, batches)
+    for glu, other, parameter in zip(model_glus(pruned), model_glus(same), parameters):
+        assert glu.down.weight is parameter and torch.equal(glu.down.weight, other.down.weight)
+        assert aligned.is_aligned(*glu.weights())
+
+
+@pytest.mark.parametrize("noise", [1.0, 5.0, 12.0, 200.0])
+def test_factor_is_the_best_one(noise):
+    """Against the best factor for endless text, known where e = X D + noise and the entries of X are independent."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, hidden = 1000, 40, 16
+    best, found = [], []
+    for _ in range(20):
+        aim = torch.randn(width, hidden, generator=generator) / width**0.5
+        halves = []
+        for _ in range(2):
+            x = torch.randn(tokens, width, generator=generator)
+            e = x @ aim + noise * torch.randn(tokens, hidden, generator=generator)
+            halves.append(SimpleNamespace(gram=x.T @ x, cross=x.T @ e))
+        change, factor = _shrunk_fit(*halves, "layer 0")
+        fit = torch.linalg.solve(halves[0].gram + halves[1].gram, halves[0].cross + halves[1].cross)
+        assert (change - factor * fit).norm() <= 0.02 * fit.norm(), "the ridge changes a percent at most"
+        best.append(((fit * aim).sum() / fit.square().sum()).clamp_min(0).item())
+        found.append(factor)
+    assert sum(found) / 20 == pytest.approx(sum(best) / 20, abs=0.03)
+
+
+def test_factor_stays_between_0_and_1():
+    generator = torch.Generator().manual_seed(0)
+    x, aim = torch.randn(50, 7, generator=generator), torch.randn(7, 3, generator=generator)
+    gram, cross = x.T @ x, x.T @ x @ aim
+    # Halves that contradict each other say nothing; with no noise only the ridge shrinks, and nothing makes up for it.
+    change, factor = _shrunk_fit(SimpleNamespace(gram=gram, cross=cross), SimpleNamespace(gram=gram, cross=-cross), "")
+    assert factor == 0 and not change.any()
+    half = SimpleNamespace(gram=gram, cross=cross)
+    change, factor = _shrunk_fit(half, half, "")
+    assert factor == 1 and 0.97 * aim.norm() < change.norm() < aim.norm()
+
+
+@pytest.mark.parametrize("singular", [0, 1])
+def test_a_half_without_a_solution(singular, caplog):
+    """What no ridge makes solvable on one half of the text says nothing, and that is told."""
+    halves = [SimpleNamespace(gram=torch.eye(3), cross=torch.ones(3, 2)) for _ in range(2)]
+    halves[singular].gram = torch.tensor([[1.0, 1e6, 0], [1e6, 1, 0], [0, 0, 1]])
+    change, factor = _shrunk_fit(*halves, "layer 4")
+    assert factor == 0 and change.shape == (3, 2) and not change.any()
+    assert "layer 4: the Gram matrix is singular whatever the ridge" in caplog.text
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_failure_in_the_middle(caplog, is_patched):
+    """A layer that gives NaN is named, and nothing has changed: no weight, no hook, no forward."""
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15), random_batches()
+    pruned = narrowed(dense)
+    if is_patched:
+        patch(pruned)
+    with torch.no_grad():
+        dense.model.layers[2].mlp.up_proj.weight[4] = float("nan")
+    before, dense_before = snapshot(pruned), snapshot(dense)
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="layer 2 of pruned or dense has NaN or Inf"):
+        reconstruct(pruned, dense, batches)
+    assert float(re.search(r"layer 1: correction multiplied by ([\d.]+)", caplog.text)[1]) > 0, "it had been changed"
+    assert_unchanged(pruned, before)
+    assert_unchanged(dense, dense_before)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_nan_in_either_half(row, unchanged):
+    dense, (ids,) = make_tiny_model(seed=3), random_batches(((4, 20),))
+    pruned = narrowed(dense)
+    ids[row, 5] = 2
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[2] = float("nan")
+    with unchanged(pruned), pytest.raises(ValueError, match="layer 0 of pruned or dense has NaN or Inf"):
+        reconstruct(pruned, dense, [ids])
+
+
+def test_failure_before_the_first_layer():
+    dense = make_tiny_model(seed=3)
+    pruned = narrowed(dense)
+
+    def fail(*_):
+        raise RuntimeError("no memory left")
+
+    pruned.model.norm.forward = fail
+    before, dense_before = snapshot(pruned), snapshot(dense)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        reconstruct(pruned, dense, random_batches())
+    assert_unchanged(pruned, before)
+    assert_unchanged(dense, dense_before)
+
+
+def test_rows_of_padding_are_no_rows():
+    """They would leave a half of the text empty; alone beside one row they are too little text."""
+    dense, (ids,) = make_tiny_model(seed=3, initializer_range=0.15), random_batches(((8, 40),))
+    pruned = narrowed(dense)
+    same = copy.deepcopy(pruned)
+    mask = torch.zeros(16, 40, dtype=torch.int64)
+    mask[::2] = 1
+    reconstruct(pruned, dense, [(ids.repeat_interleave(2, 0), mask)])
+    before = same.model.layers[1].mlp.down_proj.weight.clone()
+    reconstruct(same, dense, [ids])
+    assert not torch.equal(same.model.layers[1].mlp.down_proj.weight, before)
+    for glu, other in zip(model_glus(pruned), model_glus(same)):
+        torch.testing.assert_close(glu.down.weight, other.down.weight, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="holds one row of text"):
+        reconstruct(pruned, dense, [(ids[:2], mask[:2])])
+
+
+def test_in_inference_mode():
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15), random_batches()
+    pruned = narrowed(dense)
+    same = copy.deepcopy(pruned)
+    with torch.inference_mode():
+        reconstruct(pruned, dense, [batch.clone() for batch in batches])
+    reconstruct(same, dense, batches)
+    for glu, other in zip(model_glus(pruned), model_glus(same)):
+        assert torch.equal(glu.down.weight, other.down.weight)
+    pruned(batches[0], labels=batches[0]).loss.backward()
+    assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+def test_a_forward_of_its_own_stays():
+    """Such as accelerate gives to layers that it moves between devices."""
+    dense, batches = make_tiny_model(seed=3), random_batches()
+    pruned = narrowed(dense)
+    layer, calls = pruned.model.layers[1], []
+    forward = layer.forward
+
+    def own(*arguments, **options):
+        calls.append(arguments)
+        return forward(*arguments, **options)
+
+    layer.forward = own
+    reconstruct(pruned, dense, batches)
+    assert layer.forward is own and len(calls) == len(batches)
+    assert "forward" not in vars(pruned.model.layers[0])
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(DIRECT)))
+def test_families_that_normalise_are_refused(family, unchanged):
+    dense = make_tiny_model(family)
+    pruned = narrowed(dense)
+    with (
+        unchanged(pruned),
+        pytest.raises(ValueError, match=f"'{family}' cannot be reconstructed: a norm comes between"),
+    ):
+        reconstruct(pruned, dense, random_batches())
+
+
+def test_table_knows_who_normalises(family_name):
+    """What the down projection writes, doubled: without a norm after it the layer's output moves by just as much again."""
+    model = make_tiny_model(family_name, seed=3).double()
+    glu, layer = model_glus(model)[1], decoder_layers(model)[1]
+    scale = getattr(layer, "residual_multiplier", 1.0)
+    outputs, written = [], []
+    layer.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    handle = glu.down.register_forward_hook(lambda module, arguments, output: written.append(output))
+    ids = random_batches()[0]
+    with torch.no_grad():
+        model(ids)
+        handle.remove()
+        glu.down.register_forward_hook(lambda module, arguments, output: 2 * output)
+        model(ids)
+    is_direct = torch.allclose(outputs[1] - outputs[0], scale * written[0], rtol=1e-9, atol=1e-12)
+    assert is_direct != FAMILIES[family_name].normalized
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (
+            {"num_hidden_layers": 2},
+            "pruned is llama with 3 layers, hidden size 32, 64 tokens; dense is llama with 2 layers",
+        ),
+        ({"hidden_size": 64}, "dense is llama with 3 layers, hidden size 64, 64 tokens"),
+        ({"vocab_size": 70}, "dense is llama with 3 layers, hidden size 32, 70 tokens"),
+        ({"model_type": "qwen3"}, "dense is qwen3 with 3 layers, hidden size 32, 64 tokens"),
+        ({"intermediate_size": 32}, "layer 0 has 33 neurons in pruned, 32 in dense"),
+    ],
+)
+def test_models_that_do_not_belong_together(other, message, unchanged):
+    pruned = narrowed(make_tiny_model())
+    with unchanged(pruned), pytest.raises(ValueError, match=message):
+        reconstruct(pruned, make_tiny_model(**other), random_batches())
+
+
+def test_models_that_are_one_or_share_weights(unchanged):
+    dense = make_tiny_model()
+    pruned = copy.deepcopy(dense)
+    pruned.model.layers[1].mlp.down_proj.weight = dense.model.layers[1].mlp.down_proj.weight
+    for other, layer in ((pruned, 0), (dense, 1)):
+        with unchanged(pruned), pytest.raises(ValueError, match=f"pruned and dense share the weights of layer {layer}"):
+            reconstruct(pruned, other, random_batches())
+
+
+def test_unloaded_models(unchanged):
+    dense = make_tiny_model()
+    pruned = narrowed(dense)
+    with unchanged(pruned), pytest.raises(ValueError, match="dense is on the meta device"):
+        reconstruct(pruned, dense.to("meta"), random_batches())
+    with pytest.raises(ValueError, match="layer 0, gate_proj is on the meta device"):
+        reconstruct(narrowed(make_tiny_model()).to("meta"), make_tiny_model(), random_batches())
+
+
+@pytest.mark.parametrize(
+    "batches, message",
+    [
+        ([], "calibration holds no tokens"),
+        ([torch.ones(1, 40, dtype=torch.int64)], "calibration holds one row of text"),
+        ([torch.full((2, 5), 64)], "token ids from 64 to 64; the model knows 0 to 63"),
+    ],
+)
+def test_unusable_text(batches, message, unchanged):
+    dense = make_tiny_model()
+    pruned = narrowed(dense)
+    with unchanged(pruned), pytest.raises(ValueError, match=message):
+        reconstruct(pruned, dense, batches)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dense_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_same_on_cuda_as_on_the_cpu(dense_device, is_patched):
+    dense, batches = make_tiny_model(seed=3, initializer_range=0.15), padded_batches()
+    pruned = narrowed(dense)
+    found = copy.deepcopy(pruned).cuda()
+    if is_patched:
+        patch(found)
+    reconstruct(pruned, dense, batches)
+    reconstruct(found, dense.to(dense_device), batches)
+    for glu, other in zip(model_glus(found), model_glus(pruned)):
+        assert glu.down.weight.is_cuda
+        largest = other.down.weight.abs().max().item()
+        torch.testing.assert_close(glu.down.weight.cpu(), other.down.weight, rtol=0, atol=2e-3 * largest)

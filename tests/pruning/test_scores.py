@@ -1,0 +1,119 @@
+"""Scores against formulas in float64 written out here, and against OptiPFair on the real model."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gluprune
+from csrc_triton import neuron_scores
+from gluprune.models.families import model_glus
+from gluprune.pruning.scores import STATIC_SCORES, WeightStatistics, static_score
+from gluprune.runtime import operator
+
+
+def ppm(weight):
+    return weight.max(dim=1).values + weight.min(dim=1).values.abs()
+
+
+TRUTH = {
+    "maw": lambda g, u, d: ppm(g) + ppm(u),
+    "ppm": lambda g, u, d: ppm(g) + ppm(u),
+    "maw_gud": lambda g, u, d: ppm(g) + ppm(u) + ppm(d.T),
+    "vow": lambda g, u, d: g.var(dim=1, correction=1) + u.var(dim=1, correction=1),
+    "pon": lambda g, u, d: g.abs().sum(dim=1) * u.abs().sum(dim=1),
+    "l2": lambda g, u, d: g.square().sum(dim=1).sqrt() + u.square().sum(dim=1).sqrt(),
+}
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(2, 90),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from(list(TRUTH)),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_formulas(neurons, hidden, dtype, name, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = (torch.randn(neurons, hidden, generator=generator).add(0.1).to(dtype) for _ in range(2))
+    down = torch.randn(hidden, 2 * neurons, generator=generator).to(dtype)
+    down = down[:, ::2] if strided else down[:, :neurons]
+    scores = static_score(name, gate, up, down)
+    assert scores.dtype == torch.float32 and scores.shape == (neurons,)
+    expected = TRUTH[name](gate.double(), up.double(), down.double())
+    torch.testing.assert_close(scores.double(), expected, rtol=2e-6, atol=0)
+
+
+def test_every_score_has_a_truth():
+    assert TRUTH.keys() == STATIC_SCORES.keys()
+
+
+def test_rows_beyond_one_block():
+    weight = torch.randn(2500, 3)
+    torch.testing.assert_close(
+        static_score("l2", weight, weight, weight.T).double(), 2 * weight.double().norm(dim=1), rtol=2e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["PPM", "VOW", "PON", "L2"])
+def test_same_neurons_and_weights_as_optipfair(smollm2, name):
+    """10 ... 60 % in all 30 layers: kept neurons equal, pruned weights bit-equal."""
+    import optipfair
+
+    logging.disable(logging.INFO)
+    for percent in range(10, 70, 10):
+        theirs = optipfair.prune_model(
+            copy.deepcopy(smollm2), neuron_selection_method=name, pruning_percentage=percent, show_progress=False
+        )
+        ours = copy.deepcopy(smollm2)
+        report = gluprune.prune(ours, pruning_ratio=percent / 100, score=name.lower(), multiple_of=1)
+        assert len(report.kept) == 30
+        expected = theirs.state_dict()
+        for key, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, expected[key]), (name, percent, key)
+        for index, layer in enumerate(smollm2.model.layers):
+            kept = report.kept[index]
+            assert torch.equal(layer.mlp.gate_proj.weight[kept], theirs.model.layers[index].mlp.gate_proj.weight)
+    logging.disable(logging.NOTSET)
+
+
+def test_kernel_on_the_real_model(smollm2, monkeypatch):
+    """The kernel's statistics in all 30 layers: peak-to-peak magnitudes equal torch bit for bit, scores within 2e-6."""
+    if operator.INTERPRETED:  # fewer, larger programs: the interpreter's time is a matter of their number
+        monkeypatch.setattr(neuron_scores, "TILE", 64 * neuron_scores.TILE)
+    for glu in model_glus(smollm2):
+        weights = glu.weights()
+        found, expected = operator.neuron_statistics(*weights), WeightStatistics(*weights)
+        for field in ("gate_ppm", "up_ppm", "down_ppm"):
+            assert torch.equal(getattr(found, field), getattr(expected, field)), field
+        for name, score in STATIC_SCORES.items():
+            truth = TRUTH[name](*(weight.double() for weight in weights))
+            torch.testing.assert_close(score(found).double(), truth, rtol=2e-6, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", list(STATIC_SCORES))
+def test_same_neurons_on_cuda_as_on_the_cpu(smollm2, name):
+    on_cpu = gluprune.prune(copy.deepcopy(smollm2), pruning_ratio=0.4, score=name)
+    on_cuda = gluprune.prune(copy.deepcopy(smollm2).cuda(), pruning_ratio=0.4, score=name)
+    for index, kept in on_cpu.kept.items():
+        assert torch.equal(kept, on_cuda.kept[index])
+
+
+def test_prune_takes_the_kernel_where_it_runs(tiny_model, monkeypatch):
+    """As on CUDA: with the kernel allowed on this device, `prune` calls it and keeps the same neurons."""
+    calls = []
+    original = operator.neuron_statistics
+    device = "cpu" if operator.INTERPRETED else "cuda"
+    expected = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
+    monkeypatch.setattr(operator, "uses_kernels", lambda backend, device: True)
+    monkeypatch.setattr(operator, "neuron_statistics", lambda *weights: calls.append(1) or original(*weights))
+    found = gluprune.prune(tiny_model(seed=5).to(device), pruning_ratio=0.4, multiple_of=1)
+    assert len(calls) == 3
+    for index, kept in expected.kept.items():
+        assert torch.equal(kept, found.kept[index])

@@ -1,0 +1,67 @@
+"""Recipes: names, validation and what they need."""
+
+import itertools
+
+import pytest
+
+from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    "compensate, allocation, reconstruct", itertools.product([False, True], ALLOCATIONS, [False, True])
+)
+def test_every_recipe_is_read_back_from_its_name(score, compensate, allocation, reconstruct):
+    recipe = Recipe(score, compensate, allocation, reconstruct, multiple_of=1)
+    assert Recipe.parse(str(recipe), multiple_of=1) == recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["", "best", "maw+", "maw+compensated", "maw+compensate+compensate", "compensate", "maw compensate", "+maw"]
+)
+def test_unknown_names_are_refused(text):
+    with pytest.raises(ValueError, match="unknown recipe .* allowed is a score .*maw_gud.*surgeon.*\\+compensate"):
+        Recipe.parse(text)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"score": "best"}, ValueError, "unknown score 'best': allowed are maw, .*surgeon or a callable"),
+        ({"score": None}, ValueError, "unknown score None"),
+        ({"compensate": 1}, TypeError, "compensate must be True or False, got 1"),
+        ({"reconstruct": "yes"}, TypeError, "reconstruct must be True or False, got 'yes'"),
+        ({"allocation": "best"}, ValueError, "unknown allocation 'best': allowed are uniform, sensitivity"),
+        ({"multiple_of": 0}, ValueError, "multiple_of must be an integer of at least 1, got 0"),
+        ({"multiple_of": True}, ValueError, "multiple_of must be an integer of at least 1, got True"),
+        ({"multiple_of": 2.0}, ValueError, "multiple_of must be an integer of at least 1, got 2.0"),
+    ],
+)
+def test_bad_values_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Recipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name, argument, gram, sensitivity",
+    [
+        ("maw_gud", "", False, False),
+        ("hybrid", "score='hybrid'", False, False),
+        ("maw+compensate", "compensate=True", True, False),
+        ("maw+sensitivity", "allocation='sensitivity'", True, True),
+        ("surgeon", "score='surgeon'", True, True),
+        ("maw+reconstruct", "", False, False),
+    ],
+)
+def test_needs(name, argument, gram, sensitivity):
+    needs = Recipe.parse(name).needs
+    assert (needs.argument, needs.gram, needs.sensitivity) == (argument, gram, sensitivity)
+    assert needs.calibration == bool(argument)
+
+
+def test_a_callable_score_needs_nothing_and_has_a_name():
+    def largest_rows(gate, up, down):
+        return gate.abs().amax(1)
+
+    recipe = Recipe(largest_rows)
+    assert str(recipe) == "largest_rows" and not recipe.needs.calibration

@@ -1,4 +1,8 @@
-"""Three packages in one distribution: `csrc_triton` (kernels, know no model), `gluprune` (the library) and `evals` (the study)."""
+"""Three packages in one distribution.
+
+`csrc_triton` holds the kernels and knows no model, `gluprune` is the library, and `gluprune_evals` (in the folder evals)
+evaluates pruned models.
+"""
 
 from setuptools import setup
 

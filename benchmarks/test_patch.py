@@ -20,7 +20,7 @@ import json, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 import gluprune
-from gluprune.runtime.patching import fusion_status
+from gluprune.runtime.fusion import fusion_status
 from gluprune.demo.smollm2 import smollm2_checkpoint
 
 def resident(name):

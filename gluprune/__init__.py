@@ -4,21 +4,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gluprune.calibration.batches import batches_from_text
+    from gluprune.calibration.collect import calibrate
+    from gluprune.calibration.sample import sample_text
+    from gluprune.calibration.statistics import Statistics
+    from gluprune.checkpoints.info import info
     from gluprune.checkpoints.load_save import load, save
-    from gluprune.pruning.prune import PruneReport, prune
+    from gluprune.checkpoints.stream import prune_checkpoint
+    from gluprune.pruning.prune import prune
+    from gluprune.pruning.recipe import Recipe
     from gluprune.pruning.reconstruct import reconstruct
+    from gluprune.pruning.report import PruneReport
+    from gluprune.runtime.fusion import fusion_status
     from gluprune.runtime.patching import patch, patch_llama, unpatch, unpatch_llama
 
 __version__ = "0.1.0"
 
-__all__ = ["PruneReport", "load", "patch", "patch_llama", "prune", "reconstruct", "save", "unpatch", "unpatch_llama"]
+__all__ = [
+    "PruneReport",
+    "Recipe",
+    "Statistics",
+    "batches_from_text",
+    "calibrate",
+    "fusion_status",
+    "info",
+    "load",
+    "patch",
+    "patch_llama",
+    "prune",
+    "prune_checkpoint",
+    "reconstruct",
+    "sample_text",
+    "save",
+    "unpatch",
+    "unpatch_llama",
+]
 
-# Imported when asked for: transformers takes seconds, which a command that needs no model should not wait for.
+# Imported on first use: torch and transformers take seconds, which a command that needs no model should not wait for.
 _MODULES = {
-    **dict.fromkeys(("load", "save"), "checkpoints.load_save"),
-    **dict.fromkeys(("patch", "patch_llama", "unpatch", "unpatch_llama"), "runtime.patching"),
-    **dict.fromkeys(("PruneReport", "prune"), "pruning.prune"),
+    "PruneReport": "pruning.report",
+    "Recipe": "pruning.recipe",
+    "Statistics": "calibration.statistics",
+    "batches_from_text": "calibration.batches",
+    "calibrate": "calibration.collect",
+    "fusion_status": "runtime.fusion",
+    "info": "checkpoints.info",
+    "load": "checkpoints.load_save",
+    "patch": "runtime.patching",
+    "patch_llama": "runtime.patching",
+    "prune": "pruning.prune",
+    "prune_checkpoint": "checkpoints.stream",
     "reconstruct": "pruning.reconstruct",
+    "sample_text": "calibration.sample",
+    "save": "checkpoints.load_save",
+    "unpatch": "runtime.patching",
+    "unpatch_llama": "runtime.patching",
 }
 
 

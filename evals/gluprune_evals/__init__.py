@@ -1,0 +1,1 @@
+"""Quality of pruned models: perplexity, and the published study with lm-eval."""

@@ -24,14 +24,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.collect import calibrate
 from gluprune.calibration.sample import sample_text
-from gluprune.calibration.statistics import Statistics, batches_from_text, calibrate
+from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.io.atomic import write_file
 from gluprune.measure.perplexity import perplexity
 from gluprune.measure.records import Record, append, read
-from gluprune.pruning.prune import needs_sensitivity, prune
+from gluprune.pruning.prune import prune
+from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
 from gluprune_evals.study import Source, statistics_file
 from gluprune_evals.text import digest, read_text
@@ -54,7 +57,7 @@ class Method:
     @property
     def calibrated(self) -> tuple[int, bool, bool]:
         """Windows, own text, and whether sensitivities are needed."""
-        return self.windows, self.own_text, needs_sensitivity(self.score, self.allocation)
+        return self.windows, self.own_text, Recipe(self.score, allocation=self.allocation).needs.sensitivity
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)

@@ -22,12 +22,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from gluprune.calibration.statistics import VERSION, Statistics, batches_from_text, calibrate
+from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.collect import calibrate
+from gluprune.calibration.statistics import VERSION, Statistics
 from gluprune.checkpoints.load_save import build_empty, load, read_config, save
 from gluprune.demo.smollm2 import cache_folder
 from gluprune.io import atomic
-from gluprune.models.families import model_glus
-from gluprune.pruning.prune import count_parameters, needs_sensitivity, prune
+from gluprune.models.glu import count_parameters, model_glus
+from gluprune.pruning import recipe as recipes
+from gluprune.pruning.prune import prune
 from gluprune.pruning.scores import CALIBRATED_SCORES, STATIC_SCORES
 from gluprune.runtime.patching import patch_llama
 from gluprune_evals.harness import Result, evaluate, model_by_backend, model_in_memory, require_lm_eval
@@ -249,7 +252,7 @@ def _statistics(source: Source, recipe: Recipe, settings: Settings) -> Statistic
     """What a recipe needs of the dense model, collected once and kept in the user's cache for all ratios and later runs."""
     tokenizer = AutoTokenizer.from_pretrained(source.path)
     batches = batches_from_text(tokenizer, settings.calibration, settings.windows, CALIBRATION_LENGTH)
-    sensitivity = needs_sensitivity(recipe.score, "uniform")
+    sensitivity = recipes.Recipe(recipe.score).needs.sensitivity
     path = statistics_file(f"study-{source.name}-{source.revision}-{settings.dtype}", batches, sensitivity)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,22 @@
-"""Calibration text that the model writes itself: of every kind it knows, where the text at hand is of one kind or none.
+"""Calibration text that the model writes itself, of every kind it was trained on.
 
-A model's own samples as calibration data are from *LLM-QAT: Data-Free Quantization Aware Training for Large Language
-Models* (Liu et al., arXiv 2305.17888, section 2.1). Here every token is drawn from the full next-token distribution.
+Calibration on a model's own samples is from *LLM-QAT: Data-Free Quantization Aware Training for Large Language Models*
+(Liu et al., arXiv 2305.17888, section 2.1). Here every token is drawn from the full next-token distribution.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from gluprune.calibration.statistics import evaluating
+from gluprune.calibration.running import evaluating
 
 
 class _Progress(StoppingCriteria):
-    """Moves a progress bar with every token, and stops nothing."""
+    """Advances a progress bar with every token, and never stops."""
 
     def __init__(self, bar: tqdm):
         self._bar = bar
@@ -26,32 +28,37 @@ class _Progress(StoppingCriteria):
 
 @torch.no_grad()
 def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: int = 512, *, seed: int = 0) -> str:
-    """Text that a model writes when it is given nothing but its token for the beginning, at temperature 1.
+    """Return text that a model writes from its begin-of-text token, at temperature 1.
 
-    All windows are written side by side: one batch of `windows` rows, which takes a key-value cache of
-    `windows * length` tokens.
+    All windows are written in parallel: one batch of `windows` rows, with a key-value cache of `windows * length`
+    tokens.
 
     Args:
-        model: a causal LM, run as it is, on its device. Left as it was.
-        tokenizer: its tokenizer.
-        windows: how many texts.
-        length: tokens of each.
-        seed: of the sampling. The random state outside stays as it was.
+        model: A causal LM; it runs as it is, on its device, and is not changed.
+        tokenizer: Its tokenizer.
+        windows: Number of texts.
+        length: Tokens per text.
+        seed: Seed of the sampling. The global random state is not changed.
 
     Returns:
-        The texts, empty lines between them. The special tokens are left out.
+        The texts without special tokens, separated by empty lines.
 
     Raises:
-        ValueError: a number below 1, or a tokenizer with neither a token for the beginning nor one for the end of text.
+        ValueError: A number is below 1, or the tokenizer has neither a begin-of-text nor an end-of-text token.
+
+    Example:
+        >>> import gluprune
+        >>> from transformers import AutoTokenizer
+        >>> model, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
+        >>> text = gluprune.sample_text(model, tokenizer, windows=2, length=8)
     """
     for name, value in {"windows": windows, "length": length}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise ValueError(
-            "the tokenizer has neither a token for the beginning nor one for the end of text to start from"
-        )
+        raise ValueError("the tokenizer has neither a begin-of-text nor an end-of-text token to start from")
+    generate: Any = model.generate
     prompt = torch.full((windows, 1), first, device=model.device)
     with (
         evaluating(model),
@@ -59,7 +66,7 @@ def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: in
         tqdm(total=length, desc="sampling", unit="token", leave=False, disable=None) as bar,
     ):
         torch.manual_seed(seed)
-        ids = model.generate(
+        ids = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=True,
@@ -67,7 +74,7 @@ def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: in
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            min_new_tokens=length,  # an end of text is no end: it is never drawn
+            min_new_tokens=length,  # never draws an end-of-text token
             max_new_tokens=length,
             pad_token_id=first,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),

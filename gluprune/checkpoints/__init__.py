@@ -1,0 +1,1 @@
+"""Checkpoints: loading, saving, describing, and pruning on the disk."""

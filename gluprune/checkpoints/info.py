@@ -1,4 +1,4 @@
-"""What a model's MLPs look like: widths, ratios, sizes, and what hardware and servers will make of them."""
+"""`info`: widths, ratios, sizes and alignment of a model's MLPs, from its config."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gluprune.checkpoints.load_save import build_empty, layer_widths, read_config
-from gluprune.models.families import model_glus
-from gluprune.pruning.prune import count_parameters
-from gluprune.runtime.patching import fusion_prospect
+from gluprune.checkpoints.load_save import build_empty, read_config
+from gluprune.models.glu import count_parameters, model_glus
+from gluprune.models.widths import layer_widths
+from gluprune.runtime.fusion import fusion_prospect
 
 TENSOR_PARALLEL_RANKS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Sizes of a checkpoint, read from its config alone.
+    """Sizes of a checkpoint, read from its config.
 
-    widths: intermediate size of every layer.
-    aligned_to: the largest power of two, up to 128, that divides every width. Below 8 rows of down_proj start off the
-        16-byte boundary in bf16 and plain matrix libraries fall to slow kernels.
-    tensor_parallel: ranks -> whether every width divides over them.
-    fusible: MLPs that `patch_llama` fuses on a GPU; not_fusible: reason -> number of those that it leaves.
+    Attributes:
+        model_type: `config.model_type`, of the text part.
+        layers: Number of decoder layers.
+        hidden_size: H.
+        widths: Intermediate size of every layer.
+        parameters: Parameters of the whole model; tied ones count once.
+        mlp_parameters: Parameters of the MLPs.
+        bytes: Size of all weights.
+        mlp_bytes: Size of the weights of the MLPs.
+        dtype: Dtype of the weights.
+        aligned_to: Largest power of two, at most 128, that divides every width. Below 8, rows of down_proj are not
+            aligned to 16 bytes in bf16, and plain matrix libraries use slow kernels.
+        tensor_parallel: Ranks -> whether every width divides over them.
+        fusible: Number of MLPs that `patch_llama` fuses on a GPU.
+        not_fusible: Reason -> number of MLPs that it does not fuse.
     """
 
     model_type: str
@@ -41,9 +51,11 @@ class ModelInfo:
 
     @property
     def expansion_ratios(self) -> list[float]:
+        """Intermediate size over hidden size of every layer."""
         return [width / self.hidden_size for width in self.widths]
 
     def to_dict(self) -> dict:
+        """Return everything as plain numbers, strings and lists, ready for JSON."""
         return {**asdict(self), "expansion_ratios": self.expansion_ratios}
 
     def __str__(self) -> str:
@@ -63,8 +75,8 @@ class ModelInfo:
             [
                 f"type             {self.model_type}, {self.layers} layers, hidden size {self.hidden_size}",
                 f"width            {widths}",
-                f"parameters       {self.parameters:,}, of these {self.mlp_parameters:,} in MLPs",
-                f"bytes            {self.bytes:,}, of these {self.mlp_bytes:,} in MLPs ({self.dtype})",
+                f"parameters       {self.parameters:,}, {self.mlp_parameters:,} of them in MLPs",
+                f"bytes            {self.bytes:,}, {self.mlp_bytes:,} of them in MLPs ({self.dtype})",
                 f"alignment        {aligned}",
                 f"tensor parallel  {ranks}",
                 f"fused            {fused}",
@@ -73,10 +85,22 @@ class ModelInfo:
 
 
 def info(path: str | Path) -> ModelInfo:
-    """Describe a checkpoint (a folder or a Hub id) from its config; no weight is read.
+    """Describe a checkpoint from its config; no weight is read.
+
+    Args:
+        path: A folder or a Hub id.
+
+    Returns:
+        A `ModelInfo`; `print` shows it as a table.
 
     Raises:
-        ValueError: the path is no model, or the family is not supported.
+        ValueError: There is no model at `path`, or its family is not supported.
+
+    Example:
+        >>> import gluprune
+        >>> description = gluprune.info(model_path)
+        >>> description.widths, description.aligned_to
+        ([512, 512], 128)
     """
     config = read_config(path)
     model = build_empty(config)

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gluprune.io.atomic import complete_folder
-from gluprune.models.families import family_of, model_glus
-from gluprune.pruning.narrow import resize, set_config_widths
+from gluprune.io.hub import first_line
+from gluprune.models.families import family_of
+from gluprune.models.glu import model_glus, resize
+from gluprune.models.widths import layer_widths, set_config_widths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def save(model: PreTrainedModel, destination: str | Path, tokenizer=None) -> Path:
-    """Write a model (and its tokenizer) as a stock checkpoint; the folder appears only when it is complete.
+def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    """Write a model and its tokenizer as a stock checkpoint; the folder appears only when it is complete.
 
     Args:
-        model: a causal LM, pruned and patched or not.
-        destination: a folder that does not exist or is empty.
-        tokenizer: anything with `save_pretrained`.
+        model: A causal LM, pruned and patched or not.
+        destination: A folder that does not exist or is empty.
+        tokenizer: Anything with `save_pretrained`.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: the destination exists and is not empty.
+        ValueError: The destination exists and is not empty.
+        OSError: A file cannot be written; the message names it.
+
+    Example:
+        >>> import gluprune
+        >>> model = gluprune.load(model_path)
+        >>> report = gluprune.prune(model, pruning_ratio=0.25)
+        >>> path = gluprune.save(model, folder / "saved")
     """
     with complete_folder(destination) as folder:
         model.save_pretrained(folder)
@@ -30,72 +46,28 @@ def save(model: PreTrainedModel, destination: str | Path, tokenizer=None) -> Pat
     return Path(destination)
 
 
-def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
-    """The config of a model folder or Hub id.
-
-    Raises:
-        ValueError: there is no readable model config at `path`.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is neither a model folder nor a reachable Hub id: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def layer_widths(config: PreTrainedConfig) -> list[int]:
-    """Intermediate size of every layer, also where layers differ."""
-    text = config.get_text_config()
-    if not getattr(text, "is_heterogeneous", False):
-        return [text.intermediate_size] * text.num_hidden_layers
-    return [layer.intermediate_size for layer in text.per_layer_config]
-
-
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The stock causal LM class, or a subclass of it that gives every MLP its own width while it is built."""
-    stock = AutoModelForCausalLM._model_mapping[type(config)]
-    widths = layer_widths(config)
-    if len(set(widths)) == 1:
-        return stock
-
-    def build(self, config, *args, **options):
-        text = config.get_text_config()
-        set_config_widths(text, [max(widths)] * len(widths))
-        stock.__init__(self, config, *args, **options)
-        set_config_widths(text, widths)
-        for glu, width in zip(model_glus(self), widths):
-            resize(glu, width)
-
-    return type(stock.__name__, (stock,), {"__init__": build})
-
-
-def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: shapes and dtypes without memory.
-
-    Raises:
-        ValueError: the model type is not supported.
-    """
-    family_of(config)
-    with torch.device("meta"):
-        return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
-
-
 def load(path: str | Path, **kwargs) -> PreTrainedModel:
-    """Load a causal LM, layers of different widths included.
+    """Load a causal LM, also one with layers of different widths.
 
-    A checkpoint with one width loads just as with `AutoModelForCausalLM.from_pretrained`. With layers of different
-    widths (`prune(..., layers=...)`) stock Llama classes raise; here the model is built and each MLP is given its width
-    before the weights are read.
+    A checkpoint with one width loads as with `AutoModelForCausalLM.from_pretrained`. For layers of different widths
+    (`prune(..., layers=...)` or `allocation="sensitivity"`), on which stock Llama classes raise, the model is built and
+    each MLP gets its width before the weights are read.
 
     Args:
-        path: a folder or a Hub id.
-        kwargs: passed on to `from_pretrained` (dtype, device_map, revision, ...).
+        path: A folder or a Hub id.
+        **kwargs: Passed on to `from_pretrained` (dtype, device_map, revision, ...).
+
+    Returns:
+        The model, of the stock transformers class.
 
     Raises:
-        ValueError: the path is no model, or its family is not supported.
+        ValueError: There is no model at `path`, or its family is not supported.
+
+    Example:
+        >>> import gluprune
+        >>> model = gluprune.load(model_path)
+        >>> type(model).__name__
+        'LlamaForCausalLM'
     """
     of_the_hub = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
     hub = {key: kwargs[key] for key in of_the_hub if key in kwargs}
@@ -105,5 +77,52 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
     model_class = _model_class(config)
     model = model_class.from_pretrained(path, config=config, **kwargs)
-    model.__class__ = model_class.__base__
+    model.__class__ = stock_class(config)
     return model
+
+
+def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
+    """Return the config of a model folder or Hub id.
+
+    Raises:
+        ValueError: There is no readable model config at `path`.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is neither a model folder nor a reachable Hub id: {first_line(error)}") from error
+
+
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a config on the meta device: shapes and dtypes without memory.
+
+    Raises:
+        ValueError: The model type is not supported.
+    """
+    family_of(config)
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the causal LM class of transformers for a config."""
+    found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return found
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the stock causal LM class, or a subclass that gives every MLP its width while the model is built."""
+    stock = stock_class(config)
+    widths = layer_widths(config)
+    if len(set(widths)) == 1:
+        return stock
+
+    def build(self, config, *args, **options):
+        text = config.get_text_config()
+        set_config_widths(text, [max(widths)] * len(widths))
+        stock.__init__(self, config, *args, **options)
+        set_config_widths(text, widths)
+        for glu, width in zip(model_glus(self), widths, strict=True):
+            resize(glu, width)
+
+    return type(stock.__name__, (stock,), {"__init__": build})

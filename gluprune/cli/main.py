@@ -54,7 +54,7 @@ def _calibration(source: str, text_files: Sequence[str], windows: int = 128):
     """The model, its tokenizer, and batches of so many windows of each text."""
     from transformers import AutoTokenizer
 
-    from gluprune.calibration.statistics import batches_from_text
+    from gluprune.calibration.batches import batches_from_text
     from gluprune.checkpoints.load_save import load
 
     texts = [Path(file).read_text(encoding="utf-8") for file in text_files]
@@ -103,7 +103,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from gluprune.calibration.statistics import calibrate
+    from gluprune.calibration.collect import calibrate
 
     out = _new_file(arguments.out)
     model, _, batches = _calibration(arguments.model, arguments.text)

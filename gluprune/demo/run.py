@@ -19,14 +19,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gluprune.calibration.statistics import batches_from_text, calibrate
+from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.collect import calibrate
 from gluprune.checkpoints.load_save import load, save
 from gluprune.demo.smollm2 import NAME, smollm2_checkpoint
 from gluprune.measure import records
 from gluprune.measure.decoding import time_generation
 from gluprune.measure.perplexity import perplexity
-from gluprune.models.families import model_glus
-from gluprune.pruning.prune import count_parameters, prune
+from gluprune.models.glu import count_parameters, model_glus
+from gluprune.pruning.prune import prune
 
 PRUNING_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # those of arXiv 2512.22671
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 48, 512

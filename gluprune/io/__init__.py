@@ -1,0 +1,1 @@
+"""Files and folders: crash-safe writing, safetensors headers, model folders."""

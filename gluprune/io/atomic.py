@@ -1,4 +1,4 @@
-"""Files that survive: a file or folder has its final name only when all of it is on the disk."""
+"""Crash-safe files and folders: each gets its final name only when all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 # The three system calls that a checkpoint's life depends on, named here so that tests can make each of them fail.
 write, fsync, rename = os.write, os.fsync, os.rename
 
-# Bytes of a file after which the disk is set to work on them, so that little is left to wait for at the end.
+# After so many bytes of a file the disk starts to write them, so that little is left to wait for at the end.
 _WRITE_BEHIND = 1 << 25
 
 
@@ -49,23 +49,23 @@ def sync_tree(folder: Path) -> None:
 
 
 def _start_flushing(descriptor: int, first: int, end: int) -> None:
-    """Set the disk to work on bytes of a file that have been written, without waiting. Safety stays with `fsync`."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS; Linux begins to flush what it is told will not be needed
+    """Start flushing written bytes of a file, without waiting. Only `fsync` makes them safe."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS; Linux begins to flush what will not be needed
         os.posix_fadvise(descriptor, first, end - first, os.POSIX_FADV_DONTNEED)
 
 
 def write_file(
     path: Path, chunks: Iterable[bytes | memoryview], progress: Callable[[int], object] | None = None
 ) -> None:
-    """Write chunks to a file that takes its name when all of them are on the disk.
+    """Write chunks to a file that gets its name when all of them are on the disk.
 
     Args:
-        path: the final name; a file of that name is replaced, folders on the way are made.
-        chunks: consecutive bytes.
-        progress: called with the size of every chunk that has been written.
+        path: The final name. A file of that name is replaced; missing folders are created.
+        chunks: Consecutive bytes.
+        progress: Called with the size of every chunk after it was written.
 
     Raises:
-        OSError: names the file; nothing is left of what was written.
+        OSError: Names the file; nothing of what was written remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
@@ -93,18 +93,18 @@ def write_file(
 
 
 def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The content of a file in pieces of at most `size` bytes."""
-    with open(path, "rb", buffering=0) as file:
+    """Yield the content of a file in pieces of at most `size` bytes."""
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(size):
             yield chunk
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with the process, however that ends.
+    """Lock a folder for this process; the lock ends with the process, however that ends.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: Another process holds the lock.
     """
     with _descriptor(folder, os.O_RDONLY) as descriptor:
         try:
@@ -115,10 +115,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_destination(destination: str | Path) -> Path:
-    """The destination as a path, if a folder may be written there.
+    """Return the destination as a path, if a folder may be written there.
 
     Raises:
-        ValueError: it exists and is not an empty folder.
+        ValueError: It exists and is not an empty folder.
     """
     destination = Path(destination)
     if destination.exists() and not destination.is_dir():
@@ -130,21 +130,21 @@ def check_destination(destination: str | Path) -> Path:
 
 @contextmanager
 def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes the destination's name when the block ends well and all is on the disk.
+    """Yield a folder that gets the destination's name when the block succeeds and everything is on the disk.
 
-    At every moment the destination is either absent (or the empty folder it was) or complete. Until then the folder
-    lies in a work folder beside the destination; what the block writes there outside the folder never reaches the
-    destination.
+    The output folder is either absent (or the empty folder that was there) or complete. Until then, the folder is
+    inside a work folder next to the destination. Other files that the block writes into the work folder do not reach
+    the destination.
 
     Args:
-        destination: a folder that does not exist or is empty.
-        key: names what is being written. With a key, finished files outlive an interruption and an OSError, for a later
-            call to go on with.
-        resume: find what an earlier call with this key left, instead of an empty folder.
+        destination: A folder that does not exist or is empty.
+        key: Identifies what is written. With a key, finished files are kept after an interruption or an OSError, so
+            that a later call can continue.
+        resume: Yield the folder that an earlier call with this key left, instead of an empty one.
 
     Raises:
-        ValueError: the destination exists and is not empty, or another process is writing the same.
-        OSError: names the file or folder that could not be written.
+        ValueError: The destination exists and is not empty, or another process is writing the same.
+        OSError: Names the file or folder that could not be written.
     """
     destination = check_destination(destination).absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def complete_folder(destination: str | Path, key: str | None = None, resume: boo
             sync_tree(folder)
             rename(folder, destination)
         except BaseException as error:
-            # A ValueError (a corrupt source, say) would come again; a full disk or a keystroke would not.
+            # A ValueError (a corrupt source, for example) would occur again; a full disk or an interruption may not.
             is_final = key is None or isinstance(error, ValueError)
             if is_final or not any(path.is_file() for path in work.rglob("*")):
                 shutil.rmtree(work, ignore_errors=True)

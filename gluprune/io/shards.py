@@ -1,4 +1,4 @@
-"""Safetensors files as they lie on the disk: headers and indexes, checked before a byte of data is believed.
+"""Safetensors files on the disk: headers and indexes, checked before any data is used.
 
 A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets) and the raw data.
 """
@@ -15,8 +15,8 @@ import torch
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# A header takes about 100 bytes a tensor. The format allows 100 MB, which parsed as JSON could fill 2 GB of memory; no
-# model that can be pruned comes near 16 MiB.
+# A header takes about 100 bytes per tensor. The format allows 100 MB, which could take 2 GB of memory when parsed as
+# JSON; no model that can be pruned comes near 16 MiB.
 MAX_JSON_BYTES = 1 << 24
 
 MAX_NAME_LENGTH = 1024
@@ -42,7 +42,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a shard: dtype as the format names it, `offset` in bytes from the beginning of the file."""
+    """One tensor of a shard.
+
+    Attributes:
+        file: The shard.
+        name: Name of the tensor.
+        dtype: As the format names it, a key of `DTYPES`.
+        shape: Sizes of the dimensions.
+        offset: Position of the data, in bytes from the beginning of the file.
+    """
 
     file: Path
     name: str
@@ -52,10 +60,12 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
+        """Bytes per element."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the data."""
         return math.prod(self.shape) * self.itemsize
 
 
@@ -76,14 +86,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def parse_json_object(text: bytes, what: str) -> dict:
-    """A JSON object from bytes that may be anything.
+    """Parse a JSON object from untrusted bytes.
 
     Raises:
-        ValueError: begins with `what`, and says why it is none.
+        ValueError: They are no JSON object; the message begins with `what` and says why.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-        if b"\\ud" in text.lower():  # JSON can write halves of characters, which no file could hold again
+        if b"\\ud" in text.lower():  # JSON can hold halves of surrogate pairs, which UTF-8 cannot encode
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: nested too deeply") from None
@@ -95,10 +105,11 @@ def parse_json_object(text: bytes, what: str) -> dict:
 
 
 def read_json_object(path: Path) -> dict:
-    """The JSON object in a file of at most `MAX_JSON_BYTES`.
+    """Read the JSON object in a file of at most `MAX_JSON_BYTES`.
 
     Raises:
-        ValueError, OSError: names the file.
+        ValueError: The file is too large or holds no JSON object; the message names it.
+        OSError: It cannot be read.
     """
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {MAX_JSON_BYTES:,} expected at most")
@@ -106,12 +117,12 @@ def read_json_object(path: Path) -> dict:
 
 
 def _short(value: object) -> str:
-    """A value from a corrupt file, fit for an error message whatever it is."""
+    """Return a value from a corrupt file in a form that fits into an error message."""
     return repr(value)[:80] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def _are_counts(value: object, at_most: int) -> bool:
-    """A list of up to `at_most` sizes or positions, none so large that arithmetic with it could hang."""
+    """Whether a value is a list of at most `at_most` sizes or positions, none too large for fast arithmetic."""
     return (
         isinstance(value, list)
         and len(value) <= at_most
@@ -120,7 +131,7 @@ def _are_counts(value: object, at_most: int) -> bool:
 
 
 def _parse_tensor(file: Path, name: str, entry: object, data_start: int) -> tuple[StoredTensor, int]:
-    """One header entry, and the end of its data from the beginning of the file."""
+    """Return the tensor of a header entry, and the end of its data from the beginning of the file."""
     what = f"{file}: tensor {_short(name)}"
     if len(name) > MAX_NAME_LENGTH:
         raise ValueError(f"{what} must have a name of up to {MAX_NAME_LENGTH} characters")
@@ -141,14 +152,14 @@ def _parse_tensor(file: Path, name: str, entry: object, data_start: int) -> tupl
 
 
 def read_shard(file: Path) -> Shard:
-    """The header of a safetensors file, checked against the file's size.
+    """Read the header of a safetensors file, and check it against the size of the file.
 
     Raises:
-        ValueError: the file is truncated or corrupt; the message names it and what is wrong.
-        OSError: it cannot be read.
+        ValueError: The file is truncated or corrupt; the message names it and what is wrong.
+        OSError: It cannot be read.
     """
     size = file.stat().st_size
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         length_bytes = stream.read(8)
         if len(length_bytes) < 8:
             raise ValueError(f"{file} is truncated: {size} bytes, too short for a safetensors file")
@@ -177,17 +188,17 @@ def read_shard(file: Path) -> Shard:
             raise ValueError(f"{file}: tensor {_short(tensor.name)} {what} (byte {tensor.offset}, expected {position})")
         position = end
     if position != size:
-        what = "is truncated" if position > size else "has bytes behind its data"
+        what = "is truncated" if position > size else "has bytes after its data"
         raise ValueError(f"{file} {what}: {size:,} bytes, its header describes {position:,}")
     return Shard(file, [tensor for tensor, _ in spans], metadata)
 
 
 def read_checkpoint(folder: Path) -> list[Shard]:
-    """The shards of a checkpoint: `model.safetensors` alone, or the files that the index names, each tensor once.
+    """Return the shards of a checkpoint: `model.safetensors`, or the files that the index names, each tensor once.
 
     Raises:
-        ValueError: there are no safetensors, a file is corrupt, or index and files contradict each other.
-        OSError: a file is missing or cannot be read.
+        ValueError: There are no safetensors, a file is corrupt, or index and files contradict each other.
+        OSError: A file is missing or cannot be read.
     """
     if (folder / SINGLE_FILE).is_file():
         return [read_shard(folder / SINGLE_FILE)]
@@ -199,7 +210,7 @@ def read_checkpoint(folder: Path) -> list[Shard]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no weight_map from tensors to files")
     for name, file in weight_map.items():
-        # The name is used in the output too, so it must not lead out of the folder.
+        # The output uses the same name, so it must not lead out of the folder.
         is_plain = isinstance(file, str) and file == Path(file).name and file.isprintable()
         if not is_plain or not file.endswith(".safetensors"):
             place = f"tensor {_short(name)} into {_short(file)}"
@@ -219,7 +230,7 @@ def read_checkpoint(folder: Path) -> list[Shard]:
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """Header length and header of a file whose data are these tensors (name, dtype, shape), back to back."""
+    """Return header length and header of a file that holds these tensors (name, dtype, shape) back to back."""
     header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for name, dtype, shape in tensors:

@@ -1,0 +1,1 @@
+"""Measuring: latency, energy, memory, perplexity, and the records of it."""

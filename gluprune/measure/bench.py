@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from gluprune.measure.decoding import GenerationTiming, Generator, make_generator, time_generator
 from gluprune.measure.energy import Energy, Meter, find_meter
 from gluprune.measure.records import Record
-from gluprune.models.families import GLU, model_glus
+from gluprune.models.glu import GLU, model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.widths import target_width
 from gluprune.reports import plots
-from gluprune.runtime.patching import fusion_status, patch, unpatch
+from gluprune.runtime.fusion import fusion_status
+from gluprune.runtime.patching import patch, unpatch
 
 PAPER_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # those of arXiv 2512.22671
 STOCK, OURS = "transformers", "gluprune"  # who runs the MLPs

@@ -1,0 +1,1 @@
+"""The models that can be pruned: families, their MLPs, and widths in configs."""

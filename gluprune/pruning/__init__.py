@@ -1,0 +1,1 @@
+"""Choosing neurons, removing them, and refitting the weights that remain."""

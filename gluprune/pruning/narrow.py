@@ -1,7 +1,7 @@
-"""Narrow one GLU in place, undoably and without a second copy of the model.
+"""Narrow one GLU in place, with undo and without a second copy of the model.
 
-A weight is split into kept and removed rows (or columns) and the original is let go, so the two parts together take the
-memory that the original took. The removed part waits in an undo stack until the caller is done with every layer.
+A weight is split into kept and removed rows (or columns) and the original is freed, so the two parts together take the
+memory of the original. The removed part stays in an undo stack until the caller is done with all layers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-from torch import nn
 
-from gluprune.models.families import GLU
+from gluprune.models.glu import GLU
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,15 +24,15 @@ def _set_attribute(owner: object, name: str, value: object, undo: ExitStack) -> 
 def _take(whole: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     if dim == 0 or whole.device.type != "cpu":
         return whole.index_select(dim, index)
-    # NumPy gathers columns two to three times as fast as torch on a CPU; it knows no bf16, so bits are moved.
+    # NumPy gathers columns two to three times as fast as torch on a CPU. It has no bf16, so the bits are moved.
     part = whole.new_empty(whole.shape[0], len(index))
     bits = _BITS[whole.element_size()]
     np.take(whole.view(bits).numpy(), index.numpy(), axis=1, out=part.view(bits).numpy(), mode="clip")
     return part
 
 
-def _shrink(parameter: nn.Parameter, dim: int, kept: torch.Tensor, removed: torch.Tensor, undo: ExitStack) -> None:
-    """Keep the entries `kept` of `parameter` along `dim`; the Parameter object stays, its stale gradient goes."""
+def _shrink(parameter: torch.Tensor, dim: int, kept: torch.Tensor, removed: torch.Tensor, undo: ExitStack) -> None:
+    """Keep the entries `kept` of `parameter` along `dim`; the Parameter object stays, its stale gradient is dropped."""
     whole = parameter.data
     shape, grad = whole.shape, parameter.grad
     kept, removed = kept.to(whole.device), removed.to(whole.device)
@@ -57,9 +56,9 @@ def narrow(glu: GLU, kept: torch.Tensor, undo: ExitStack) -> None:
     """Keep the neurons `kept` of one GLU: rows of gate and up (and their biases), columns of down.
 
     Args:
-        glu: the layer's MLP; parameters, `in_features`, `out_features` and `intermediate_size` change in place.
+        glu: The MLP; parameters, `in_features`, `out_features` and `intermediate_size` change in place.
         kept: int64 `[width]`, ascending, on the CPU.
-        undo: receives the callbacks that restore the former state bit for bit; closing it undoes, `pop_all()` commits.
+        undo: Gets the callbacks that restore the former state bit for bit; closing it undoes, `pop_all()` commits.
     """
     width, before = len(kept), glu.intermediate_size
     is_removed = torch.ones(before, dtype=torch.bool)
@@ -79,34 +78,3 @@ def narrow(glu: GLU, kept: torch.Tensor, undo: ExitStack) -> None:
     _set_attribute(glu.down, "in_features", width, undo)
     if hasattr(glu.mlp, "intermediate_size"):
         _set_attribute(glu.mlp, "intermediate_size", width, undo)
-
-
-def resize(glu: GLU, width: int) -> None:
-    """Give a GLU of a model under construction new, uninitialised projections of `width` neurons."""
-    rows = 2 * width if glu.family.packed else width
-    for name, old in glu.projections.items():
-        inputs, outputs = (width, old.out_features) if name == glu.family.down else (old.in_features, rows)
-        new = nn.Linear(inputs, outputs, bias=old.bias is not None, device="meta", dtype=old.weight.dtype)
-        setattr(glu.mlp, name, new.to_empty(device=old.weight.device))
-    if hasattr(glu.mlp, "intermediate_size"):
-        glu.mlp.intermediate_size = width
-
-
-def width_entries(widths: list[int]) -> dict[str, object]:
-    """What a config says about the widths of all layers: `intermediate_size` and `per_layer_config`.
-
-    One width is the `intermediate_size`. Of several the largest is, and `per_layer_config`, the transformers form for
-    layers that differ (otherwise None), has the others; `gluprune.load` reads it, stock Llama classes refuse to build it.
-
-    Args:
-        widths: intermediate size of every layer, in order.
-    """
-    others = {index: {"intermediate_size": width} for index, width in enumerate(widths) if width != max(widths)}
-    return {"intermediate_size": max(widths), "per_layer_config": others or None}
-
-
-def set_config_widths(config, widths: list[int]) -> None:
-    """Write the widths of all layers into a transformers (text) config, which is changed in place."""
-    config.per_layer_config = None  # lifts the guard that hides `intermediate_size` while layers differ
-    for key, value in width_entries(widths).items():
-        setattr(config, key, value)

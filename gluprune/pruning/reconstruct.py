@@ -1,24 +1,24 @@
-"""Bring a pruned model back towards the dense one, layer after layer, by least squares on text.
+"""Refit the down projections of a pruned model in order, so that every layer's output matches the dense model's.
 
-The error of a narrowed layer is passed on by the layers behind it. So layers are taken in order. With h `[T, H]` the
-residual stream of the dense model behind a layer, h' that of the pruned model, whose earlier layers have been dealt with
-already, and X `[T, width]` the inputs of the pruned layer's down projection, all over the tokens of a text, the
-projection's weight `[width, H]` is moved by
+The error of a narrowed layer passes through all later layers, so layers are refitted in order. Let h `[T, H]` be the
+residual stream of the dense model after a layer, h' that of the pruned model, whose earlier layers have been refitted,
+and X `[T, width]` the inputs of the pruned layer's down projection, all over the tokens of a text. The weight `[width,
+H]` of the projection changes by
 
     D = argmin ||(h - h') - X D||^2 + lambda ||D||^2,
 
-so a layer makes up for all that went wrong up to it: *Channel Pruning for Accelerating Very Deep Neural Networks* (He et
-al., arXiv 1707.06168), section 3.2, where layers are pruned in order, and 3.3, where the last layer of a residual branch
-aims at what the shortcut lacks, too. No gradient step is taken.
+so a layer corrects all errors up to it, as in *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al.,
+arXiv 1707.06168): section 3.2, where layers are pruned in order, and 3.3, where the last layer of a residual branch
+also corrects the error of the shortcut. No gradient step is taken.
 
 X explains little of h - h', and D has many entries: fitted on few tokens it makes the model worse. So D is shrunk by a
-factor for the layer, which is found by cross-fitting. Let D_a be fitted on one half of the rows of text and D_b on the
-other. On the half that it has not seen, D_a is best multiplied by
+factor per layer, which is estimated by cross-fitting. Let D_a be fitted on one half of the rows of text and D_b on the
+other. On the half that D_a was not fitted on, the best factor for it is
 
     s = <X_b D_a, h_b - h'_b> / ||X_b D_a||^2,
 
-which estimates S / (S + N), with S the squares of what there is to find and N those of the noise of the fit. Numerator and
-denominator are summed over both ways to choose the halves. A fit on all of the text has half of that noise at most, so it is
+an estimate of S / (S + N), with S the power of the signal and N that of the noise of the fit. Numerator and denominator
+are summed over both assignments of the halves. A fit on all of the text has at most half of that noise, so it is
 multiplied by S / (S + N / 2) = 2 s / (1 + s).
 """
 
@@ -27,28 +27,159 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from gluprune.calibration.sensitivity import Batch
-from gluprune.calibration.statistics import LayerStatistics, evaluating, in_float32, read_batches, run_decoder
-from gluprune.models.families import GLU, decoder_layers, family_of, model_glus
-from gluprune.pruning.compensate import RIDGE, replace_down, solve
-from gluprune.pruning.prune import check_prunable
+from gluprune.calibration.batches import Batch, read_batches
+from gluprune.calibration.least_squares import RIDGE, solve
+from gluprune.calibration.running import evaluating, in_float32, run_decoder
+from gluprune.calibration.statistics import LayerStatistics
+from gluprune.models.families import family_of
+from gluprune.models.glu import GLU, decoder_layers, model_glus
+from gluprune.pruning.checks import check_prunable
+from gluprune.pruning.compensate import replace_down
+from gluprune.runtime.patching import realign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 
-class _Stream:
-    """The residual stream of one model, for every batch, which goes forward by one layer at a time.
+@torch.inference_mode(False)
+@torch.no_grad()
+def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: Iterable) -> None:
+    """Refit the down projections of a pruned model in order, so that every layer's output matches the dense model's.
 
-    hidden: of every batch `[B, S, H]`.
+    The method is that of *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al., arXiv 1707.06168,
+    sections 3.2 and 3.3), with steps shrunk by cross-fitting (`gluprune.pruning.reconstruct`). It follows pruning of
+    any kind and works on layers of any widths, best after `compensate=True`; it helps more the more was pruned. It
+    needs much less text than calibration, of the same kinds; more is better. A layer for which the text shows no gain
+    stays as it is; the factors are logged. In place, all or nothing: Parameter objects stay the same, and if anything
+    fails every weight is as it was.
+
+    Memory: over all of the text, the residual streams of both models and the inputs of one down projection, in float32
+    on a CPU and otherwise in the dtype of the model; the masks of all batches if there is padding; about five float32
+    Gram matrices `[width, width]`; and the former down projections. As in `calibrate`, decoder layers in half precision
+    run in float32 on a CPU.
+
+    Args:
+        pruned: A causal LM of a family whose MLPs write into the residual stream directly: not olmo2, gemma2,
+            gemma3_text and glm4, which normalise. Patched or not.
+        dense: The model before pruning, fully loaded, on any device. It is not changed.
+        calibration: Batches as `calibrate` takes them, with at least two rows. Padding is left out.
+
+    Raises:
+        TypeError: Unusable batches, as for `calibrate`.
+        ValueError: Unusable batches or fewer than two rows of text; models that do not belong together, share weights
+            or are of another family; weights that `prune` rejects (quantized, on the meta device, tied); NaN or Inf in
+            the residual streams (names the layer).
+
+    Example:
+        >>> import copy, gluprune
+        >>> from transformers import AutoTokenizer
+        >>> dense, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
+        >>> batches = gluprune.batches_from_text(tokenizer, "A long text. " * 100, windows=2, length=64)
+        >>> pruned = copy.deepcopy(dense)
+        >>> report = gluprune.prune(pruned, pruning_ratio=0.25)
+        >>> gluprune.reconstruct(pruned, dense, batches)
+    """
+    glus = _check(pruned, dense)
+    batches = _without_padding_rows(read_batches(pruned, calibration))
+    if sum(len(ids) for ids, _ in batches) < 2:
+        raise ValueError("calibration holds one row of text: give at least two, one half checks the fit on the other")
+    with ExitStack() as stack, ExitStack() as undo:
+        for model in (pruned, dense):
+            stack.enter_context(evaluating(model))
+        target, stream = _Stream(dense, batches), _Stream(pruned, batches)
+        for model in (pruned, dense):
+            stack.enter_context(in_float32(decoder_layers(model)))
+        for index, glu in enumerate(tqdm(glus, desc="reconstructing", unit="layer", disable=None, leave=False)):
+            _refit_layer(index, glu, target, stream, undo)
+        undo.pop_all()
+    realign(glu.mlp for glu in glus)
+
+
+def _refit_layer(index: int, glu: GLU, target: _Stream, stream: _Stream, undo: ExitStack) -> None:
+    """Advance both streams by one layer, and refit the down projection of that layer."""
+    label, weight = f"layer {index}", glu.down.weight.data
+    # Granite scales the outputs of its MLPs.
+    scale = getattr(stream.layers[index], "residual_multiplier", 1.0)
+    halves, rows = (_Sums(glu), _Sums(glu)), 0
+    inputs: list[torch.Tensor] = []  # of every batch x [B, S, width]
+    with glu.down.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])):
+        for number, (ids, mask) in enumerate(stream.batches):
+            wanted, found = target.advance(number, index), stream.advance(number, index)
+            error = (wanted.to(found.device).float() - found.float()) / scale  # [B, S, H]
+            for parity, half in enumerate(halves):  # rows take turns
+                chosen = slice((parity - rows) % 2, None, 2)
+                tokens = slice(None) if mask is None else mask[chosen].to(found.device)
+                x, e = inputs[-1][chosen][tokens], error[chosen][tokens]
+                half.add(x.reshape(-1, x.shape[-1]), e.reshape(-1, e.shape[-1]))
+            rows += len(ids)
+    for half in halves:
+        half.complete()
+    if not all(half.gram.isfinite().all() and half.cross.isfinite().all() for half in halves):
+        raise ValueError(f"{label} of pruned or dense has NaN or Inf in its activations on the text")
+    change, factor = _shrunk_fit(*halves, label)
+    logger.info("%s: correction multiplied by %.2f", label, factor)
+    if factor == 0:
+        return
+    replace_down(glu.down, (weight + change.T).to(weight.dtype), undo)
+    moved = scale * (glu.down.weight.data.float() - weight.float()).T  # [width, H], as rounded
+    for number, x in enumerate(inputs):
+        stream.hidden[number] += (x.float() @ moved).to(stream.hidden[number].dtype)
+
+
+def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
+    """Return the GLUs of the pruned model, or raise if it cannot be reconstructed."""
+    glus, dense_glus = model_glus(pruned), model_glus(dense)
+    config, dense_config = pruned.config.get_text_config(), dense.config.get_text_config()
+    vocabularies = [model.get_input_embeddings().num_embeddings for model in (pruned, dense)]
+    found, expected = (
+        f"{settings.model_type} with {len(layers)} layers, hidden size {settings.hidden_size}, {vocabulary} tokens"
+        for settings, layers, vocabulary in zip((config, dense_config), (glus, dense_glus), vocabularies, strict=True)
+    )
+    if found != expected:
+        raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}; dense is {expected}")
+    if family_of(config).normalized:
+        raise ValueError(
+            f"model type {config.model_type!r} cannot be reconstructed: a norm comes between its down projections"
+            " and the residual stream"
+        )
+    check_prunable(pruned, glus, range(len(glus)))
+    if any(parameter.is_meta for parameter in dense.parameters()):
+        raise ValueError("dense is on the meta device: load its weights first")
+    for index, (glu, other) in enumerate(zip(glus, dense_glus, strict=True)):
+        if glu.down.weight is other.down.weight:
+            raise ValueError(
+                f"pruned and dense share the weights of layer {index}: give dense as it was before pruning"
+            )
+        if glu.down.in_features > other.down.in_features:
+            widths = f"{glu.down.in_features} neurons in pruned, {other.down.in_features} in dense"
+            raise ValueError(f"layer {index} has {widths}: is pruned the first model, dense the second?")
+    return glus
+
+
+def _without_padding_rows(batches: Iterable[Batch]) -> list[Batch]:
+    """Return the batches without rows that are all padding."""
+    return [(ids, None) if mask is None else (ids[mask.any(1)], mask[mask.any(1)]) for ids, mask in batches]
+
+
+class _Stream:
+    """The residual stream of one model for every batch, which advances one layer at a time.
+
+    Attributes:
+        layers: The decoder layers.
+        batches: Token ids and masks.
+        hidden: For every batch, the residual stream `[B, S, H]`.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]):
-        self._layers = decoder_layers(model)
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]):
+        self.layers, self.batches = decoder_layers(model), batches
         self.hidden: list[torch.Tensor] = []
         self._arguments: list[list[tuple[tuple, dict]]] = []
         for batch in batches:
@@ -57,16 +188,16 @@ class _Stream:
             self._arguments.append(arguments)
 
     def advance(self, batch: int, index: int) -> torch.Tensor:
-        """Run layer `index` on a batch."""
+        """Run layer `index` on a batch, and return its output `[B, S, H]`."""
         arguments, options = self._arguments[batch][index]
-        self.hidden[batch] = self._layers[index](self.hidden[batch], *arguments, **options)
+        self.hidden[batch] = self.layers[index](self.hidden[batch], *arguments, **options)
         return self.hidden[batch]
 
 
-def _layer_arguments(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-    """The hidden states `[B, S, H]` before the first layer, and what else each layer is called with: masks, positions.
+def _layer_arguments(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    """Return the hidden states `[B, S, H]` before the first layer, and the other arguments of each layer.
 
-    The layers are not run: only the hidden states depend on them.
+    The layers do not run: masks and positions do not depend on them.
     """
     first, found = [], []
 
@@ -78,20 +209,20 @@ def _layer_arguments(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list
     with ExitStack() as stack:
         for layer in decoder_layers(model):
             stack.callback(_restore_forward, layer, vars(layer).get("forward"))
-            layer.forward = record
+            setattr(layer, "forward", record)  # noqa: B010 (an instance attribute, not the method)
         run_decoder(model, *batch)
     return first[0], found
 
 
 def _restore_forward(layer: nn.Module, own: object) -> None:
-    """Give a module the forward back that it had of its own, or that of its class."""
+    """Remove the forward from an instance, or restore the one that it had."""
     del layer.forward
     if own is not None:
-        layer.forward = own
+        setattr(layer, "forward", own)  # noqa: B010 (an instance attribute, not the method)
 
 
 class _Sums:
-    """Sums over tokens that least squares needs: X^T X `[width, width]` and X^T E `[width, H]`, float32."""
+    """Sums over tokens for least squares: X^T X `[width, width]` and X^T E `[width, H]`, float32."""
 
     def __init__(self, glu: GLU):
         self._statistics = LayerStatistics.empty(glu, gram=True)
@@ -99,10 +230,12 @@ class _Sums:
 
     @property
     def gram(self) -> torch.Tensor:
-        return self._statistics.gram
+        gram = self._statistics.gram
+        assert gram is not None
+        return gram
 
     def add(self, x: torch.Tensor, e: torch.Tensor) -> None:
-        """Take in x `[T, width]` and float32 e `[T, H]`. The sums are valid only after `complete`."""
+        """Add x `[T, width]` and float32 e `[T, H]`. The sums are valid only after `complete`."""
         self._statistics.add(x)
         self.cross.addmm_(x.float().T, e)
 
@@ -111,7 +244,7 @@ class _Sums:
 
 
 def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
-    """D `[width, H]` times its factor, and the factor, from the sums of either half of the text."""
+    """Return D `[width, H]` times its factor, and the factor, computed from the sums of both halves of the text."""
 
     def fit(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
         return solve(gram, cross, RIDGE * gram.diagonal().mean(), label)
@@ -124,109 +257,3 @@ def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
     share = float((explained / power).clamp(0, 1)) if power > 0 else 0.0
     factor = 2 * share / (1 + share)
     return factor * on_all, factor
-
-
-def _check(pruned: nn.Module, dense: nn.Module) -> list[GLU]:
-    """The GLUs of the pruned model, after refusing what cannot be reconstructed."""
-    glus, dense_glus = model_glus(pruned), model_glus(dense)
-    config, dense_config = pruned.config.get_text_config(), dense.config.get_text_config()
-    vocabularies = [model.get_input_embeddings().num_embeddings for model in (pruned, dense)]
-    found, expected = (
-        f"{settings.model_type} with {len(layers)} layers, hidden size {settings.hidden_size}, {vocabulary} tokens"
-        for settings, layers, vocabulary in zip((config, dense_config), (glus, dense_glus), vocabularies)
-    )
-    if found != expected:
-        raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}; dense is {expected}")
-    if family_of(config).normalized:
-        raise ValueError(
-            f"model type {config.model_type!r} cannot be reconstructed: a norm comes between its down projections and the"
-            " residual stream"
-        )
-    check_prunable(pruned, glus, range(len(glus)))
-    if any(parameter.is_meta for parameter in dense.parameters()):
-        raise ValueError("dense is on the meta device: load its weights first")
-    for index, (glu, other) in enumerate(zip(glus, dense_glus)):
-        if glu.down.weight is other.down.weight:
-            raise ValueError(
-                f"pruned and dense share the weights of layer {index}: give dense as it was before pruning"
-            )
-        if glu.down.in_features > other.down.in_features:
-            widths = f"{glu.down.in_features} neurons in pruned, {other.down.in_features} in dense"
-            raise ValueError(f"layer {index} has {widths}: is pruned the first model, dense the second?")
-    return glus
-
-
-def _without_padding_rows(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches without rows that are all padding."""
-    return [(ids, None) if mask is None else (ids[mask.any(1)], mask[mask.any(1)]) for ids, mask in batches]
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def reconstruct(pruned: nn.Module, dense: nn.Module, calibration: Iterable) -> None:
-    """Re-solve the down projections of a pruned model in order, so that its residual stream follows the dense model's.
-
-    Layer after layer as in *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al., arXiv 1707.06168,
-    sections 3.2 and 3.3), with steps shrunk by cross-fitting (`gluprune.pruning.reconstruct`). It follows pruning of any kind
-    and works on layers of any widths, best after `compensate=True`. It needs much less text than calibration, of the same
-    kinds; more is better. A layer that the text has nothing to say about stays as it is; the factors are logged. In
-    place, all or nothing: Parameter objects stay the same, and if anything fails every weight is as it was.
-
-    Memory: over all of the text the residual streams of both models and the inputs of one down projection, in float32 on
-    a CPU and otherwise in the dtype of the model; the masks of all batches where there is padding; about five Gram
-    matrices `[width, width]` in float32; and the former down projections. As in `calibrate`, decoder layers in half
-    precision run in float32 on a CPU.
-
-    Args:
-        pruned: a causal LM of a family whose MLPs write into the residual stream directly: not olmo2, gemma2, gemma3_text
-            and glm4, which normalise. Patched or not.
-        dense: the model before pruning, wholly loaded, on any device. Left as it was.
-        calibration: batches of text as `calibrate` takes them, with two rows at least. Padding is left out.
-
-    Raises:
-        TypeError, ValueError: unusable batches, as for `calibrate`, or fewer than two rows of text; models that do not
-            belong together, share weights or are of another family; weights that `prune` refuses (quantized, on the meta
-            device, tied); NaN or Inf in the residual streams (names the layer).
-    """
-    glus = _check(pruned, dense)
-    batches = _without_padding_rows(read_batches(pruned, calibration))
-    if sum(len(ids) for ids, _ in batches) < 2:
-        raise ValueError("calibration holds one row of text: give at least two, one half checks the fit on the other")
-    layers = decoder_layers(pruned)
-    with ExitStack() as stack, ExitStack() as undo:
-        for model in (pruned, dense):
-            stack.enter_context(evaluating(model))
-        aim, stream = _Stream(dense, batches), _Stream(pruned, batches)
-        for model in (pruned, dense):
-            stack.enter_context(in_float32(decoder_layers(model)))
-        for index, glu in enumerate(tqdm(glus, desc="reconstructing", unit="layer", disable=None, leave=False)):
-            label, weight = f"layer {index}", glu.down.weight.data
-            # Granite scales what its MLPs write.
-            scale = getattr(layers[index], "residual_multiplier", 1.0)
-            halves, rows = (_Sums(glu), _Sums(glu)), 0
-            inputs: list[torch.Tensor] = []  # of every batch x [B, S, width]
-            with glu.down.register_forward_pre_hook(lambda module, arguments, to=inputs: to.append(arguments[0])):
-                for number, (ids, mask) in enumerate(batches):
-                    wanted, found = aim.advance(number, index), stream.advance(number, index)
-                    missing = (wanted.to(found.device).float() - found.float()) / scale  # [B, S, H]
-                    for parity, half in enumerate(halves):  # rows take turns
-                        chosen = slice((parity - rows) % 2, None, 2)
-                        tokens = slice(None) if mask is None else mask[chosen].to(found.device)
-                        x, e = inputs[-1][chosen][tokens], missing[chosen][tokens]
-                        half.add(x.reshape(-1, x.shape[-1]), e.reshape(-1, e.shape[-1]))
-                    rows += len(ids)
-            for half in halves:
-                half.complete()
-            if not all(half.gram.isfinite().all() and half.cross.isfinite().all() for half in halves):
-                raise ValueError(f"{label} of pruned or dense has NaN or Inf in its activations on the text")
-            change, factor = _shrunk_fit(*halves, label)
-            logger.info("%s: correction multiplied by %.2f", label, factor)
-            if factor == 0:
-                continue
-            replace_down(glu.down, (weight + change.T).to(weight.dtype), undo)
-            moved = scale * (glu.down.weight.data.float() - weight.float()).T  # [width, H], as rounded
-            for number, x in enumerate(inputs):
-                stream.hidden[number] += (x.float() @ moved).to(stream.hidden[number].dtype)
-        undo.pop_all()
-    for glu in glus:  # a patched MLP moves its new weights into aligned storage when its mode is set
-        glu.mlp.train(glu.mlp.training)

@@ -1,14 +1,15 @@
-"""Importance scores of GLU neurons: one float32 number a neuron, higher is kept.
+"""Importance scores of GLU neurons: one float32 number per neuron, higher is kept.
 
-The static criteria are those compared in *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671), section
-on neuron selection, plus the three-projection form of its magnitude criterion. The calibrated ones also look at what
-the neurons do on text. All work on float32 values of the weights.
+The static scores are the criteria compared in *Fragile Knowledge, Robust Instruction-Following* (arXiv 2512.22671,
+section on neuron selection), and the three-projection form of its magnitude criterion. The calibrated scores also use
+the activations on text. All are computed on float32 values of the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -17,13 +18,13 @@ from gluprune.runtime import operator
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Rows worked on at a time: what is read twice is in the cache the second time, and an upcast takes a few MB at most.
+# Rows per step: the second read of a row hits the cache, and an upcast takes at most a few MB.
 _ROWS = 512
 
 
 def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    # Extremes are exact in any dtype, so only the two vectors are upcast. (In bf16 on a CPU amax and amin together are
-    # three times as fast as aminmax.)
+    # Extremes are exact in any dtype, so only the two vectors are upcast. In bf16 on a CPU, amax and amin together are
+    # three times as fast as aminmax.
     return weight.amax(dim).float() + weight.amin(dim).float().abs()
 
 
@@ -32,10 +33,10 @@ def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tenso
 
 
 class WeightStatistics:
-    """Per-neuron statistics of one layer's gate `[I, H]`, up `[I, H]` and down `[H, I]`, each computed when asked for.
+    """Per-neuron statistics of one layer's gate `[I, H]`, up `[I, H]` and down `[H, I]`, each computed on access.
 
-    All are float32 `[I]`: `*_ppm` peak-to-peak magnitude `max + |min|` over a row of gate or up or a column of down,
-    `*_variance` unbiased row variance, `*_l1` and `*_l2` row norms.
+    All are float32 `[I]`: `*_ppm` is the peak-to-peak magnitude `max + |min|` of a row of gate or up or a column of
+    down, `*_variance` the unbiased row variance, `*_l1` and `*_l2` the row norms.
     """
 
     def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
@@ -43,51 +44,61 @@ class WeightStatistics:
 
     @cached_property
     def gate_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the gate rows."""
         return _by_rows(lambda rows: _ppm(rows, 1), self._gate)
 
     @cached_property
     def up_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the up rows."""
         return _by_rows(lambda rows: _ppm(rows, 1), self._up)
 
     @cached_property
     def down_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the down columns."""
         return _ppm(self._down, 0)
 
     @cached_property
     def down_l2(self) -> torch.Tensor:
+        """L2 norm of the down columns."""
         return torch.cat([torch.norm(columns.float(), p=2, dim=0) for columns in self._down.split(_ROWS, dim=1)])
 
     @cached_property
     def gate_variance(self) -> torch.Tensor:
+        """Variance of the gate rows."""
         return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._gate)
 
     @cached_property
     def up_variance(self) -> torch.Tensor:
+        """Variance of the up rows."""
         return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._up)
 
     @cached_property
     def gate_l1(self) -> torch.Tensor:
+        """L1 norm of the gate rows."""
         return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._gate)
 
     @cached_property
     def up_l1(self) -> torch.Tensor:
+        """L1 norm of the up rows."""
         return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._up)
 
     @cached_property
     def gate_l2(self) -> torch.Tensor:
+        """L2 norm of the gate rows."""
         return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._gate)
 
     @cached_property
     def up_l2(self) -> torch.Tensor:
+        """L2 norm of the up rows."""
         return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._up)
 
 
-# Both providers of statistics have the same field names.
+# `WeightStatistics` and the kernel's statistics have the same field names.
 STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {
     # MAW, named PPM since version 3 of the paper: peak-to-peak magnitude of gate and up.
     "maw": lambda s: s.gate_ppm + s.up_ppm,
     "ppm": lambda s: s.gate_ppm + s.up_ppm,
-    # The same over gate, up and down: a neuron also counts by what it writes.
+    # The same over gate, up and down, so the neuron's output weights count, too.
     "maw_gud": lambda s: s.gate_ppm + s.up_ppm + s.down_ppm,
     # Variance of weights.
     "vow": lambda s: s.gate_variance + s.up_variance,
@@ -99,11 +110,13 @@ STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Score of every neuron of one layer by a criterion of `STATIC_SCORES`.
+    """Return the score of every neuron of one layer, computed from its weights.
 
     Args:
-        name: a key of `STATIC_SCORES`.
-        gate, up: `[I, H]`; down: `[H, I]`; any floating dtype, any strides.
+        name: A key of `STATIC_SCORES`.
+        gate: `[I, H]`, any floating dtype, any strides.
+        up: `[I, H]`, likewise.
+        down: `[H, I]`, likewise.
 
     Returns:
         float32 `[I]` on the device of the weights.
@@ -119,31 +132,87 @@ def _hybrid(weights: WeightStatistics, activations: LayerStatistics) -> torch.Te
     return (gate + up + down) * activations.batch_norms
 
 
+def _surgeon(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tensor:
+    assert activations.saliency is not None
+    return activations.saliency
+
+
 CALIBRATED_SCORES: dict[str, Callable[[WeightStatistics, LayerStatistics], torch.Tensor]] = {
-    # ||x_i|| * ||W_down[:, i]||: the exact Frobenius norm of what neuron i adds to the layer's output over all tokens,
-    # x_i W_down[:, i]^T. Wanda (arXiv 2306.11695) multiplies the same norms per weight, FLAP (arXiv 2312.11983) takes
-    # the fluctuation of x_i in place of its norm.
+    # ||x_i|| * ||W_down[:, i]||: the exact Frobenius norm of the contribution of neuron i to the layer's output over
+    # all tokens, x_i W_down[:, i]^T. Wanda (arXiv 2306.11695) multiplies the same norms per weight, FLAP (arXiv
+    # 2312.11983) uses the fluctuation of x_i in place of its norm.
     "activation": lambda weights, activations: activations.norms * weights.down_l2,
-    # OptiPFair 0.4.2's data-driven criterion (PPM of gate, up and down, each over its maximum, times ||x_i||). Its
-    # ||x_i|| is the sum of the batches' norms, no norm of all tokens, and so depends on the batches; kept as it is, so
-    # that equal batches select equal neurons.
+    # The data-driven criterion of OptiPFair 0.4.2: PPM of gate, up and down, each over its maximum, times ||x_i||. Its
+    # ||x_i|| is the sum of the norms of the batches, not the norm over all tokens, so it depends on the batches. It is
+    # kept so that equal batches select equal neurons.
     "hybrid": _hybrid,
-    # By how much the loss rises when the neuron goes and the others make up for it (`gluprune.calibration.sensitivity.saliencies`).
-    "surgeon": lambda weights, activations: activations.saliency,
+    # How much the loss rises if the neuron is removed and the others are refitted:
+    # `gluprune.calibration.sensitivity.saliencies`.
+    "surgeon": _surgeon,
 }
 
 
 def calibrated_score(
     name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, activations: LayerStatistics
 ) -> torch.Tensor:
-    """Score of every neuron of one layer by a criterion of `CALIBRATED_SCORES`.
+    """Return the score of every neuron of one layer, computed from its weights and its statistics on text.
 
     Args:
-        name: a key of `CALIBRATED_SCORES`.
-        gate, up: `[I, H]`; down: `[H, I]`; any floating dtype, any strides.
-        activations: the layer's statistics on calibration text.
+        name: A key of `CALIBRATED_SCORES`.
+        gate: `[I, H]`, any floating dtype, any strides.
+        up: `[I, H]`, likewise.
+        down: `[H, I]`, likewise.
+        activations: Statistics of the layer.
 
     Returns:
         float32 `[I]` on the device of the weights.
     """
     return CALIBRATED_SCORES[name](WeightStatistics(gate, up, down), activations)
+
+
+class LayerWeights(Protocol):
+    """What is scored: a `gluprune.models.glu.GLU`, or the weights of one layer read from a file."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """The number of neurons I."""
+        ...
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return gate `[I, H]`, up `[I, H]` and down `[H, I]`."""
+        ...
+
+
+def score_layer(
+    score: str | Score, layer: LayerWeights, index: int, activations: LayerStatistics | None = None
+) -> torch.Tensor:
+    """Return the score of every neuron of a layer, checked.
+
+    Args:
+        score: A name of `STATIC_SCORES` or `CALIBRATED_SCORES`, or a callable.
+        layer: The weights.
+        index: Index of the layer, for error messages.
+        activations: Statistics of the layer, for a calibrated score.
+
+    Returns:
+        float32 `[I]` on the CPU.
+
+    Raises:
+        ValueError: The score has another shape or NaN.
+    """
+    weights = layer.weights()
+    if callable(score):
+        values = score(*weights)
+    elif score in CALIBRATED_SCORES:
+        assert activations is not None
+        values = calibrated_score(score, *weights, activations)
+    else:
+        values = static_score(score, *weights)
+    expected = (layer.intermediate_size,)
+    if not isinstance(values, torch.Tensor) or values.shape != expected:
+        found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"the score of layer {index} must be a tensor of shape {list(expected)}, got {found}")
+    values = values.detach().float().cpu()
+    if values.isnan().any():
+        raise ValueError(f"the score of layer {index} has {int(values.isnan().sum())} NaN of {len(values)} values")
+    return values

@@ -1,12 +1,15 @@
-"""How many neurons stay, and which."""
+"""How many neurons are kept in every layer, and which."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+
+from gluprune.calibration.sensitivity import removed_counts
+from gluprune.calibration.statistics import Statistics
 
 
 def target_width(
@@ -18,23 +21,25 @@ def target_width(
     width: int | None = None,
     multiple_of: int = 128,
 ) -> int:
-    """The intermediate size that a target asks for.
+    """Return the intermediate size that a target asks for.
 
-    Exactly one of the three targets must be given. `expansion_ratio` r asks for `r * hidden_size`, `pruning_ratio` p
-    for `I - int(p * I)` (the rule of arXiv 2512.22671), `width` for itself; the answer is the multiple of
-    `multiple_of` nearest to that, halves upwards.
+    Exactly one of the three targets must be given. The result is the multiple of `multiple_of` that is nearest to the
+    target; halves round up.
 
     Args:
-        intermediate_size: today's number of neurons I.
+        intermediate_size: Present number of neurons I.
         hidden_size: H.
-        multiple_of: 128 keeps every row of the narrowed weights aligned to 256 bytes in bf16; 1 gives exact widths.
+        expansion_ratio: Target r asks for `r * hidden_size`.
+        pruning_ratio: Target p asks for `I - int(p * I)`, the rule of arXiv 2512.22671.
+        width: Target that asks for itself.
+        multiple_of: 128 keeps every row of the narrowed weights aligned to 256 bytes in bf16; 1 allows any width.
 
     Returns:
         A width in `[1, I - 1]`.
 
     Raises:
-        ValueError: no target or more than one, a target out of range, or a width that rounds to 0 or to I or above.
-        TypeError: a target that is no number.
+        ValueError: No target or more than one, a target out of range, or a width that rounds to 0 or to I or above.
+        TypeError: A target that is not a number.
     """
     targets = {"expansion_ratio": expansion_ratio, "pruning_ratio": pruning_ratio, "intermediate_size": width}
     given = {name: value for name, value in targets.items() if value is not None}
@@ -65,7 +70,7 @@ def target_width(
                 f"intermediate_size must lie between 1 and {intermediate_size - 1} (today it is {intermediate_size}),"
                 f" got {value}"
             )
-        wanted = value
+        wanted = int(value)
 
     rounded = (2 * wanted + multiple_of) // (2 * multiple_of) * multiple_of
     if not 0 < rounded < intermediate_size:
@@ -77,15 +82,15 @@ def target_width(
 
 
 def _lower_hull(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The corners of the largest convex function that is nowhere above the points; x ascending, repeats left out."""
+    """Return the corners of the lower convex hull of points with ascending x; of equal x the first counts."""
     hull: list[tuple[float, float]] = []
-    for point in zip(x, y):
+    for point in zip(x, y, strict=True):
         if hull and point[0] == hull[-1][0]:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return tuple(map(list, zip(*hull)))
+    return [x for x, _ in hull], [y for _, y in hull]
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
@@ -95,24 +100,24 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 def widths_by_cost(
     costs: Sequence[torch.Tensor], removed: Sequence[int], intermediate_size: int, width: int, *, multiple_of: int = 128
 ) -> list[int]:
-    """A width for each layer, `width` on the average, so that what narrowing costs is least in total.
+    """Return a width for each layer, with mean `width`, at which the total cost of narrowing is lowest.
 
-    Greedy: step by step, the layer whose next `multiple_of` neurons cost least loses them. That is best where every
-    layer's costs rise ever more steeply; where they do not, their lower convex hull takes their place.
+    Greedy: in each step, the layer whose next `multiple_of` neurons cost least loses them. This is optimal if the costs
+    of every layer are convex. If not, their lower convex hull is used.
 
     Args:
-        costs: of each layer float32 `[P]`, what it costs that so many of its neurons go; linear in between.
-        removed: `[P]`, how many, ascending from 0, below I; of repeats the first counts.
-        intermediate_size: today's number of neurons I of every layer.
-        width: the average asked for.
-        multiple_of: of every width but I itself, whose layer is left alone.
+        costs: For each layer float32 `[P]`, the cost of removing `removed` neurons; linear in between.
+        removed: `[P]`, numbers of removed neurons, ascending from 0, below I; of repeats the first counts.
+        intermediate_size: Present number of neurons I of every layer.
+        width: The mean that is asked for.
+        multiple_of: Every width is a multiple of this, except I itself.
 
     Returns:
-        Widths from I less the largest of `removed` to I. They add up to `width` times the number of layers; where I is
-        no multiple of `multiple_of`, to fewer by less than `multiple_of`.
+        Widths from I minus the largest of `removed` to I. Their sum is `width` times the number of layers, or less by
+        less than `multiple_of` if I is not a multiple of it.
 
     Raises:
-        ValueError: `width` is so small that more than the largest of `removed` would have to go.
+        ValueError: `width` is so small that some layer would lose more neurons than the largest of `removed`.
     """
     hulls = [_lower_hull(removed, layer.tolist()) for layer in costs]
     widths = [intermediate_size] * len(costs)
@@ -122,7 +127,7 @@ def widths_by_cost(
         return (widths[layer] - 1) // multiple_of * multiple_of
 
     def next_step(layer: int) -> tuple[float, int]:
-        """What the layer's next neurons cost, each, and the layer."""
+        """Return the cost per neuron of the layer's next step, and the layer."""
         steps = intermediate_size - np.array([widths[layer], next_width(layer)])
         now, then = np.interp(steps, *hulls[layer])
         return (then - now) / (widths[layer] - next_width(layer)), layer
@@ -132,8 +137,8 @@ def widths_by_cost(
     while sum(widths) > width * len(costs):
         if not heap:
             raise ValueError(
-                f"a width of {width} on the average leaves layers with less than {smallest} of their"
-                f" {intermediate_size} neurons: by sensitivity no more can go"
+                f"a mean width of {width} leaves layers with fewer than {smallest} of their {intermediate_size}"
+                " neurons: costs are known only up to there; ask for more neurons, or use allocation='uniform'"
             )
         _, layer = heapq.heappop(heap)
         widths[layer] = next_width(layer)
@@ -143,30 +148,65 @@ def widths_by_cost(
 
 
 def shrunk_costs(costs: Sequence[torch.Tensor], kept_share: float) -> list[torch.Tensor]:
-    """Costs of layers drawn towards their mean, in the logarithm: cost^s mean^(1 - s), s the share of neurons that stay.
+    """Return costs shrunk towards their mean over the layers, in the logarithm: cost^s mean^(1 - s).
 
-    What a layer costs is known with all others whole. The more goes from these, too, the less it tells: layers that could
-    stand in for each other look cheap one by one, and to narrow them all is not.
+    The cost of a layer was measured with all others dense. The more the others lose, the less it says: layers that can
+    replace each other look cheap one by one, but removing from all of them is not cheap.
 
     Args:
-        costs: of each layer float32 `[P]`, at the same numbers of removed neurons.
-        kept_share: s, between 0 and 1.
+        costs: For each layer float32 `[P]`, at the same numbers of removed neurons.
+        kept_share: s, the share of neurons that are kept, between 0 and 1.
 
     Returns:
-        Of each layer float32 `[P]`, on the CPU.
+        For each layer float32 `[P]`, on the CPU.
     """
     stacked = torch.stack([layer.cpu() for layer in costs])  # [layers, P]
     return list(stacked**kept_share * stacked.mean(0) ** (1 - kept_share))
 
 
-def select(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """The `width` neurons of highest score, as ascending indices.
+def allocated_widths(
+    layers: Sequence[int],
+    *,
+    allocation: str,
+    statistics: Iterable | Statistics | None,
+    intermediate_size: int,
+    width: int,
+    multiple_of: int,
+) -> dict[int, int]:
+    """Return layer index -> number of neurons that are kept, with mean `width`.
 
-    The choice is made on the CPU whatever the device of the scores, so that equal scores give equal neurons everywhere.
+    Args:
+        layers: Indices of the layers that are pruned.
+        allocation: "uniform" or "sensitivity".
+        statistics: `Statistics` with sensitivities; not used by "uniform".
+        intermediate_size: Present number of neurons I of every layer.
+        width: The mean that is asked for.
+        multiple_of: See `widths_by_cost`.
+
+    Raises:
+        ValueError: "sensitivity" without `Statistics`, or with a width too small for it.
+    """
+    if allocation == "uniform":
+        return dict.fromkeys(layers, width)
+    if not isinstance(statistics, Statistics):
+        raise ValueError(
+            "allocation='sensitivity' needs Statistics of all layers: calibration=calibrate(..., sensitivity=True)"
+        )
+    costs = [cost for layer in layers if (cost := statistics.layers[layer].costs) is not None]
+    costs = shrunk_costs(costs, width / intermediate_size)
+    removed = removed_counts(intermediate_size)
+    widths = widths_by_cost(costs, removed, intermediate_size, width, multiple_of=multiple_of)
+    return dict(zip(layers, widths, strict=True))
+
+
+def select(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the `width` neurons of highest score, as ascending indices.
+
+    The choice is made on the CPU, so that equal scores select equal neurons on every device.
 
     Args:
         scores: float32 `[I]`.
-        width: how many to keep, 1 to I.
+        width: How many to keep, 1 to I.
 
     Returns:
         int64 `[width]` on the CPU, ascending.

@@ -1,0 +1,1 @@
+"""Running pruned MLPs: aligned storage, the fused operator, and patching."""

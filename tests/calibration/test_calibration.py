@@ -11,17 +11,15 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import gluprune
+from gluprune.calibration import collect
 from gluprune.calibration import statistics as calibration_module
-from gluprune.calibration.statistics import (
-    Statistics,
-    batches_from_text,
-    calibrate,
-    calibrate_in_passes,
-    plan_passes,
-)
-from gluprune.models.families import model_glus
+from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.collect import calibrate, calibrate_in_passes, plan_passes
+from gluprune.calibration.statistics import Statistics
+from gluprune.models.glu import model_glus
 from gluprune.pruning import prune as pruning_module
-from gluprune.runtime.patching import fusion_status, patch
+from gluprune.runtime.fusion import fusion_status
+from gluprune.runtime.patching import patch
 from tests.helpers.tiny_models import make_tiny_model
 
 GIB = 1 << 30
@@ -281,7 +279,7 @@ CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
 
 def test_passes_fit_into_half_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr(calibration_module, "free_memory", {CPU: 10 * GIB, OTHER: 4 * GIB}.__getitem__)
+    monkeypatch.setattr(collect, "free_memory", {CPU: 10 * GIB, OTHER: 4 * GIB}.__getitem__)
     assert plan_passes([(index, CPU, 2 * GIB) for index in range(5)]) == [[0, 1], [2, 3], [4]]
     assert plan_passes([(index, CPU, GIB) for index in (3, 4, 7, 8, 9)]) == [[3, 4, 7, 8, 9]]
     assert plan_passes([(0, CPU, 9 * GIB), (1, CPU, GIB), (2, CPU, 4 * GIB), (3, CPU, 1)]) == [[0], [1, 2], [3]]
@@ -295,11 +293,11 @@ def test_more_passes_give_the_same_model(monkeypatch, grams, passes):
     batches = random_batches([(7, 40)])
     arguments = {"pruning_ratio": 0.4, "multiple_of": 1, "score": "hybrid", "compensate": True}
     gluprune.prune(one, calibration=batches, **arguments)
-    monkeypatch.setattr(calibration_module, "free_memory", lambda device: 2 * grams * 4 * 101**2)
+    monkeypatch.setattr(collect, "free_memory", lambda device: 2 * grams * 4 * 101**2)
     held, runs = [], []
     other.model.register_forward_hook(lambda *_: runs.append(1))
-    solve = pruning_module.resolved_down
-    monkeypatch.setattr(pruning_module, "resolved_down", lambda *args: held.append(args[2].shape) or solve(*args))
+    solve = pruning_module.refitted_down
+    monkeypatch.setattr(pruning_module, "refitted_down", lambda *args: held.append(args[2].shape) or solve(*args))
     gluprune.prune(other, calibration=iter(batches), **arguments)
     assert len(runs) == passes and held == [(101, 101)] * 3
     for (name, found), expected in zip(other.state_dict().items(), one.state_dict().values()):
@@ -308,7 +306,7 @@ def test_more_passes_give_the_same_model(monkeypatch, grams, passes):
 
 def test_only_one_pass_holds_its_grams(monkeypatch):
     """While a pass runs, the Gram matrices of earlier passes are gone."""
-    monkeypatch.setattr(calibration_module, "free_memory", lambda device: 2 * 4 * 101**2)
+    monkeypatch.setattr(collect, "free_memory", lambda device: 2 * 4 * 101**2)
     alive = []
     empty = calibration_module.LayerStatistics.empty.__func__
 
@@ -316,7 +314,7 @@ def test_only_one_pass_holds_its_grams(monkeypatch):
         import gc
 
         alive.append(sum(type(o) is torch.Tensor and o.shape == (101, 101) for o in gc.get_objects()))
-        return empty(cls, glu, gram)
+        return empty(cls, glu, gram=gram)
 
     monkeypatch.setattr(calibration_module.LayerStatistics, "empty", classmethod(counted))
     for _, statistics in calibrate_in_passes(

@@ -88,7 +88,7 @@ def test_without_a_token_for_the_beginning(tokenizer):
     tokenizer.bos_token = None
     assert len(ids_of(tokenizer, sample_text(model, tokenizer, 2, 5))) == 2  # starts from the end of a text
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="neither a token for the beginning nor one for the end of text"):
+    with pytest.raises(ValueError, match="neither a begin-of-text nor an end-of-text token"):
         sample_text(model, tokenizer, 2, 5)
 
 

@@ -10,6 +10,8 @@ import torch
 
 import gluprune
 from gluprune.calibration import sensitivity as sensitivity_module
+from gluprune.calibration.batches import read_batches
+from gluprune.calibration.collect import calibrate
 from gluprune.calibration.sensitivity import (
     LayerGradients,
     narrowing_costs,
@@ -17,10 +19,10 @@ from gluprune.calibration.sensitivity import (
     removed_counts,
     saliencies,
 )
-from gluprune.calibration.statistics import Statistics, calibrate, read_batches
+from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic
-from gluprune.models.families import model_glus
+from gluprune.models.glu import model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.widths import shrunk_costs, widths_by_cost
 from gluprune.runtime.patching import patch
@@ -366,7 +368,7 @@ def test_more_passes_give_the_same_neurons(monkeypatch):
     whole, passes = make_tiny_model(seed=1), make_tiny_model(seed=1)
     arguments = dict(pruning_ratio=0.5, multiple_of=1, score="surgeon", compensate=True, calibration=random_batches())
     report = prune(whole, **arguments)
-    monkeypatch.setattr("gluprune.calibration.statistics.free_memory", lambda device: 4 * 101**2)
+    monkeypatch.setattr("gluprune.calibration.collect.free_memory", lambda device: 4 * 101**2)
     again = prune(passes, **arguments)
     assert {layer: kept.tolist() for layer, kept in report.kept.items()} == {
         layer: kept.tolist() for layer, kept in again.kept.items()
@@ -409,7 +411,7 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
         kept = statistics.layers[index].saliency.topk(widths[index]).indices.sort().values
         assert torch.equal(report.kept[index], kept)
         assert torch.equal(glus[index].weights()[0], gate[kept]) and torch.equal(glus[index].weights()[1], up[kept])
-    assert f"96 -> 64 neurons in 3 layers on the average, {min(widths)} to {max(widths)} in a layer" in str(report)
+    assert f"96 -> 64 neurons in 3 layers on average, {min(widths)} to {max(widths)} per layer" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["widths"] == {
         str(layer): width for layer, width in report.widths.items()
     }

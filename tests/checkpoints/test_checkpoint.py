@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gluprune
-from gluprune.checkpoints.load_save import build_empty, layer_widths, read_config
-from gluprune.models.families import model_glus
+from gluprune.checkpoints.load_save import build_empty, read_config
+from gluprune.models.glu import model_glus
+from gluprune.models.widths import layer_widths
 
 IDS = torch.tensor([[5, 9, 33, 2, 60, 17], [8, 8, 21, 44, 3, 7]])
 

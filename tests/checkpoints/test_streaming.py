@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gluprune
-from gluprune.calibration.statistics import Statistics, calibrate
-from gluprune.checkpoints import load_save, stream
+from gluprune.calibration.collect import calibrate
+from gluprune.calibration.statistics import Statistics
+from gluprune.checkpoints import load_save, write
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic
 from gluprune.io.shards import INDEX_FILE, SINGLE_FILE, read_shard
@@ -182,7 +183,7 @@ def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, 
     arguments = dict(pruning_ratio=0.4, score=score, multiple_of=1, compensate=compensate)
     expected = in_memory(source, tmp_path / "expected", calibration=Statistics.load(file), **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_BLOCK_BYTES", 777)
+        patch.setattr(write, "_BLOCK_BYTES", 777)
         report = prune_checkpoint(source, tmp_path / "out", statistics=file, **arguments)
     assert {layer: kept.tolist() for layer, kept in report.kept.items()} == expected.to_dict()["kept"]
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
@@ -214,7 +215,7 @@ def test_statistics_that_do_not_fit(llama, tmp_path):
         prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, compensate=1)
     prune_checkpoint(llama, tmp_path / "narrow", intermediate_size=20, multiple_of=1)
     other = calibrated(tmp_path / "narrow", tmp_path / "other")
-    refused("layer 0 has 52 neurons, its calibration statistics are of 20", score="hybrid", statistics=other)
+    refused("layer 0 has 52 neurons, but the statistics were collected at 20", score="hybrid", statistics=other)
     # A static score looks at none of it.
     prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, statistics=tmp_path / "absent")
     assert contents(tmp_path / "out") == contents(tmp_path / "narrow")
@@ -264,7 +265,7 @@ def test_any_sharding(tmp_path_factory, family, score, dtype, tied, shards, widt
         reshard(source, shards, seed)
     before = contents(source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_BLOCK_BYTES", block)
+        patch.setattr(write, "_BLOCK_BYTES", block)
         patch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and tested elsewhere
         prune_checkpoint(source, folder / "out", **arguments)
     gluprune.prune(model, **arguments)

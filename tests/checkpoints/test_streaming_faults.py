@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gluprune.checkpoints import stream
+from gluprune.checkpoints import write
 from gluprune.checkpoints.load_save import save
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic, shards
@@ -95,8 +95,8 @@ class FaultyCalls:
 
 def in_order(patch):
     """Small blocks, and none read ahead, so that the same calls come in the same order."""
-    patch.setattr(stream, "_BLOCK_BYTES", 700)
-    patch.setattr(stream, "_ahead", lambda items, *_: items)
+    patch.setattr(write, "_BLOCK_BYTES", 700)
+    patch.setattr(write, "_ahead", lambda items, *_: items)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_interruption_while_reading_ahead(source, expected, calls, tmp_path):
     """The same with the reading thread at work, where the order of calls is not fixed."""
     for fail_at in range(1, len(calls), 4):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(stream, "_BLOCK_BYTES", 700)
+            patch.setattr(write, "_BLOCK_BYTES", 700)
             FaultyCalls(patch, fail_at, KeyboardInterrupt())
             prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
         assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.unfinished"))
@@ -352,7 +352,7 @@ KILL_SCRIPT = """
 
     torch.set_num_threads(1)  # a process that has used more cannot fork
     from gluprune.io import atomic
-    from gluprune.checkpoints import stream
+    from gluprune.checkpoints import write
     from gluprune.checkpoints.stream import prune_checkpoint
 
     atomic.fsync = lambda descriptor: None  # slow, and a killed process loses nothing that it wrote
@@ -371,9 +371,9 @@ KILL_SCRIPT = """
         status = 1
         try:
             if slow:
-                stream._BLOCK_BYTES = 200
-                write = atomic.write
-                atomic.write = lambda descriptor, data: (time.sleep(0.0005), write(descriptor, data[:300]))[1]
+                write._BLOCK_BYTES = 200
+                real_write = atomic.write
+                atomic.write = lambda descriptor, data: (time.sleep(0.0005), real_write(descriptor, data[:300]))[1]
             prune_checkpoint(source, out, intermediate_size=20, multiple_of=1, resume=True)
             status = 0
         finally:
@@ -656,8 +656,8 @@ HEADERS = {  # header for 10 bytes of data -> what is said about it
     "overlap": ({"a": entry(0, 6), "b": entry(4, 10)}, "tensor 'b' overlaps the tensor before it"),
     "the same twice": ({"a": entry(0, 10), "b": entry(0, 10)}, "tensor 'b' overlaps"),
     "too short": ({"a": entry(0, 11)}, "is truncated: "),
-    "too long": ({"a": entry(0, 9)}, "has bytes behind its data"),
-    "nothing": ({}, "has bytes behind its data"),
+    "too long": ({"a": entry(0, 9)}, "has bytes after its data"),
+    "nothing": ({}, "has bytes after its data"),
     "backwards": ({"a": entry(10, 0, shape=[0])}, "spans -10 bytes"),
     "shape too small": ({"a": entry(0, 10, shape=[9])}, r"spans 10 bytes, but U8 \[9\] takes 9"),
     "shape too large": ({"a": entry(0, 10, shape=[11])}, r"spans 10 bytes, but U8 \[11\] takes 11"),

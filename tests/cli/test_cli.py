@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gluprune
-from gluprune.calibration.statistics import Statistics, batches_from_text
+from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.statistics import Statistics
 from gluprune.cli.main import main
 
 

@@ -16,7 +16,7 @@ from gluprune_evals.study import Configuration, Folder, Recipe, Settings, Source
 from gluprune_evals.tasks import Limits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gluprune.calibration.statistics import batches_from_text
+from gluprune.calibration.batches import batches_from_text
 from gluprune.checkpoints.load_save import read_config
 from gluprune.cli.main import main
 from gluprune.io import atomic

@@ -14,7 +14,7 @@ from gluprune.measure.bench import Plan, Workload
 from gluprune.measure.energy import Energy, Meter, Unmetered
 from gluprune.measure.random_models import CONFIGS, random_model
 from gluprune.measure.records import read
-from gluprune.models.families import model_glus
+from gluprune.models.glu import model_glus
 
 TINY = Plan((Workload(2, 5, 4),), ("generate",), ratios=(0.4,), repeats=3)
 

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gluprune
-from gluprune.models.families import REFUSED, decoder_layers, family_of, model_glus
+from gluprune.models.families import REFUSED, family_of
+from gluprune.models.glu import decoder_layers, model_glus
 
 
 def test_glu_computes_what_the_model_computes(family_name, tiny_model):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gluprune.pruning.compensate import RIDGE, replace_down, resolved_down
+from gluprune.calibration.least_squares import RIDGE
+from gluprune.pruning.compensate import refitted_down, replace_down
 
 SIZES = {
     "tokens": st.integers(1, 90),
@@ -51,7 +52,7 @@ def residual(x, down, kept, new):
 def test_least_squares(tokens, neurons, hidden, share, dead, seed):
     x, down, kept = case(tokens, neurons, hidden, share, dead, seed)
     gram = x.T @ x
-    found = resolved_down(down, kept, gram.float())
+    found = refitted_down(down, kept, gram.float())
     ridge = 0.01 * gram.diagonal().mean().item()
     expected = ridge_solution(x, down, kept, ridge) if ridge else down[:, kept].double()
     assert found.dtype == down.dtype and found.shape == expected.shape and found.is_contiguous()
@@ -63,7 +64,7 @@ def test_least_squares(tokens, neurons, hidden, share, dead, seed):
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), **SIZES)
 def test_never_worse_than_plain_narrowing(dtype, **sizes):
     x, down, kept = case(**sizes, dtype=dtype)
-    found = resolved_down(down, kept, (x.T @ x).float())
+    found = refitted_down(down, kept, (x.T @ x).float())
     plain = residual(x, down, kept, down[:, kept])
     assert residual(x, down, kept, found) <= plain * (1 + 1e-5)
 
@@ -71,19 +72,19 @@ def test_never_worse_than_plain_narrowing(dtype, **sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_much_better_where_neurons_are_correlated(dtype):
     x, down, kept = case(2000, 40, 16, 0.75, 0, seed=5, dtype=dtype)
-    found = resolved_down(down, kept, (x.T @ x).float())
+    found = refitted_down(down, kept, (x.T @ x).float())
     assert residual(x, down, kept, found) < 0.05 * residual(x, down, kept, down[:, kept])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_removed_gives_the_weights_back(dtype):
     x, down, _ = case(50, 23, 9, 0.5, 2, seed=1, dtype=dtype)
-    assert torch.equal(resolved_down(down, torch.arange(23), (x.T @ x).float()), down)
+    assert torch.equal(refitted_down(down, torch.arange(23), (x.T @ x).float()), down)
 
 
 def test_no_activity_gives_the_weights_back(caplog):
     _, down, kept = case(50, 23, 9, 0.5, 0, seed=2)
-    assert torch.equal(resolved_down(down, kept, torch.zeros(23, 23)), down[:, kept])
+    assert torch.equal(refitted_down(down, kept, torch.zeros(23, 23)), down[:, kept])
     assert not caplog.records
 
 
@@ -93,9 +94,9 @@ def test_worse_after_rounding_gives_the_weights_back(caplog):
     x[0, 2] = 1e-4  # neuron 2 repeats a 1e-4 part of neuron 0
     down = torch.tensor([[1000.0, 1.0, 1.0]], dtype=torch.float16)
     with caplog.at_level(logging.INFO, "gluprune"):
-        found = resolved_down(down, torch.tensor([0, 1]), (x.T @ x).float(), "layer 7")
+        found = refitted_down(down, torch.tensor([0, 1]), (x.T @ x).float(), "layer 7")
     assert torch.equal(found, down[:, :2])
-    assert "layer 7: re-solving gains nothing" in caplog.text
+    assert "layer 7: refitting gains nothing" in caplog.text
 
 
 def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
@@ -104,7 +105,7 @@ def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
     x = torch.eye(2, dtype=torch.float64)
     x[0, 1] = 0.61
     down = torch.tensor([[1.0, step]], dtype=torch.float16)
-    found = resolved_down(down, torch.tensor([0]), (x.T @ x).float())
+    found = refitted_down(down, torch.tensor([0]), (x.T @ x).float())
     assert found.item() == 1 + step
 
 
@@ -112,7 +113,7 @@ def test_dead_neurons_are_told(caplog):
     x, down, _ = case(50, 12, 5, 0.5, 0, seed=3)
     x[:, :2] = 0
     with caplog.at_level(logging.INFO, "gluprune"):
-        found = resolved_down(down, torch.arange(9), (x.T @ x).float(), "layer 3")
+        found = refitted_down(down, torch.arange(9), (x.T @ x).float(), "layer 3")
     assert "layer 3: 2 of 9 kept neurons are dead" in caplog.text
     assert torch.equal(found[:, :2], down[:, :2])
 
@@ -129,7 +130,7 @@ def indefinite(neurons, share):
 def test_singular_gram_is_solved_with_more_ridge(caplog):
     gram, down = indefinite(20, 0.05), torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     kept = torch.arange(10)
-    found = resolved_down(down, kept, gram, "layer 4")
+    found = refitted_down(down, kept, gram, "layer 4")
     assert "layer 4: Gram matrix near singular, solved in torch.float64 with 10 times the ridge" in caplog.text
     solved = gram[:10, :10].double() + 10 * RIDGE * torch.eye(10, dtype=torch.float64)
     change = torch.linalg.solve(solved, gram[:10, 10:].double() @ down[:, 10:].double().T).T
@@ -139,7 +140,7 @@ def test_singular_gram_is_solved_with_more_ridge(caplog):
 @pytest.mark.parametrize("gram", [indefinite(20, 5.0), torch.full((20, 20), torch.inf)], ids=["indefinite", "inf"])
 def test_hopeless_gram_gives_the_weights_back(gram, caplog):
     down = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(resolved_down(down, torch.arange(10), gram, "layer 4"), down[:, :10])
+    assert torch.equal(refitted_down(down, torch.arange(10), gram, "layer 4"), down[:, :10])
     assert "layer 4: the Gram matrix is singular whatever the ridge" in caplog.text
 
 

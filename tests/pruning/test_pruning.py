@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gluprune
-from gluprune.models.families import FAMILIES, model_glus
+from gluprune.models.families import FAMILIES
+from gluprune.models.glu import model_glus
 from gluprune.pruning import narrow as narrow_module
 from gluprune.pruning import prune as pruning_module
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot

@@ -9,7 +9,7 @@ from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
-    "compensate, allocation, reconstruct", itertools.product([False, True], ALLOCATIONS, [False, True])
+    "compensate, allocation, reconstruct", list(itertools.product([False, True], ALLOCATIONS, [False, True]))
 )
 def test_every_recipe_is_read_back_from_its_name(score, compensate, allocation, reconstruct):
     recipe = Recipe(score, compensate, allocation, reconstruct, multiple_of=1)
@@ -20,7 +20,7 @@ def test_every_recipe_is_read_back_from_its_name(score, compensate, allocation, 
     "text", ["", "best", "maw+", "maw+compensated", "maw+compensate+compensate", "compensate", "maw compensate", "+maw"]
 )
 def test_unknown_names_are_refused(text):
-    with pytest.raises(ValueError, match="unknown recipe .* allowed is a score .*maw_gud.*surgeon.*\\+compensate"):
+    with pytest.raises(ValueError, match=r"unknown recipe .* allowed is a score .*maw_gud.*surgeon.*\+compensate"):
         Recipe.parse(text)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import gluprune
-from gluprune.models.families import FAMILIES, decoder_layers, model_glus
-from gluprune.pruning.compensate import RIDGE
+from gluprune.calibration.least_squares import RIDGE
+from gluprune.models.families import FAMILIES
+from gluprune.models.glu import decoder_layers, model_glus
 from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
 from gluprune.runtime import aligned
 from gluprune.runtime.patching import patch
@@ -394,7 +395,7 @@ def test_unloaded_models(unchanged):
     [
         ([], "calibration holds no tokens"),
         ([torch.ones(1, 40, dtype=torch.int64)], "calibration holds one row of text"),
-        ([torch.full((2, 5), 64)], "token ids from 64 to 64; the model knows 0 to 63"),
+        ([torch.full((2, 5), 64)], "token ids from 64 to 64; the model's vocabulary is 0 to 63"),
     ],
 )
 def test_unusable_text(batches, message, unchanged):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gluprune
 from csrc_triton import neuron_scores
-from gluprune.models.families import model_glus
+from gluprune.models.glu import model_glus
 from gluprune.pruning.scores import STATIC_SCORES, WeightStatistics, static_score
 from gluprune.runtime import operator
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gluprune.pruning.narrow import set_config_widths
-from gluprune.pruning.prune import count_parameters
+from gluprune.models.glu import count_parameters
+from gluprune.models.widths import set_config_widths
 from gluprune.pruning.widths import select, shrunk_costs, target_width, widths_by_cost
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parents[1] / "data" / "published_expansion_rates.csv").open()))
@@ -155,9 +155,9 @@ def test_widths_by_cost_beside_odd_sizes():
     costs = [torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 2.0, 20.0])]
     assert widths_by_cost(costs, [0, 40, 90], 101, 101 - 10, multiple_of=8) == [80, 101]
     assert sum(widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=8)) in range(2 * 60 - 7, 2 * 60 + 1)
-    with pytest.raises(ValueError, match="a width of 10 on the average leaves layers with less than 11 of their 101"):
+    with pytest.raises(ValueError, match="a mean width of 10 leaves layers with fewer than 11 of their 101"):
         widths_by_cost(costs, [0, 40, 90], 101, 10, multiple_of=1)
-    with pytest.raises(ValueError, match="a width of 60 on the average"):
+    with pytest.raises(ValueError, match="a mean width of 60"):
         widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=128)
     # The first step is the shorter one: what counts is what a neuron costs.
     costs = [torch.tensor([0.0, 6.0]), torch.tensor([0.0, 5.0])]

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from gluprune.runtime import operator
-from gluprune.runtime.patching import fusion_status, patch, unpatch
+from gluprune.runtime.fusion import fusion_status
+from gluprune.runtime.patching import patch, unpatch
 from tests.helpers.tiny_models import logits, mlps, tiny_model, token_ids
 
 pytestmark = pytest.mark.skipif(not operator.INTERPRETED, reason="runs on the CPU")
@@ -66,7 +67,7 @@ def check_fsdp():
                 fully_shard(layer if unit == "layer" else layer.mlp, mesh=mesh)
             fully_shard(model, mesh=mesh)
             if not patch_first and unit == "mlp":
-                with pytest.raises(ValueError, match="FSDPLlamaMLP is a class made of LlamaMLP"):
+                with pytest.raises(ValueError, match="FSDPLlamaMLP is a subclass of LlamaMLP"):
                     patch(model, "triton")
                 continue
             patch(model, "triton")

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import gluprune
 from gluprune.runtime import operator
-from gluprune.runtime.patching import fusion_status, patch, unpatch
+from gluprune.runtime.fusion import fusion_status
+from gluprune.runtime.patching import patch, unpatch
 from tests.helpers.tiny_models import DEVICE, assert_unchanged, gradients, logits, mlps, snapshot, tiny_model, token_ids
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

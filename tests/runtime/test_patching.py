@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import gluprune
 from gluprune.models.families import FAMILIES
 from gluprune.runtime import aligned, operator
-from gluprune.runtime.patching import FusedGLU, fusion_status, patch, patch_llama, unpatch, unpatch_llama
+from gluprune.runtime.fusion import fusion_status
+from gluprune.runtime.patching import FusedGLU, patch, patch_llama, unpatch, unpatch_llama
 from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, token_ids
 
 # Logits are of order one; kernels and PyTorch add the same products in another order.
@@ -437,7 +438,7 @@ def test_one_line_in_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="gluprune"):
         patch(model, "triton")
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 2 MLPs are fused (backend triton); left as they are: 1 x gate_proj carries a hook"
+        "1 of 2 MLPs are fused (backend triton); not fused: 1 x gate_proj carries a hook"
     ]
 
 
@@ -513,7 +514,7 @@ def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
     expected = logits(model, ids)
     patch(model, "triton")
     assert type(mlps(model)[0]) is OwnMLP
-    assert [entry.reason for entry in fusion_status(model)] == ["OwnMLP is a class made of LlamaMLP", ""]
+    assert [entry.reason for entry in fusion_status(model)] == ["OwnMLP is a subclass of LlamaMLP", ""]
     assert_same(logits(model, ids), expected)
 
     model = tiny_model(device=DEVICE)

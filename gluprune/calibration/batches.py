@@ -1,0 +1,121 @@
+"""Calibration text as batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Token ids `[B, S]` and mask (bool `[B, S]`, True is a token; None if all are).
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def batches_from_text(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    windows: int = 128,
+    length: int = 512,
+    batch_size: int = 4,
+) -> list[torch.Tensor]:
+    """Cut windows, evenly spread over a text, into calibration batches.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; no special tokens are added.
+        text: One text or several. A text too short for so many windows yields as many as it has.
+        windows: Number of windows per text.
+        length: Tokens per window.
+        batch_size: Windows per batch.
+
+    Returns:
+        int64 tensors `[batch_size, length]`; the last may have fewer rows.
+
+    Raises:
+        ValueError: A text is shorter than one window, there is no text, or a number is below 1.
+
+    Example:
+        >>> import gluprune
+        >>> from transformers import AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained(model_path)
+        >>> batches = gluprune.batches_from_text(tokenizer, "A long text. " * 100, windows=3, length=64)
+        >>> [list(batch.shape) for batch in batches]
+        [[3, 64]]
+    """
+    for name, value in {"windows": windows, "length": length, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    texts = [text] if isinstance(text, str) else text
+    if not texts:
+        raise ValueError("give at least one calibration text")
+    rows = []
+    for number, content in enumerate(texts, 1):
+        ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        available = ids.numel() // length
+        if not available:
+            label = "the calibration text" if len(texts) == 1 else f"calibration text {number} of {len(texts)}"
+            raise ValueError(f"{label} has {ids.numel()} tokens: one window takes {length}")
+        chosen = torch.arange(min(windows, available)) * available // min(windows, available)
+        rows.append(ids[: available * length].view(available, length)[chosen])
+    return list(torch.cat(rows).split(batch_size))
+
+
+def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
+    """Return all batches as token ids and masks, checked; batches of padding only are left out.
+
+    Args:
+        model: A causal LM; it has the vocabulary.
+        calibration: See `gluprune.calibrate`.
+
+    Raises:
+        TypeError: `calibration` or a batch is of another kind.
+        ValueError: A batch has another shape or dtype, a token id is outside the vocabulary, or there are no tokens.
+    """
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.num_embeddings
+    batches = []
+    for number, batch in enumerate(calibration):
+        ids, mask = _read_batch(batch, f"calibration batch {number}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"calibration batch {number} has token ids from {int(ids.min())} to {int(ids.max())};"
+                f" the model's vocabulary is 0 to {vocabulary - 1}"
+            )
+        if ids.numel() if mask is None else mask.any():
+            batches.append((ids, mask))
+    if not batches:
+        raise ValueError("calibration holds no tokens: give at least one batch that is not all padding")
+    return batches
+
+
+def _read_batch(batch: object, label: str) -> Batch:
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise ValueError(f"{label} is a dict without input_ids: it has {', '.join(map(str, batch)) or 'nothing'}")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+    elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2:
+        ids, mask = batch if len(batch) == 2 else (*batch, None)
+    else:
+        ids, mask = batch, None
+    if not isinstance(ids, torch.Tensor):
+        found = type(ids).__name__
+        raise TypeError(f"{label} must be a tensor, a dict with input_ids or a tuple (ids, mask), got {found}")
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = f"{ids.dtype} of shape {list(ids.shape)}"
+        raise ValueError(f"{label} must hold integer token ids of shape [B, S], got {found}")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"the attention_mask of {label} must have the shape of its ids {list(ids.shape)}, got {found}")
+    return ids, None if bool((mask != 0).all()) else mask != 0
+
+
+def token_count(batch: Batch) -> int:
+    """Return the number of tokens of a batch, without padding."""
+    ids, mask = batch
+    return ids.numel() if mask is None else int(mask.sum())

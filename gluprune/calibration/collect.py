@@ -1,0 +1,207 @@
+"""`calibrate`: run text through a model and collect the statistics of its neurons."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from gluprune.calibration.batches import Batch, read_batches, token_count
+from gluprune.calibration.running import evaluating, in_float32, run_decoder
+from gluprune.calibration.sensitivity import LayerGradients, narrowing_costs, output_gradients, saliencies
+from gluprune.calibration.statistics import LayerStatistics, Statistics
+from gluprune.models.glu import GLU, decoder_layers, model_glus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    calibration: Iterable,
+    *,
+    gram: bool = True,
+    sensitivity: bool = False,
+    layers: Sequence[int] | None = None,
+) -> Statistics:
+    """Collect the statistics of several layers in one pass over the calibration data.
+
+    All layers are held in memory at once: `4 * I^2` bytes per layer with the Gram matrix (9 MB at I = 1536, 268 MB at
+    I = 8192). If that is too much, pass the calibration data itself to `prune`, which then works through the layers in
+    several passes, or collect some `layers` at a time.
+
+    Args:
+        model: A Hugging Face causal LM of a supported family, patched or not. It is not changed.
+        calibration: An iterable of batches, such as a DataLoader: int tensors of token ids `[B, S]`, dicts with
+            `input_ids` and optionally `attention_mask` `[B, S]` (0 is padding and left out), or tuples of these two.
+        gram: Whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers in half precision on a
+            CPU then run in float32.
+        sensitivity: Whether to measure, by backward passes over some of the text, how much the loss rises when neurons
+            are removed; `score="surgeon"` and `allocation="sensitivity"` need this. The backward passes take
+            `4 * H^2` bytes per layer, `I + H` activations and gradients of about 4096 tokens, all activations and
+            several times the logits of one row, and on a CPU a float32 copy of a model in half precision. After them,
+            besides the Gram matrices, this takes `32 * I^2` bytes, or `4 * I * (I + 16384)` if that is more.
+        layers: Layer indices; None means all.
+
+    Returns:
+        The `Statistics`, float32, on the devices of the layers.
+
+    Raises:
+        TypeError: `calibration` or a batch is of another kind.
+        ValueError: No batches, no tokens, a batch of another shape, a token id outside the vocabulary, NaN or Inf in
+            the activations or gradients (names the layer), or `sensitivity` without `gram` or for a model without a
+            language-model head.
+
+    Example:
+        >>> import gluprune
+        >>> from transformers import AutoTokenizer
+        >>> model, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
+        >>> batches = gluprune.batches_from_text(tokenizer, "A long text. " * 100, windows=2, length=64)
+        >>> statistics = gluprune.calibrate(model, batches, sensitivity=True)
+        >>> report = gluprune.prune(
+        ...     model, pruning_ratio=0.2, score="surgeon", multiple_of=1, compensate=True, calibration=statistics
+        ... )
+    """
+    if sensitivity and not gram:
+        raise ValueError("sensitivity=True needs gram=True")
+    glus = model_glus(model)
+    layers = range(len(glus)) if layers is None else layers
+    if not layers or not all(index in range(len(glus)) for index in layers):
+        raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
+    batches = read_batches(model, calibration)
+    gradients = _output_gradients(model, batches, layers) if sensitivity else None
+    return _Pass(model, glus, batches, gram=gram, gradients=gradients).collect(layers, "calibrating")
+
+
+def calibrate_in_passes(
+    model: PreTrainedModel, calibration: Iterable, *, gram: bool, sensitivity: bool, layers: Sequence[int]
+) -> Iterator[tuple[int, LayerStatistics]]:
+    """Yield the statistics of one layer after the other, held for as many layers at a time as fit into memory.
+
+    The Gram matrices may take half of the memory that is free at the start, on every device. If they would take more,
+    the calibration data runs through the model several times. On a CPU, one decoder layer at a time takes a float32
+    copy of its weights. For arguments, errors and the memory of `sensitivity` see `calibrate`.
+
+    Yields:
+        Layer index and statistics, in the order of `layers`.
+    """
+    glus = model_glus(model)
+    batches = read_batches(model, calibration)
+    gradients = _output_gradients(model, batches, layers) if sensitivity else None
+    passes = [list(layers)]
+    if gram:
+        downs = [(index, glus[index].down.weight) for index in layers]
+        passes = plan_passes([(index, down.device, 4 * down.shape[1] ** 2) for index, down in downs])
+    one_pass = _Pass(model, glus, batches, gram=gram, gradients=gradients)
+    for number, group in enumerate(passes, 1):
+        label = "calibrating" if len(passes) == 1 else f"calibrating, pass {number} of {len(passes)}"
+        found = one_pass.collect(group, label).layers
+        for index in group:
+            yield index, found.pop(index)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int]]:
+    """Divide layers into passes, in order, so that each pass takes at most half of the free memory of every device.
+
+    Args:
+        sizes: Index, device and bytes of every layer.
+
+    Returns:
+        The layer indices of each pass. A layer that is too large for its device gets a pass to itself.
+    """
+    budgets = {device: free_memory(device) // 2 for device in {device for _, device, _ in sizes}}
+    passes: list[list[int]] = []
+    left: dict[torch.device, int] = {}
+    for index, device, size in sizes:
+        if not passes or size > left[device]:
+            passes.append([])
+            left = dict(budgets)
+        passes[-1].append(index)
+        left[device] -= size
+    return passes
+
+
+def _output_gradients(model: PreTrainedModel, batches: list[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"sensitivity=True needs a model with a language-model head, {type(model).__name__} has none")
+    with evaluating(model):
+        return output_gradients(model, batches, layers)
+
+
+class _Pass:
+    """A pass over all batches that collects the statistics of some layers.
+
+    With `gradients`, from `output_gradients`, the statistics include sensitivities.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        glus: list[GLU],
+        batches: list[Batch],
+        *,
+        gram: bool,
+        gradients: Mapping[int, LayerGradients] | None,
+    ):
+        self._model, self._glus, self._batches = model, glus, batches
+        self._gram, self._gradients = gram, gradients
+        self._mask: torch.Tensor | None = None  # of the batch that is running
+
+    @torch.no_grad()
+    def collect(self, layers: Sequence[int], label: str) -> Statistics:
+        found = {index: LayerStatistics.empty(self._glus[index], gram=self._gram) for index in layers}
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self._model))
+            if self._gram:
+                stack.enter_context(in_float32(decoder_layers(self._model)))
+            for index, statistics in found.items():
+                handle = self._glus[index].down.register_forward_pre_hook(self._adding_to(statistics))
+                stack.callback(handle.remove)
+            self._run(found, label)
+        for statistics in found.values():
+            statistics.complete()
+        tokens = sum(map(token_count, self._batches))
+        if self._gradients is not None:
+            self._add_sensitivities(found, self._gradients, tokens)
+        widest = max(self._glus[index].intermediate_size for index in layers)
+        if self._gram and tokens < widest:
+            logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)
+        return Statistics(found, tokens)
+
+    def _adding_to(self, statistics: LayerStatistics):
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            x = arguments[0].detach().flatten(0, -2)  # [B * S, I]
+            statistics.add(x if self._mask is None else x[self._mask.flatten().to(x.device)])
+
+        return hook
+
+    def _run(self, found: dict[int, LayerStatistics], label: str) -> None:
+        progress = tqdm(self._batches, desc=label, unit="batch", disable=None, leave=False)
+        for number, (ids, mask) in enumerate(progress):
+            self._mask = mask
+            run_decoder(self._model, ids, mask)
+            for index, statistics in found.items():
+                if not statistics.squares.isfinite().all():
+                    raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
+
+    def _add_sensitivities(
+        self, found: dict[int, LayerStatistics], gradients: Mapping[int, LayerGradients], tokens: int
+    ) -> None:
+        for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
+            down, gram = self._glus[index].down.weight.detach(), statistics.gram
+            assert gram is not None
+            statistics.saliency = saliencies(down, gram, gradients[index], tokens)
+            statistics.costs = narrowing_costs(down, gram, gradients[index], statistics.saliency)

@@ -1,0 +1,163 @@
+"""What a checkpoint on the disk consists of: config, MLP tensors and other files, checked before they are used."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gluprune.io.hub import first_line
+from gluprune.io.shards import StoredTensor, read_json_object
+from gluprune.models.families import Family, family_of_type
+from gluprune.models.widths import layer_widths
+
+# Weights of other formats (some are pickles) would contradict the pruned ones, as would the width in params.json.
+_OTHER_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".distcp", ".nemo", ".npy", ".npz"),
+    *(".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".llamafile"),
+}
+_OTHER_DESCRIPTIONS = ("params.json", ".index.json")
+
+_PRUNABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+_MLP_TENSOR = re.compile(r"(?P<prefix>(?:.*?\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\.mlp\.(?P<name>.+)", re.DOTALL)
+
+# The JSON types of the entries that `SourceConfig` is built from.
+_CONFIG_ENTRIES = {"hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "tie_word_embeddings": bool}
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The part of a model's config that pruning needs.
+
+    Attributes:
+        raw: The whole config, as its JSON file has it.
+        family: The table entry of its model type.
+        hidden_size: H.
+        widths: Intermediate size of every layer.
+        tied: Whether the head is the embedding.
+    """
+
+    raw: dict
+    family: Family
+    hidden_size: int
+    widths: list[int]
+    tied: bool
+
+
+def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
+    """Read the config of a checkpoint that holds so many tensors.
+
+    Raises:
+        ValueError: It is missing or unusable, of a composite model, or names more layers than there are tensors.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json")
+    raw = read_json_object(file)
+    # Before transformers reads the number: some configs build a list of that length.
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= tensor_count:
+        found = f"num_hidden_layers={str(layers)[:40]}"
+        raise ValueError(f"{file} says {found}, the checkpoint holds {tensor_count} tensors")
+    if "text_config" in raw:
+        raise ValueError(f"{file}: model type {raw.get('model_type')!r} is composite: only text models can be pruned")
+    is_plain = all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
+    if isinstance(raw.get("model_type"), str) and is_plain and raw.get("per_layer_config") is None:
+        return SourceConfig(
+            raw=raw,
+            family=family_of_type(raw["model_type"]),
+            hidden_size=raw["hidden_size"],
+            widths=[raw["intermediate_size"]] * raw["num_hidden_layers"],
+            tied=raw["tie_word_embeddings"],
+        )
+
+    # The JSON leaves defaults to transformers, or layers differ. The import takes as long as that of torch.
+    from gluprune.checkpoints.load_save import read_config
+
+    try:
+        config = read_config(folder)
+    except Exception as error:  # a corrupt config can make transformers raise anything
+        raise ValueError(f"{file} is no usable config: {first_line(error)}") from error
+    return SourceConfig(
+        raw=raw,
+        family=family_of_type(config.model_type),
+        hidden_size=config.hidden_size,
+        widths=layer_widths(config),
+        tied=config.tie_word_embeddings,
+    )
+
+
+def mlp_tensors(folder: Path, tensors: Sequence[StoredTensor], config: SourceConfig) -> list[dict[str, StoredTensor]]:
+    """Return the MLP tensors of every decoder layer, by their name inside the MLP, checked against the config.
+
+    Raises:
+        ValueError: A tensor is unknown, mis-shaped or of another dtype, or a layer is missing; the message names it.
+    """
+    mlps = _group_by_layer(folder, tensors, config.family)
+    if len(mlps) != len(config.widths):
+        raise ValueError(f"{folder} holds the MLPs of {len(mlps)} layers, its config says {len(config.widths)}")
+    for index, mlp in enumerate(mlps):
+        _check_mlp(folder, index, mlp, config)
+    return mlps
+
+
+def _group_by_layer(folder: Path, tensors: Sequence[StoredTensor], family: Family) -> list[dict[str, StoredTensor]]:
+    projections = {family.gate, family.up, family.down}
+    layers: dict[int, dict[str, StoredTensor]] = {}
+    prefixes: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        match = _MLP_TENSOR.fullmatch(tensor.name)
+        if match is None:
+            continue
+        projection, _, kind = match["name"].partition(".")
+        if projection not in projections or kind not in ("weight", "bias"):
+            raise ValueError(
+                f"{tensor.file}: tensor {tensor.name!r} does not belong to a plain {family.mlp_class}:"
+                " quantized or adapted projections cannot be pruned"
+            )
+        prefixes[match["prefix"]] = tensor
+        layers.setdefault(int(match["layer"]), {})[match["name"]] = tensor
+    if len(prefixes) > 1:
+        examples = ", ".join(repr(tensor.name) for tensor in prefixes.values())
+        raise ValueError(f"{folder} holds several stacks of layers: {examples}")
+    for index in range(len(layers)):
+        if index not in layers:
+            raise ValueError(f"{folder}: layer {max(layers)} has MLP tensors, but layer {index} has none")
+    return [layers[index] for index in range(len(layers))]
+
+
+def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], config: SourceConfig) -> None:
+    """Check that every projection is there, with the shape that the config says."""
+    family, hidden_size, width = config.family, config.hidden_size, config.widths[layer]
+    rows = 2 * width if family.packed else width
+    expected = {family.gate: (rows, hidden_size), family.up: (rows, hidden_size), family.down: (hidden_size, width)}
+    for projection in expected:
+        if f"{projection}.weight" not in tensors:
+            raise ValueError(f"{folder}: layer {layer} has no tensor mlp.{projection}.weight")
+    for name, tensor in tensors.items():
+        projection, _, kind = name.partition(".")
+        shape = expected[projection] if kind == "weight" else expected[projection][:1]
+        label = f"{tensor.file}: tensor {tensor.name!r}"
+        if tensor.shape != shape or not tensor.nbytes:
+            raise ValueError(f"{label} has shape {list(tensor.shape)}, the config says {list(shape)}")
+        if tensor.dtype not in _PRUNABLE_DTYPES:
+            raise ValueError(f"{label} has dtype {tensor.dtype}: allowed are {', '.join(_PRUNABLE_DTYPES)}")
+
+
+def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
+    """Return the other files of a checkpoint that are copied, and those that are not; paths relative to the folder."""
+    copied, skipped = [], []
+    for root, folders, names in os.walk(folder):
+        here = Path(root).relative_to(folder)
+        skipped += [f"{here / name}/" for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (here / name for name in sorted(names)):
+            if str(path) in written:
+                continue
+            is_foreign = path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(_OTHER_DESCRIPTIONS)
+            is_hidden = path.name.startswith(".")
+            belongs = not is_foreign and not is_hidden and (folder / path).is_file()
+            (copied if belongs else skipped).append(str(path))
+    return copied, skipped

@@ -1,0 +1,38 @@
+"""Intermediate sizes in transformers configs: the only module that knows how a config holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def layer_widths(config: PreTrainedConfig) -> list[int]:
+    """Return the intermediate size of every layer."""
+    text = config.get_text_config()
+    if not getattr(text, "is_heterogeneous", False):
+        return [text.intermediate_size] * text.num_hidden_layers
+    return [layer.intermediate_size for layer in text.per_layer_config]
+
+
+def width_entries(widths: Sequence[int]) -> dict[str, object]:
+    """Return the config entries for the widths of all layers: `intermediate_size` and `per_layer_config`.
+
+    `intermediate_size` is the largest width. `per_layer_config` holds the layers that differ from it, in the form of
+    transformers, or is None. `gluprune.load` reads it; stock Llama classes do not build such a model.
+
+    Args:
+        widths: Intermediate size of every layer, in order.
+    """
+    others = {index: {"intermediate_size": width} for index, width in enumerate(widths) if width != max(widths)}
+    return {"intermediate_size": max(widths), "per_layer_config": others or None}
+
+
+def set_config_widths(config: PreTrainedConfig, widths: Sequence[int]) -> None:
+    """Write the widths of all layers into a transformers text config, in place."""
+    # While layers differ, a guard hides `intermediate_size`; this removes it.
+    config.per_layer_config = None
+    for key, value in width_entries(widths).items():
+        setattr(config, key, value)

@@ -1,0 +1,135 @@
+"""What `prune` checks before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gluprune.calibration.statistics import Statistics
+from gluprune.models.glu import GLU
+from gluprune.pruning.recipe import Recipe
+
+
+def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
+    """Return layer indices in ascending order; None means all of `count` layers.
+
+    Raises:
+        ValueError: No index, an index out of range or given twice.
+        TypeError: An index is not an integer.
+    """
+    if layers is None:
+        return list(range(count))
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers is empty: give at least one layer index, or None for all")
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers must hold integers, got {index!r}")
+        if not 0 <= index < count:
+            raise ValueError(f"layer index {index} is out of range: the model has layers 0 to {count - 1}")
+        if layers.count(index) > 1:
+            raise ValueError(f"layer index {index} is given twice")
+    return sorted(layers)
+
+
+def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:
+    """Return the width that the chosen layers have.
+
+    Args:
+        widths: Intermediate size of every layer of the model.
+        layers: Indices of the chosen layers.
+
+    Raises:
+        ValueError: They have different widths.
+    """
+    before = {widths[index] for index in layers}
+    if len(before) > 1:
+        raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
+    return before.pop()
+
+
+def check_prunable(model: nn.Module, glus: Sequence[GLU], layers: Sequence[int]) -> None:
+    """Check that the projections of some layers can be narrowed.
+
+    Raises:
+        ValueError: A projection is not a plain linear layer, or its weight is missing, sharded, quantized or shared.
+    """
+    for index in layers:
+        for name, projection in glus[index].projections.items():
+            _check_projection(f"layer {index}, {name}", projection)
+    _check_not_shared(model, glus, layers)
+
+
+def _check_projection(label: str, projection: nn.Module) -> None:
+    if type(projection) is not nn.Linear:
+        raise ValueError(
+            f"{label} is {type(projection).__name__}, not nn.Linear: quantized or adapted projections cannot be"
+            " pruned (dequantize, or merge the adapter, first)"
+        )
+    weight = projection.weight
+    if weight.device.type == "meta":
+        raise ValueError(f"{label} is on the meta device: load the weights before pruning")
+    if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
+        raise ValueError(
+            f"{label}.weight is {type(weight).__name__}, not a plain parameter: quantized or sharded weights"
+            " cannot be pruned"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"{label}.weight has dtype {weight.dtype}: allowed are bf16, fp16, fp32 and fp64")
+
+
+def _check_not_shared(model: nn.Module, glus: Sequence[GLU], layers: Sequence[int]) -> None:
+    """Check that no other parameter shares memory with an MLP's: narrowing one would leave the other as it was."""
+    projections = [projection for index in layers for projection in glus[index].projections.values()]
+    pruned = {id(parameter) for projection in projections for parameter in projection.parameters()}
+    ranges = sorted(
+        (str(parameter.device), *_address_range(parameter), name, id(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.device.type != "meta" and parameter.numel()
+    )
+    last = ("", 0, 0, "", 0)
+    for current in ranges:
+        (device, start, stop, name, identity), (last_device, _, end, owner, owner_id) = current, last
+        if device == last_device and start < end and (identity in pruned or owner_id in pruned):
+            raise ValueError(f"{owner} and {name} share memory: tied or shared MLP weights cannot be pruned")
+        if device != last_device or stop > end:
+            last = current
+
+
+def _address_range(parameter: torch.Tensor) -> tuple[int, int]:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.data_ptr(), parameter.data_ptr() + extent * parameter.element_size()
+
+
+def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequence[int], recipe: Recipe) -> None:
+    """Check that statistics belong to a model and hold what a recipe needs.
+
+    Args:
+        statistics: From `calibrate`.
+        widths: Intermediate size of every layer of the model.
+        layers: Indices of the layers that are pruned.
+        recipe: How they are pruned.
+
+    Raises:
+        ValueError: A layer is missing or has another width, or Gram matrices or sensitivities are needed and missing.
+    """
+    for index in layers:
+        if index not in statistics.layers:
+            raise ValueError(
+                f"the calibration statistics have no layer {index}: they have layers {list(statistics.layers)}"
+            )
+        layer = statistics.layers[index]
+        if len(layer.squares) != widths[index]:
+            raise ValueError(
+                f"layer {index} has {widths[index]} neurons, but the statistics were collected at"
+                f" {len(layer.squares)}: calibrate the model as it is before pruning"
+            )
+        if recipe.compensate and layer.gram is None:
+            raise ValueError("compensate=True needs statistics with Gram matrices: calibrate(..., gram=True)")
+        if recipe.needs.sensitivity and layer.costs is None:
+            raise ValueError(
+                "score='surgeon' and allocation='sensitivity' need statistics with sensitivities:"
+                " calibrate(..., sensitivity=True)"
+            )

@@ -1,0 +1,66 @@
+"""What `prune` did, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did.
+
+    Attributes:
+        kept: Layer index -> int64 `[widths[layer]]`, the neurons that were kept, ascending.
+        widths: Layer index -> number of neurons after pruning.
+        intermediate_size: The width that was asked for; the mean of all layers if they differ.
+        original_intermediate_size: Neurons per pruned layer before.
+        hidden_size: H.
+        parameters: Parameters of the whole model after pruning; tied weights count once.
+        original_parameters: The same before pruning.
+        score: Name of the score.
+    """
+
+    kept: dict[int, torch.Tensor]
+    widths: dict[int, int]
+    intermediate_size: int
+    original_intermediate_size: int
+    hidden_size: int
+    parameters: int
+    original_parameters: int
+    score: str
+
+    @property
+    def expansion_ratio(self) -> float:
+        """Intermediate size over hidden size after pruning."""
+        return self.intermediate_size / self.hidden_size
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the neurons that were removed."""
+        return 1 - self.intermediate_size / self.original_intermediate_size
+
+    def to_dict(self) -> dict:
+        """Return everything as plain numbers, strings and lists, ready for JSON."""
+        return {
+            "score": self.score,
+            "intermediate_size": self.intermediate_size,
+            "original_intermediate_size": self.original_intermediate_size,
+            "widths": self.widths,
+            "hidden_size": self.hidden_size,
+            "expansion_ratio": self.expansion_ratio,
+            "pruning_ratio": self.pruning_ratio,
+            "parameters": self.parameters,
+            "original_parameters": self.original_parameters,
+            "kept": {layer: kept.tolist() for layer, kept in self.kept.items()},
+        }
+
+    def __str__(self) -> str:
+        narrowest, widest = min(self.widths.values()), max(self.widths.values())
+        spread = "" if narrowest == widest else f" on average, {narrowest} to {widest} per layer"
+        return (
+            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.widths)} layers"
+            f"{spread} (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned, score {self.score});"
+            f" {self.original_parameters:,} -> {self.parameters:,} parameters"
+        )

@@ -1,0 +1,235 @@
+"""Whether an MLP can run fused, and if not, why: the only module that answers this question.
+
+An MLP runs fused only if the operator computes exactly what the MLP's modules compute. Three things decide:
+
+- its class and activation, which `patch` looks at (`class_obstacle`),
+- its modules and weights, which may change at any time (`module_obstacle`),
+- the call: input, autocast, tracing, transforms (`is_fusible`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from torch import nn
+from transformers.activations import ACT2FN
+
+from gluprune.models.families import FAMILIES
+from gluprune.runtime import aligned, operator
+
+# Weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
+Operands: TypeAlias = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
+
+# An MLP whose class `patch` has set: a module with the class attributes `family` and `backend`.
+PatchedMLP: TypeAlias = Any
+
+FAMILY_OF_CLASS = {family.mlp_class: family for family in FAMILIES.values()}
+ACTIVATION_OF_CLASS = {
+    type(ACT2FN["silu"]): "silu",
+    type(ACT2FN["swish"]): "silu",
+    type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
+}
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class MLPStatus:
+    """Whether one GLU MLP of a model runs fused.
+
+    Attributes:
+        name: Path of the module in the model.
+        fused: Whether its forward runs the fused operator.
+        reason: Why not; empty if fused.
+    """
+
+    name: str
+    fused: bool
+    reason: str
+
+
+def fusion_status(model: nn.Module) -> list[MLPStatus]:
+    """Return, for every GLU MLP of a supported family in order, whether it runs fused now, and why not.
+
+    Example:
+        >>> import gluprune, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = gluprune.patch_llama(LlamaForCausalLM(config))
+        >>> len(gluprune.fusion_status(model))
+        2
+    """
+    return [_status(name, _current_obstacle(mlp)) for name, mlp in find_glus(model)]
+
+
+def fusion_prospect(model: nn.Module) -> list[MLPStatus]:
+    """Return, for every GLU MLP of a supported family in order, whether `patch` would fuse it on a GPU, and why not.
+
+    Only classes are looked at, so the model may be on the meta device.
+    """
+    return [_status(name, class_obstacle(mlp)) for name, mlp in find_glus(model)]
+
+
+def summary(reasons: Sequence[str | None]) -> str:
+    """Return the reasons with their counts in one line."""
+    return "; ".join(f"{count} x {reason}" for reason, count in Counter(filter(None, reasons)).items())
+
+
+def _status(name: str, reason: str | None) -> MLPStatus:
+    return MLPStatus(name, fused=reason is None, reason=reason or "")
+
+
+def find_glus(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of every MLP whose class is in the table of families, patched or not."""
+    return ((name, module) for name, module in model.named_modules() if glu_class(module) is not None)
+
+
+def glu_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of the table that a module is an instance of (also if patched or subclassed), else None."""
+    for owner in type(module).__mro__:
+        if owner.__name__ in FAMILY_OF_CLASS and owner.__module__.startswith("transformers.models."):
+            return owner
+    return None
+
+
+def has_fused_forward(mlp: nn.Module) -> bool:
+    """Whether the class of an MLP is the one that `patch` gave it, or a subclass of it."""
+    return hasattr(type(mlp), "original_class")
+
+
+def is_patched(mlp: nn.Module) -> bool:
+    """Whether the class of an MLP is the one that `patch` gave it, and not a subclass."""
+    return "original_class" in vars(type(mlp))
+
+
+def _current_obstacle(mlp: PatchedMLP) -> str | None:
+    """Return why an MLP does not run fused now, or None."""
+    if not has_fused_forward(mlp):
+        return class_obstacle(mlp) or "not patched"
+    if not runs_forward_of(mlp, type(mlp)):
+        return "its forward was replaced"
+    if obstacle := module_obstacle(mlp):
+        return obstacle
+    gate, up, down, *_ = operands(mlp)
+    if not operator.uses_kernels(mlp.backend, down.device):
+        return f"backend {mlp.backend!r} runs PyTorch's operators on {down.device.type}"
+    if aligned.is_aligned(gate, up, down):
+        return None
+    if mlp.training and down.shape[1] % aligned.ALIGNMENT:
+        return f"its width {down.shape[1]} is no multiple of {aligned.ALIGNMENT}, and it is in training mode"
+    return "its weights are not in aligned storage: patch again"
+
+
+def class_obstacle(mlp: nn.Module) -> str | None:
+    """Return why the class of an MLP must not be swapped, or None if it may."""
+    owner = glu_class(mlp)
+    if owner is None:
+        return f"{type(mlp).__name__} is not a GLU MLP of a supported family"
+    if type(mlp) is not owner and not is_patched(mlp):
+        return f"{type(mlp).__name__} is a subclass of {owner.__name__}"
+    forward = owner.forward
+    if forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward":
+        return f"the forward of {owner.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
+    if not runs_forward_of(mlp, type(mlp)):
+        return "its forward was replaced"
+    activation = getattr(mlp, FAMILY_OF_CLASS[owner.__name__].activation)
+    if type(activation) not in ACTIVATION_OF_CLASS:
+        return _unsupported_activation(activation)
+    return None
+
+
+def module_obstacle(mlp: PatchedMLP) -> str | None:
+    """Return why the modules of a patched MLP may compute something else than the fused operator, or None."""
+    family = mlp.family
+    activation = activation_of(mlp)
+    if type(activation) not in ACTIVATION_OF_CLASS:
+        return _unsupported_activation(activation)
+    if _is_modified(activation):
+        return f"{family.activation} carries a hook"
+    for name in (family.gate, family.up, family.down):
+        projection = mlp._modules[name]
+        if type(projection) is not nn.Linear:
+            return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
+        if _is_modified(projection):
+            return f"{name} carries a hook"
+        weight = projection._parameters["weight"]
+        if type(weight) not in _PLAIN:
+            return f"{name}.weight is {type(weight).__name__}"
+    return _operand_obstacle(operands(mlp))
+
+
+def _operand_obstacle(tensors: Operands) -> str | None:
+    gate, up, down, *biases = tensors
+    dtype, device = down.dtype, down.device
+    if dtype not in operator.KERNEL_DTYPES:
+        return f"the weights are {str(dtype).removeprefix('torch.')}"
+    if device.type == "meta":
+        return "the weights are on the meta device (offloaded, or not loaded)"
+    for other in (gate, up, *biases):
+        if other is not None and (type(other) not in _PLAIN or other.dtype != dtype or other.device != device):
+            return "the weights differ in dtype, device or kind"
+    for bias, size in zip(biases, (*gate.shape[:1], *up.shape[:1], *down.shape[:1]), strict=False):
+        if bias is not None and (bias.shape != (size,) or not bias.is_contiguous()):
+            return "the biases' shapes do not fit together"
+    if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
+        return "the weights' shapes do not fit together"
+    return None
+
+
+def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
+    """Whether the fused operator computes what the modules of a patched MLP compute for `x`, in this call."""
+    if not operator.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
+        return False
+    # The flag, not `is_exporting()`, which is always true in what torch.compile compiles up to torch 2.11.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False  # an exported program holds only PyTorch's operators, so it runs without this package
+    if type(x) not in _PLAIN or module_obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
+        return False
+    down = mlp._modules[mlp.family.down]._parameters["weight"]
+    if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
+        return False
+    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+
+def activation_of(mlp: PatchedMLP) -> nn.Module:
+    """Return the activation module of a patched MLP."""
+    name = mlp.family.activation
+    return mlp._modules[name] if name in mlp._modules else getattr(mlp, name)  # getattr takes microseconds for a module
+
+
+def operands(mlp: PatchedMLP) -> Operands:
+    """Return the weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases."""
+    family, modules = mlp.family, mlp._modules
+    gate, up, down = (modules[name]._parameters for name in (family.gate, family.up, family.down))
+    if not family.packed:
+        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
+    gate_weight, up_weight = gate["weight"].chunk(2)
+    gate_bias, up_bias = (None, None) if gate["bias"] is None else gate["bias"].chunk(2)
+    return gate_weight, up_weight, down["weight"], gate_bias, up_bias, down["bias"]
+
+
+def _is_modified(module: nn.Module) -> bool:
+    """Whether calling the module does more than the forward of its class."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or not runs_forward_of(module, type(module))
+
+
+def runs_forward_of(module: nn.Module, owner: type[nn.Module]) -> bool:
+    """Whether the forward that the module runs is that of the class `owner`."""
+    attributes = module.__dict__
+    if "forward" not in attributes:
+        return True
+    # accelerate wraps every module of a model that is split over devices, only to move its inputs to where they are
+    # already (or, to offload, to bring weights from the meta device, where an MLP finds them too).
+    wrapped = type(attributes.get("_hf_hook")) is AlignDevicesHook
+    return getattr(attributes["_old_forward" if wrapped else "forward"], "__func__", None) is owner.forward
+
+
+def _unsupported_activation(activation: object) -> str:
+    return f"activation {type(activation).__name__} is not supported (allowed are silu and gelu_pytorch_tanh)"

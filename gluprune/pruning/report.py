@@ -61,6 +61,7 @@ class PruneReport:
         spread = "" if narrowest == widest else f" on average, {narrowest} to {widest} per layer"
         return (
             f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.widths)} layers"
-            f"{spread} (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned, score {self.score});"
+            f"{spread} (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned,"
+            f" score {self.score});"
             f" {self.original_parameters:,} -> {self.parameters:,} parameters"
         )

@@ -365,7 +365,7 @@ def test_bad_input_changes_nothing(tiny_model, unchanged, given, error, message)
 def test_statistics_of_another_model_change_nothing(tiny_model, unchanged):
     model = tiny_model()
     narrow = calibrate(tiny_model(intermediate_size=90), [IDS])
-    with unchanged(model), pytest.raises(ValueError, match="layer 0 has 101 neurons, its .* are of 90"):
+    with unchanged(model), pytest.raises(ValueError, match="layer 0 has 101 neurons, but the statistics were collected at 90"):
         gluprune.prune(model, **arguments(calibration=narrow))
     some = calibrate(model, [IDS], layers=[0, 2])
     with unchanged(model), pytest.raises(ValueError, match=r"have no layer 1: they have \[0, 2\]"):

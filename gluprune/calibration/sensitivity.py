@@ -6,9 +6,9 @@ distribution by a divergence per token of about
     1/2 E[(x^T D g)^2],
 
 with x `[I]` a token's row of X and g `[H]` the gradient, with respect to its row of Y, of -log p(y | text) summed
-over the text, each y drawn from the model's next-token distribution. This is the second-order term with the Fisher information
-in place of the Hessian, for independent tokens. It measures the cost of narrowing a layer. Neurons are ranked by a
-further approximation, in which x and g are independent, too:
+over the text, each y drawn from the model's next-token distribution. This is the second-order term with the Fisher
+information in place of the Hessian, for independent tokens. It measures the cost of narrowing a layer. Neurons are
+ranked by a further approximation, in which x and g are independent, too:
 
     1/2 tr(F D^T G D) / T,    G = X^T X,    F = E[g g^T],
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from gluprune.cli.main import main
+from gluprune.cli import main
 
 sys.exit(main())

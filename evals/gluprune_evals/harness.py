@@ -25,11 +25,15 @@ BOOTSTRAPS = 1000  # for the standard error of lm-eval's perplexity
 
 
 def require_lm_eval() -> None:
-    """Raises ValueError with what to install where lm-eval is not there."""
+    """Check that lm-eval is installed, and silence its log.
+
+    Raises:
+        ImportError: It is missing; the message names the extra.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ValueError("evaluation needs lm-eval: pip install 'gluprune[eval]'") from None
+        raise ImportError("lm-eval is not installed: pip install 'gluprune[eval]'") from None
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

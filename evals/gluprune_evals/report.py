@@ -29,7 +29,7 @@ from gluprune_evals.series import (
     series_correlation,
 )
 from gluprune_evals.significance import Correlation, is_beyond_chance
-from gluprune_evals.study import Folder
+from gluprune_evals.folder import Folder
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"

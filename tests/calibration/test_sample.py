@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gluprune
 from gluprune.calibration.sample import sample_text
-from gluprune.cli.main import main
+from gluprune.cli import main
 from tests.helpers.tiny_models import make_tiny_model
 
 WORDS = 64  # the vocabulary of the tiny model

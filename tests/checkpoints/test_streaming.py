@@ -540,7 +540,7 @@ def test_transformers_is_not_imported(llama, tmp_path):
     """It takes longer than pruning a small checkpoint."""
     script = """
         import sys
-        from gluprune.cli.main import main
+        from gluprune.cli import main
 
         assert main(sys.argv[1:]) == 0 and "transformers" not in sys.modules
     """

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import gluprune
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.statistics import Statistics
-from gluprune.cli.main import main
+from gluprune.cli import main
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def checkpoint(tiny_model, smollm2_tokenizer, tmp_path):
 
 def run(*arguments):
     command = [sys.executable, "-m", "gluprune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,8 @@ def run(*arguments):
     ],
 )
 def test_help(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([*command, "--help"])
-    assert exit.value.code == 0
-    assert "usage: gluprune" in capsys.readouterr().out
+    assert main([*command, "--help"]) == 0
+    assert "Usage: gluprune" in capsys.readouterr().out
 
 
 def test_prune_writes_what_prune_in_memory_writes(checkpoint, tiny_model, tmp_path, capsys):
@@ -243,8 +241,8 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
             "--allocation sensitivity needs --statistics FILE",
         ),
         (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
-        (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work without --calibration only"),
-        (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work without --calibration only"),
+        (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work only without --calibration"),
+        (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work only without --calibration"),
         (
             ["--intermediate-size", "64", "--multiple-of", "1", "--compensate", "--statistics", "absent.file"],
             "absent.file",
@@ -274,7 +272,5 @@ def test_bad_paths(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("layers", ["a", "1-", "-1", "1,,2", ""])
 def test_bad_layer_list(layers, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["prune", "x", "--out", "y", f"--layers={layers}"])
-    assert exit.value.code == 2
-    assert "is no list of layers such as 0,2,5-7" in capsys.readouterr().err
+    assert main(["prune", "x", "--out", "y", f"--layers={layers}"]) == 2
+    assert "is not a list of layers such as 0,2,5-7" in capsys.readouterr().err

@@ -11,16 +11,19 @@ import time
 import pytest
 import torch
 from gluprune_evals import study
+from gluprune_evals.configuration import Configuration, grid
+from gluprune_evals.folder import Folder, StudyModel, fingerprint
 from gluprune_evals.harness import Result
-from gluprune_evals.study import Configuration, Folder, Recipe, Settings, Source, fingerprint, grid, run
+from gluprune_evals.study import Settings, run
 from gluprune_evals.tasks import Limits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gluprune.calibration.batches import batches_from_text
 from gluprune.checkpoints.load_save import read_config
-from gluprune.cli.main import main
+from gluprune.cli import main
 from gluprune.io import atomic
 from gluprune.pruning.prune import prune
+from gluprune.pruning.recipe import Recipe
 from tests.helpers.study_cases import WORDS, save_tiny_model, write_data
 
 TASKS = ["wikitext", "lambada_openai", "hellaswag", "arc_challenge"]
@@ -144,9 +147,9 @@ def test_a_changed_model_is_told(inputs, tmp_path, capsys):
 def test_processes_share_a_study(inputs, tmp_path):
     """A configuration that another process is at is left to it."""
     folder = Folder(tmp_path / "out")
-    source = Source.find(inputs / "tiny")
+    source = StudyModel.find(inputs / "tiny")
     settings = Settings(limits=Limits(2), data=inputs / "data")
-    configurations = grid([0.2, 0.4], [Recipe("maw")])
+    configurations = grid([0.2, 0.4], [Recipe("maw", multiple_of=1)])
     taken = folder.file("tiny", configurations[1], "x").parent
     folder.path.mkdir()
     folder.claim(settings.identity(), {})
@@ -283,14 +286,14 @@ def test_patched_is_unpatched(smollm2_path, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--scores", "best"], "unknown score 'best': allowed are maw"),
-        (["--scores", "maw+compensates"], "unknown score 'maw+compensates'"),
+        (["--scores", "best"], "unknown recipe 'best': allowed is a score (maw"),
+        (["--scores", "maw+compensates"], "unknown recipe 'maw+compensates'"),
         (["--scores", "hybrid"], "calibrated scores and +compensate need --calibration FILE"),
         (["--scores", "maw+compensate"], "need --calibration FILE"),
         (["--backend", "nonesuch"], "backend 'nonesuch' cannot be used"),
         (["--backend", "hf", "--patch"], "give one of them"),
         (["--model-args", "a=1"], "--model-args needs --backend"),
-        (["--data", "nowhere"], "data folder nowhere is not there"),
+        (["--data", "nowhere"], "data folder nowhere does not exist"),
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--tasks", "mmlu_pro"], "unknown task 'mmlu_pro'"),
         (["--ratios", "1.5"], "pruning ratios must lie between 0 and 1 (both excluded), got 1.5"),
@@ -306,15 +309,17 @@ def test_bad_input_is_one_line(inputs, tmp_path, capsys, more, message):
 def test_without_lm_eval(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(arguments(inputs, tmp_path / "out")) == 2
-    assert "evaluation needs lm-eval: pip install 'gluprune[eval]'" in capsys.readouterr().err
+    assert "lm-eval is not installed: pip install 'gluprune[eval]'" in capsys.readouterr().err
 
 
 def test_names():
-    assert [str(c) for c in grid([0.1, 0.25], [Recipe("maw"), Recipe("hybrid", True)])] == [
+    recipes = [Recipe.parse(name, multiple_of=1) for name in ("maw", "hybrid+compensate")]
+    assert [str(c) for c in grid([0.1, 0.25], recipes)] == [
         *("dense", "maw-0.1", "maw-0.25", "hybrid+compensate-0.1", "hybrid+compensate-0.25")
     ]
-    assert str(Configuration(Recipe("l2"), 0.4, 128)) == "l2-0.4-multiple-of-128"
-    assert Recipe.parse("hybrid+compensate") == Recipe("hybrid", True) and Recipe.parse("maw") == Recipe("maw")
+    assert str(Configuration(Recipe("l2", multiple_of=128), 0.4)) == "l2-0.4-multiple-of-128"
+    with pytest.raises(ValueError, match=r"the study takes SCORE or SCORE\+compensate, got maw\+sensitivity"):
+        grid([0.1], [Recipe.parse("maw+sensitivity")])
 
 
 def test_fingerprint(tmp_path):

@@ -11,15 +11,15 @@ import pytest
 import torch
 from gluprune_evals import report
 from gluprune_evals.findings import CLAIMS, published_verdict, verdict
+from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Metric, Result
 from gluprune_evals.paper import scores
 from gluprune_evals.series import BETTER, NOISE, WORSE, all_series
 from gluprune_evals.significance import is_beyond_chance, paired_change, pearson
-from gluprune_evals.study import Folder
 from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, TASKS
 from scipy import stats
 
-from gluprune.cli.main import main
+from gluprune.cli import main
 from gluprune.io import atomic
 from gluprune.measure.records import Record, append
 

@@ -8,7 +8,7 @@ import torch
 
 import gluprune
 from gluprune.checkpoints.load_save import build_empty
-from gluprune.cli.main import main
+from gluprune.cli import main
 from gluprune.measure import bench
 from gluprune.measure.bench import Plan, Workload
 from gluprune.measure.energy import Energy, Meter, Unmetered
@@ -222,7 +222,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, mess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without CUDA says")
 def test_no_cuda(tmp_path, capsys):
     assert main(["bench", "--random", "llama-3.2-1b", "--device", "cuda:1", "--out", str(tmp_path / "out")]) == 2
-    assert "device cuda:1 cannot be had: torch finds no CUDA device" in capsys.readouterr().err
+    assert "device 'cuda:1' is not available: torch finds no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gluprune_evals.paper import latency
 
-from gluprune.cli.main import main
+from gluprune.cli import main
 from gluprune.measure import decoding
 from gluprune.measure.decoding import time_generator
 from gluprune.measure.records import Record, append

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gluprune.cli.main import main
+from gluprune.cli import main
 from gluprune.measure.compare import compare
 from gluprune.measure.records import Record, append
 from gluprune.reports import plots, report
@@ -212,7 +212,7 @@ def test_compare_on_the_command_line(tmp_path, capsys):
         (["."], "holds no file of records"),
         (["bad.jsonl"], "bad.jsonl, line 1 is no record"),
         (["empty.jsonl"], "no record in empty.jsonl"),
-        (["--compare", "bad.jsonl", "bad.jsonl", "--out", "x"], "--compare takes OLD and NEW alone"),
+        (["--compare", "bad.jsonl", "bad.jsonl", "--out", "x"], "--compare takes only OLD and NEW"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,54 @@
+"""`Configuration`: what a result of the study is of, apart from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gluprune.pruning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A recipe at a pruning ratio, or the dense model.
+
+    Attributes:
+        recipe: How the model is pruned. None: not at all.
+        ratio: Share of the neurons removed.
+
+    Raises:
+        ValueError: The ratio is not between 0 and 1.
+    """
+
+    recipe: Recipe | None = None
+    ratio: float = 0.0
+
+    def __post_init__(self):
+        if self.recipe and not 0 < self.ratio < 1:
+            raise ValueError(f"pruning ratios must lie between 0 and 1 (both excluded), got {self.ratio}")
+
+    @property
+    def multiple_of(self) -> int:
+        """The widths are multiples of this."""
+        return self.recipe.multiple_of if self.recipe else 1
+
+    def to_dict(self) -> dict:
+        """Return the fields as they stand in a result."""
+        return {"recipe": self.recipe and str(self.recipe), "ratio": self.ratio, "multiple_of": self.multiple_of}
+
+    def __str__(self) -> str:
+        if self.recipe is None:
+            return "dense"
+        return f"{self.recipe}-{self.ratio:g}" + (f"-multiple-of-{self.multiple_of}" if self.multiple_of > 1 else "")
+
+
+def grid(ratios: Sequence[float], recipes: Sequence[Recipe]) -> list[Configuration]:
+    """Return the dense configuration, then every recipe at every ratio.
+
+    Raises:
+        ValueError: A recipe that the study does not run.
+    """
+    for recipe in recipes:
+        if recipe.reconstruct or recipe.allocation != "uniform":
+            raise ValueError(f"the study takes SCORE or SCORE+compensate, got {recipe}")
+    return [Configuration(), *(Configuration(recipe, ratio) for recipe in recipes for ratio in ratios)]

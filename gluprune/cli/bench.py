@@ -1,0 +1,139 @@
+"""`gluprune bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gluprune.cli.options import Json, Quiet, Verbose, require
+
+EXAMPLES = (
+    "gluprune bench meta-llama/Llama-3.2-1B --pruning-ratio 0.2 0.4",
+    "gluprune bench --random llama-3.2-1b --batch 1 --prompt 128 --new-tokens 32",
+)
+_WORKLOADS = "Workloads (without --preset)"
+
+
+class Preset(str, Enum):
+    """The presets of `bench`."""
+
+    PAPER = "paper"
+
+
+class Decoding(str, Enum):
+    """The ways of decoding, see `gluprune.measure.decoding`."""
+
+    GENERATE = "generate"
+    COMPILED = "compiled"
+    GRAPH = "graph"
+
+
+def run(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Model folder or Hub id.", show_default=False)
+    ] = None,
+    *,
+    random: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Instead of MODEL: random weights in the shapes of llama-3.2-1b, llama-3.2-3b or llama-3.1-8b.",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="By default cuda where there is one, otherwise cpu.")] = None,
+    pruning_ratio: Annotated[
+        list[float] | None,
+        typer.Option(metavar="P...", help="Shares of the neurons to remove. By default 0.4."),
+    ] = None,
+    decoding: Annotated[
+        list[Decoding] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="generate: plain `generate`; compiled: a compiled decode step; graph: a CUDA graph of the step. By"
+            " default all that the device supports.",
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="The paper's workloads, widths, seeds and idle calibration.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="B...", help="Batch sizes. By default 1 8.", rich_help_panel=_WORKLOADS),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N...", help="Prompt lengths in tokens. By default 128 1024.", rich_help_panel=_WORKLOADS),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Forced output length. By default 64.", rich_help_panel=_WORKLOADS),
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Records are appended in this folder.")] = "bench_output",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure latency, memory and energy.
+
+    Measures a model dense, pruned to the paper's exact width and to the nearest multiple of 128, patched and not: TTFT,
+    TPOT, TTLT, tokens/s, peak memory and J/token at a forced output length.
+    """
+    require("bench", "matplotlib")
+    if (model is None) == (random is None):
+        raise ValueError("give exactly one of MODEL and --random NAME")
+    sizes = {"batches": batch, "prompts": prompt, "new_tokens": new_tokens}
+    given = {name: value for name, value in sizes.items() if value}
+    if preset and given:
+        raise ValueError(f"--preset {preset.value} has its own workloads: leave out --batch, --prompt and --new-tokens")
+
+    import torch
+
+    from gluprune.checkpoints.load_save import load
+    from gluprune.measure import bench, records
+    from gluprune.measure.random_models import random_model
+    from gluprune.reports import report
+
+    target = _device(device)
+    plan = bench.plan_of(
+        preset and preset.value,
+        target,
+        ratios=pruning_ratio or None,
+        decodings=[name.value for name in decoding] if decoding else None,
+        **given,
+    )
+    bench.check(plan, target)
+    if model is None:
+        dense, name = random_model(random or ""), f"{random}, random weights"
+    else:
+        dense, name = load(model).eval(), Path(model).name
+    path, measured = Path(out) / "model.jsonl", []
+
+    def keep(record: records.Record) -> None:
+        records.append(path, record)
+        measured.append(record)
+
+    bench.bench(dense, name, plan, torch.device(target), keep)
+    written = report.write(report.read_all([path]), out)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(record) for record in measured]))
+    else:
+        print(bench.table(measured), "", f"{path}: the records", f"{written}: tables and plots", sep="\n")
+
+
+def _device(name: str | None):
+    """Return the torch device of a name, or the default one.
+
+    Raises:
+        ValueError: The device is not available.
+    """
+    import torch
+
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device '{device}' is not available: torch finds no CUDA device")
+    return device

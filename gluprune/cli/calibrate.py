@@ -1,0 +1,66 @@
+"""`gluprune calibrate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from gluprune.cli.options import Json, Model, NewFile, Quiet, Texts, Verbose, new_file
+
+EXAMPLES = (
+    "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt --out llama.stats",
+    "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt own.txt --sensitivity \\\n   --out llama.stats",
+)
+
+
+def run(
+    model: Model,
+    *,
+    text: Texts,
+    out: NewFile,
+    gram: Annotated[
+        bool,
+        typer.Option(
+            "--gram",
+            help="Also collect the Gram matrices that --compensate needs: 4 bytes for each pair of neurons, with all"
+            " layers in memory at once.",
+        ),
+    ] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Also collect what --score surgeon and --allocation sensitivity need. Implies --gram; runs the model"
+            " backward as well.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Collect activation statistics on a text.
+
+    Runs the text through the model once and writes the statistics, for any number of `prune --statistics`.
+    """
+    from gluprune.calibration.collect import calibrate
+    from gluprune.cli.calibration import load_with_batches
+
+    new_file(out)
+    loaded, _, batches = load_with_batches(model, text)
+    gram = gram or sensitivity
+    statistics = calibrate(loaded, batches, gram=gram, sensitivity=sensitivity)
+    statistics.save(out)
+    result = {
+        "layers": len(statistics.layers),
+        "tokens": statistics.tokens,
+        "gram": gram,
+        "sensitivity": sensitivity,
+        "file": str(out),
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        size = f"{out.stat().st_size:,} bytes"
+        print(f"{out}: statistics of {result['layers']} layers on {statistics.tokens:,} tokens, {size}")

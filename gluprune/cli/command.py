@@ -1,0 +1,118 @@
+"""`Command`: one command of the command line, with multi-value options, one-line errors and its own help page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from gluprune.cli.help import HELP_FLAGS, print_help
+
+BAD_INPUT, INTERRUPTED = 2, 130
+# What bad input raises. Anything else is a defect, and its traceback is wanted.
+ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+
+
+class Command(TyperCommand):
+    """A Typer command that accepts several values after one flag and ends in one line on an error.
+
+    Attributes:
+        examples: Command lines for the end of `--help`.
+        may_be_empty: Multi-value options that may be given without a value, which gives them one empty string.
+    """
+
+    examples: tuple[str, ...] = ()
+    may_be_empty: tuple[str, ...] = ()
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Parse the arguments after `expand`."""
+        flags = {
+            flag
+            for parameter in self.params
+            if parameter.param_type_name == "option" and getattr(parameter, "multiple", False)
+            for flag in parameter.opts
+        }
+        return super().parse_args(ctx, expand(args, flags, self.may_be_empty))
+
+    def invoke(self, ctx):
+        """Run the command; bad input and Ctrl-C become one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            print(f"\r{ctx.command_path}: interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except ERRORS as error:
+            print_error(ctx.command_path, error)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+class Group(TyperGroup):
+    """The group of all commands."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Parse the arguments; print the help if it is asked for, or if there is no argument.
+
+        The help is printed before any argument is parsed: newer releases of Typer import Pydantic for that.
+        """
+        if not args:
+            print_help(self, ctx, ("gluprune COMMAND --help",))
+            raise typer.Exit(BAD_INPUT)
+        before_dashes = args[: args.index("--")] if "--" in args else args
+        if any(flag in before_dashes for flag in HELP_FLAGS):
+            command = self.commands.get(args[0])
+            if isinstance(command, Command):
+                print_help(command, typer.Context(command, parent=ctx, info_name=args[0]), command.examples)
+            else:
+                print_help(self, ctx, ("gluprune COMMAND --help",))
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+
+def command_class(examples: Sequence[str], may_be_empty: Sequence[str] = ()) -> type[Command]:
+    """Return a class of commands with these examples and options that may be empty."""
+    return type("Command", (Command,), {"examples": tuple(examples), "may_be_empty": tuple(may_be_empty)})
+
+
+def print_error(command: str, error: Exception | str) -> None:
+    """Print one line to stderr."""
+    message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    print(f"{command}: error: {message}", file=sys.stderr)
+
+
+def expand(arguments: Sequence[str], flags: Collection[str], may_be_empty: Collection[str] = ()) -> list[str]:
+    """Repeat the flag of a multi-value option before each of its values.
+
+    `--text a b --json` becomes `--text a --text b --json`. Values end at the next option, so positional arguments come
+    before such an option or after another one.
+
+    Args:
+        arguments: What follows the command's name.
+        flags: The options that accept several values.
+        may_be_empty: Those of them that may be followed by no value; they are given one empty string.
+    """
+    expanded: list[str] = []
+    flag, values = "", 0
+    for position, argument in enumerate([*arguments, "--"]):
+        if _is_option(argument):
+            if flag and not values:
+                expanded += [flag, ""] if flag in may_be_empty else [flag]
+            if argument == "--":
+                return [*expanded, *arguments[position:]]
+            flag, values = (argument if argument in flags else ""), 0
+            if not flag:
+                expanded.append(argument)
+        elif flag:
+            expanded += [flag, argument]
+            values += 1
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _is_option(argument: str) -> bool:
+    """Whether an argument is an option and not a value: `-` and negative numbers are values."""
+    return argument.startswith("-") and argument != "-" and not argument[1:].replace(".", "", 1).isdigit()

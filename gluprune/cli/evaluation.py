@@ -1,0 +1,120 @@
+"""Options and work that `eval` and `study` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gluprune.cli.options import require
+
+_DOCUMENTS, _MODEL = "Documents", "How models run"
+
+
+class Budget(str, Enum):
+    """The budgets of documents."""
+
+    SMALL = "small"
+
+
+Tasks = Annotated[
+    list[str],
+    typer.Option(metavar="TASK...", help="base (13 tasks), instruct (7 tasks) or names of tasks."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Local files instead of the Hub's data.", rich_help_panel=_DOCUMENTS),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="A seeded choice of N documents for each task.", rich_help_panel=_DOCUMENTS),
+]
+SmallBudget = Annotated[
+    Budget | None,
+    typer.Option(
+        help="A fixed, seeded subset of every task, sized for 2 CPU cores; not with --limit.",
+        rich_help_panel=_DOCUMENTS,
+    ),
+]
+LogSamples = Annotated[
+    bool,
+    typer.Option("--log-samples", help="Keep requests, answers and generated lengths.", rich_help_panel=_DOCUMENTS),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Of the weights: auto, float32, bfloat16, ...", rich_help_panel=_MODEL),
+]
+Patch = Annotated[bool, typer.Option("--patch", help="Run with gluprune.patch_llama.", rich_help_panel=_MODEL)]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Evaluate a checkpoint in a backend of lm-eval: hf, vllm, ...",
+        rich_help_panel=_MODEL,
+    ),
+]
+ModelArgs = Annotated[
+    str,
+    typer.Option(metavar="KEY=VALUE,...", help="Arguments of the backend.", rich_help_panel=_MODEL, show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `eval` and `study` were given in common."""
+
+    out: Path
+    tasks: Sequence[str]
+    data: Path | None
+    limit: int | None
+    budget: Budget | None
+    dtype: str
+    patch: bool
+    backend: str | None
+    model_args: str
+    log_samples: bool
+    as_json: bool
+
+
+def evaluate(
+    models: Sequence[str],
+    configurations: Sequence,
+    options: Options,
+    calibration: Sequence[Path] = (),
+    windows: int | None = None,
+) -> None:
+    """Run the study of these models and configurations, and print its results."""
+    from gluprune_evals.folder import Folder, StudyModel
+    from gluprune_evals.report import summary
+    from gluprune_evals.study import Settings, run
+    from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, Limits
+    from gluprune_evals.text import read_text
+
+    calibrated = {"calibration": tuple(map(read_text, calibration)), "windows": windows} if calibration else {}
+    settings = Settings(
+        limits=Limits(options.limit, small=options.budget is not None),
+        data=options.data,
+        dtype=options.dtype,
+        patch=options.patch,
+        backend=options.backend,
+        model_args=options.model_args,
+        log_samples=options.log_samples,
+        **calibrated,
+    )
+    lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
+    tasks = [task for name in options.tasks for task in lists.get(name, (name,))]
+    results = run(Folder(options.out), [StudyModel.find(model) for model in models], configurations, tasks, settings)
+    if options.as_json:
+        print(json.dumps([json.loads(result.to_json()) for result in results]))
+    else:
+        print(summary(results), options.out, sep="\n")
+
+
+def require_evaluation() -> None:
+    """Check that the packages of the extra `eval` are installed."""
+    require("eval", "lm_eval", "scipy")

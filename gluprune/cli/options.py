@@ -1,0 +1,110 @@
+"""Options that several commands share, and what they do."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OUTPUT = "Output"
+
+
+def _set_verbose(verbose: bool) -> None:
+    if verbose:
+        _configure_logging(logging.INFO)
+
+
+def _set_quiet(quiet: bool) -> None:
+    if quiet:
+        _configure_logging(logging.ERROR)
+        # Read when tqdm and transformers are imported, which no command does before its options are parsed.
+        os.environ["TQDM_DISABLE"] = "1"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def _configure_logging(level: int) -> None:
+    """Send the messages of gluprune to stderr, from this level up."""
+    logger = logging.getLogger("gluprune")
+    logger.setLevel(level)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def parse_layers(text: str) -> list[int]:
+    """'0,2,5-7' -> [0, 2, 5, 6, 7].
+
+    Raises:
+        ValueError: The text is not a list of layers.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--layers {text!r} is not a list of layers such as 0,2,5-7")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check that the packages of an extra are installed, without importing them.
+
+    Raises:
+        ImportError: One is missing; the message names the extra.
+    """
+    for module in modules:
+        # None in sys.modules: its import is blocked.
+        if sys.modules.get(module, module) is None or importlib.util.find_spec(module) is None:
+            raise ImportError(f"{module.replace('_', '-')} is not installed: pip install 'gluprune[{extra}]'")
+
+
+def new_file(path: Path) -> Path:
+    """Return the path of a file to write.
+
+    Raises:
+        ValueError: It exists already, or its folder does not.
+    """
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} must be a new file in a folder that exists")
+    return path
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Log what is done to stderr.",
+        callback=_set_verbose,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Log errors only, and show no progress bars.",
+        callback=_set_quiet,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.", show_default=False)]
+NewFolder = Annotated[
+    str, typer.Option("--out", metavar="FOLDER", help="Where to write; a new or empty folder.", show_default=False)
+]
+NewFile = Annotated[
+    Path, typer.Option("--out", metavar="FILE", help="Where to write; must not exist.", show_default=False)
+]
+Texts = Annotated[
+    list[str], typer.Option("--text", metavar="FILE...", help="UTF-8 texts to calibrate on.", show_default=False)
+]

@@ -1,0 +1,163 @@
+"""`gluprune prune`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Annotated
+
+import typer
+
+from gluprune.cli.options import Json, Model, NewFolder, Quiet, Verbose, parse_layers
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "gluprune prune meta-llama/Llama-3.2-1B --pruning-ratio 0.2 --out llama-narrow",
+    "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt --sensitivity --out llama.stats\n"
+    "gluprune prune meta-llama/Llama-3.2-1B --pruning-ratio 0.2 --out llama-better \\\n"
+    "   --score surgeon --compensate --statistics llama.stats",
+)
+_TARGET, _RECIPE, _STREAMING = "Target (exactly one)", "Recipe", "Streaming (without --calibration)"
+
+
+def run(
+    source: Model,
+    *,
+    out: NewFolder,
+    expansion_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Intermediate size over hidden size.", rich_help_panel=_TARGET),
+    ] = None,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(metavar="P", help="Share of the neurons to remove.", rich_help_panel=_TARGET)
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of neurons to keep.", rich_help_panel=_TARGET)
+    ] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            metavar="SCORE",
+            help="How neurons are ranked: maw_gud, maw (= ppm, the paper's), vow, pon, l2; with calibration data also"
+            " activation, hybrid, surgeon.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = "maw_gud",
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate",
+            help="Refit down_proj to the remaining neurons on the calibration text.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = False,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are"
+            " wider; needs --statistics.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = "uniform",
+    multiple_of: Annotated[
+        int,
+        typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=_RECIPE),
+    ] = 128,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Prune only these layers, such as 0,2,5-7. By default all.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="UTF-8 texts to calibrate on. Loads the whole model.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Statistics written by `gluprune calibrate`, instead of a text.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the result, write nothing.", rich_help_panel=_STREAMING)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint with narrower MLPs.
+
+    Reads and writes shard by shard, so that memory holds one layer at a time. With --calibration it loads the
+    whole model and runs it on the texts.
+    """
+    from gluprune.pruning.recipe import Recipe
+
+    target = {
+        "expansion_ratio": expansion_ratio,
+        "pruning_ratio": pruning_ratio,
+        "intermediate_size": intermediate_size,
+        "layers": None if layers is None else parse_layers(layers),
+    }
+    recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
+    _check(recipe, calibration, statistics)
+    if calibration:
+        if dry_run or resume or statistics:
+            raise ValueError("--dry-run, --resume and --statistics work only without --calibration")
+        report = _prune_in_memory(source, out, recipe, target, calibration)
+    else:
+        from gluprune.checkpoints.stream import prune_checkpoint
+
+        report = prune_checkpoint(
+            source,
+            out,
+            **target,
+            **recipe.options(),
+            statistics=statistics,
+            dry_run=dry_run,
+            resume=resume,
+        )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(report, "dry run: nothing was written" if dry_run else out, sep="\n")
+
+
+def _check(recipe, calibration: list[str] | None, statistics: str | None) -> None:
+    """Raise ValueError where the recipe needs calibration data that is missing, in the spelling of the flags."""
+    if recipe.needs.calibration and not (calibration or statistics):
+        name, _, value = recipe.needs.argument.partition("=")
+        flag = f"--{name}" if value == "True" else f"--{name} {value[1:-1]}"
+        files = "--statistics FILE" if recipe.allocation == "sensitivity" else "--calibration FILE or --statistics FILE"
+        raise ValueError(f"{flag} needs {files}")
+    if recipe.allocation == "sensitivity" and calibration:
+        raise ValueError(
+            "--allocation sensitivity needs --statistics FILE, written by gluprune calibrate --sensitivity"
+        )
+
+
+def _prune_in_memory(source: str, out: str, recipe, target: dict, calibration: list[str]):
+    from gluprune.checkpoints.load_save import save
+    from gluprune.cli.calibration import load_with_batches
+    from gluprune.io.atomic import check_destination
+    from gluprune.pruning.prune import prune
+
+    check_destination(out)
+    model, tokenizer, batches = load_with_batches(source, calibration)
+    report = prune(model, **target, **recipe.options(), calibration=batches)
+    logger.info("writing %s", out)
+    save(model, out, tokenizer)
+    return report

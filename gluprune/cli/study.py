@@ -1,0 +1,84 @@
+"""`gluprune study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gluprune.cli import evaluation
+from gluprune.cli.options import Json, Quiet, Verbose
+from gluprune.measure.paper import RATIOS
+
+EXAMPLES = (
+    "gluprune study meta-llama/Llama-3.2-1B --budget small",
+    "gluprune study meta-llama/Llama-3.2-1B --ratios 0.2 0.4 --scores maw hybrid+compensate \\\n"
+    "   --calibration notes.txt --tasks wikitext arc_challenge",
+)
+MAY_BE_EMPTY = ("--ratios",)
+_RATIOS = [str(ratio) for ratio in RATIOS]
+
+
+def run(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Model folders or Hub ids.", show_default=False)
+    ],
+    *,
+    ratios: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[P...]",
+            help="Shares of the neurons to remove; with no value only the dense models are scored.",
+        ),
+    ] = _RATIOS,
+    scores: Annotated[
+        list[str],
+        typer.Option(metavar="SCORE...", help="As of prune; SCORE+compensate also refits down_proj."),
+    ] = ["maw"],  # noqa: B006
+    multiple_of: Annotated[int, typer.Option(metavar="N", help="Of the widths; 1 keeps them exact.")] = 1,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Texts for the scores that need calibration, and for +compensate."),
+    ] = None,
+    calibration_windows: Annotated[int, typer.Option(metavar="N", help="Windows of 512 tokens from each text.")] = 128,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results are kept.")] = Path("study_output"),
+    tasks: evaluation.Tasks = ["base"],  # noqa: B006
+    data: evaluation.Data = None,
+    limit: evaluation.Limit = None,
+    budget: evaluation.SmallBudget = None,
+    log_samples: evaluation.LogSamples = False,
+    dtype: evaluation.Dtype = "auto",
+    patch: evaluation.Patch = False,
+    backend: evaluation.Backend = None,
+    model_args: evaluation.ModelArgs = "",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score models at several widths with lm-eval.
+
+    Scores models dense and pruned: models x ratios x scores x tasks. A study that was interrupted continues
+    when the same command is given again.
+    """
+    evaluation.require_evaluation()
+    from gluprune_evals.configuration import grid
+
+    from gluprune.pruning.recipe import Recipe
+
+    options = evaluation.Options(
+        out=out,
+        tasks=tasks,
+        data=data,
+        limit=limit,
+        budget=budget,
+        dtype=dtype,
+        patch=patch,
+        backend=backend,
+        model_args=model_args,
+        log_samples=log_samples,
+        as_json=as_json,
+    )
+    recipes = [Recipe.parse(score, multiple_of=multiple_of) for score in scores]
+    configurations = grid([float(ratio) for ratio in ratios if ratio], recipes)
+    evaluation.evaluate(models, configurations, options, calibration or (), calibration_windows)

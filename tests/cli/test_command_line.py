@@ -1,0 +1,286 @@
+"""What all commands share: help pages, values after one flag, errors, logs, missing extras, Ctrl-C."""
+
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS
+
+import gluprune
+from gluprune.cli import app, main
+from gluprune.cli.app import PANELS
+from gluprune.cli.command import Command, expand
+from gluprune.measure.bench import PRESETS
+from gluprune.measure.decoding import DECODINGS
+from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
+
+COMMANDS = {name: module for modules in PANELS.values() for name, module in modules.items()}
+EXAMPLES = [
+    line
+    for module in COMMANDS.values()
+    for example in module.EXAMPLES
+    for line in example.replace("\\\n", " ").splitlines()
+]
+
+
+def run(*arguments, code=None):
+    command = [sys.executable, *(["-c", code] if code else ["-m", "gluprune"]), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The parameters of every command that would have run."""
+    seen = []
+    monkeypatch.setattr(Command, "invoke", lambda self, ctx: seen.append(ctx.params))
+    return seen
+
+
+# --- help ---
+
+
+def test_commands():
+    assert list(COMMANDS) == [
+        *("prune", "calibrate", "sample", "reconstruct", "info", "bench", "eval", "study", "report", "demo")
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage: gluprune" in text and "Example" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert main([*command, "-h"]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_work_as_typed(line, parsed, capsys):
+    program, *arguments = shlex.split(line)
+    assert program == "gluprune" and main(arguments) == 0, capsys.readouterr().err
+    assert len(parsed) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_of_the_command(command):
+    assert any(line.startswith(f"gluprune {command}") for line in EXAMPLES)
+
+
+def test_help_is_complete(capsys, monkeypatch):
+    """Names that are listed by hand in a help text or a signature are those of the library."""
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["prune", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert all(name in text for name in (*SCORES, *ALLOCATIONS))
+    assert f"[default: {Recipe().score}]" in text and f"[default: {Recipe().multiple_of}]" in text
+    main(["study", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "[default: 0.1 0.2 0.3 0.4 0.5 0.6]" in text and "[default: maw]" in text
+    assert f"base ({len(BASE_TASKS)} tasks), instruct ({len(INSTRUCT_TASKS)} tasks)" in text
+    assert [name.value for name in app.bench.Decoding] == list(DECODINGS)
+    assert [name.value for name in app.bench.Preset] == list(PRESETS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom gluprune.cli import main\nmain(sys.argv[1:])\n"
+        "print({'torch', 'transformers', 'numpy', 'triton', 'pydantic'} & set(sys.modules), file=sys.stderr)"
+    )
+    result = run(*arguments, code=code)
+    assert result.stderr.strip() == "set()", result.stderr
+
+
+def test_help_is_fast():
+    """0.3 s beyond an empty Python on a quiet machine; the limit leaves room for a busy one."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run("prune", "--help")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gluprune {gluprune.__version__}\n"
+
+
+def test_no_command_and_unknown_ones(capsys):
+    assert main([]) == 2
+    assert "Usage: gluprune" in capsys.readouterr().out
+    for arguments, message in [
+        (["prun"], "gluprune: error: No such command 'prun'"),
+        (["info"], "gluprune info: error: Missing argument"),
+        (["info", "a", "b"], "gluprune info: error: "),
+        (["info", "a", "--jso"], "--jso"),
+        (
+            ["prune", "a", "--pruning-ratio", "x", "--out", "b"],
+            "gluprune prune: error: Invalid value for '--pruning-ratio'",
+        ),
+        (["bench", "a", "--decoding", "slow"], "gluprune bench: error: Invalid value for '--decoding'"),
+        (["calibrate", "a", "--out", "b", "--text"], "--text"),
+    ]:
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    """The script that Typer writes, and the completions that it asks for."""
+    environment = {"_GLUPRUNE_COMPLETE": f"complete_{shell}", "COMP_WORDS": "gluprune re", "COMP_CWORD": "1"}
+    environment |= {"_TYPER_COMPLETE_ARGS": "gluprune re", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    command = [sys.executable, "-m", "gluprune"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "reconstruct" in result.stdout and "report" in result.stdout and "prune\n" not in result.stdout
+
+
+# --- several values after one flag ---
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("m --text a b --json", "m --text a --text b --json"),
+        ("m --text a --text b", "m --text a --text b"),
+        ("--text a b --out c d", "--text a --text b --out c d"),
+        ("m --ratios", "m --ratios ''"),
+        ("m --ratios --json", "m --ratios '' --json"),
+        ("m --text", "m --text"),
+        ("m --text --json", "m --text --json"),
+        ("m --ratios -0.5 - -x", "m --ratios -0.5 --ratios - -x"),
+        ("--text=a b", "--text=a b"),
+        ("--text a -- b --text c d", "--text a -- b --text c d"),
+        ("", ""),
+    ],
+)
+def test_expand(given, expected):
+    arguments = expand(shlex.split(given), {"--text", "--ratios"}, {"--ratios"})
+    assert arguments == shlex.split(expected)
+
+
+@pytest.mark.parametrize(
+    "command, flag, name, values",
+    [
+        (["calibrate", "m", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["reconstruct", "m", "--dense", "d", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["prune", "m", "--out", "f"], "--calibration", "calibration", ["a", "b"]),
+        (["bench", "m"], "--pruning-ratio", "pruning_ratio", [0.1, 0.4]),
+        (["bench", "m"], "--batch", "batch", [1, 8]),
+        (["bench", "m"], "--prompt", "prompt", [128, 1024]),
+        (["bench", "m"], "--decoding", "decoding", ["generate", "graph"]),
+        (["study", "m", "n"], "--ratios", "ratios", ["0.1", "0.5"]),
+        (["study", "m", "n"], "--scores", "scores", ["maw", "hybrid+compensate"]),
+        (["study", "m"], "--tasks", "tasks", ["piqa", "boolq"]),
+        (["eval", "m"], "--tasks", "tasks", ["piqa", "boolq"]),
+        (["report"], "--compare", "compare", ["old", "new"]),
+    ],
+)
+def test_values_after_one_flag_or_after_one_each(command, flag, name, values, parsed):
+    first, second = map(str, values)
+    assert main([*command, flag, first, second]) == 0
+    assert main([*command, flag, first, flag, second]) == 0
+    assert main([*command, flag, first, second, "--json"]) == 0
+    assert [list(parameters[name]) for parameters in parsed] == [values] * 3
+
+
+def test_ratios_without_a_value(parsed):
+    assert main(["study", "m", "--ratios", "--json"]) == 0 == main(["study", "m", "--ratios"])
+    assert [list(parameters["ratios"]) for parameters in parsed] == [[""], [""]]
+
+
+# --- what a command ends with ---
+
+
+@pytest.mark.parametrize(
+    "raised, code, line",
+    [
+        (KeyboardInterrupt(), 130, "gluprune info: interrupted"),
+        (ValueError("first\n  second\n"), 2, "gluprune info: error: first second"),
+        (RuntimeError("no memory"), 2, "gluprune info: error: no memory"),
+    ],
+)
+def test_errors_and_interrupts_are_one_line(raised, code, line, monkeypatch, capsys):
+    from gluprune.checkpoints import info
+
+    def raises(path):
+        raise raised
+
+    monkeypatch.setattr(info, "info", raises)
+    assert main(["info", "m"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.strip("\r") == line + "\n" and not captured.out
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    from gluprune.checkpoints import info
+
+    monkeypatch.setattr(info, "info", lambda path: {}["absent"])
+    with pytest.raises(KeyError):
+        main(["info", "m"])
+
+
+@pytest.mark.parametrize(
+    "arguments, package, extra",
+    [
+        (["eval", "m"], "lm-eval", "eval"),
+        (["study", "m"], "lm-eval", "eval"),
+        (["study", "m"], "scipy", "eval"),
+        (["bench", "m"], "matplotlib", "bench"),
+        (["report", "records"], "matplotlib", "bench"),
+        (["report", "--published"], "matplotlib", "bench"),
+        (["demo"], "matplotlib", "demo"),
+        (["demo"], "gguf", "demo"),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_names_it(arguments, package, extra, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    assert main(arguments) == 2
+    expected = f"gluprune {arguments[0]}: error: {package} is not installed: pip install 'gluprune[{extra}]'\n"
+    assert capsys.readouterr().err == expected and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag, shown", [("--json", ["warning"]), ("-v", ["info", "warning"]), ("-q", [])])
+def test_verbose_and_quiet(flag, shown):
+    """Logs and bars go to stderr: more with -v, errors only and no bars with -q; stdout has the result only."""
+    code = """
+import logging, sys, types
+
+class Result:
+    to_dict = dict
+    __str__ = lambda self: "{}"
+
+def info(path):
+    from tqdm.auto import tqdm
+
+    logging.getLogger("gluprune.checkpoints").info("info")
+    list(tqdm(range(2), desc="bar"))
+    logging.getLogger("gluprune.checkpoints").warning("warning")
+    return Result()
+
+sys.modules["gluprune.checkpoints.info"] = types.SimpleNamespace(info=info)  # the real one imports torch
+from gluprune.cli import main
+sys.exit(main(["info", "m", *sys.argv[1:]]))
+"""
+    result = run(flag, code=code)
+    assert result.stdout == "{}\n" and result.returncode == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line in ("info", "warning")] == shown
+    assert ("bar: 100%" in result.stderr) == (flag != "-q")
+
+
+def test_exit_code_of_the_process():
+    result = run("info", "--json")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("gluprune info: error: ") and result.stderr.count("\n") == 1
+
+
+def test_typer_exports_what_is_used():
+    assert issubclass(typer.BadParameter, app.UsageError) and app.UsageError is not Exception

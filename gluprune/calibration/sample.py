@@ -6,13 +6,16 @@ Calibration on a model's own samples is from *LLM-QAT: Data-Free Quantization Aw
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gluprune.calibration.running import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class _Progress(StoppingCriteria):
@@ -27,7 +30,9 @@ class _Progress(StoppingCriteria):
 
 
 @torch.no_grad()
-def sample_text(model: PreTrainedModel, tokenizer, windows: int = 64, length: int = 512, *, seed: int = 0) -> str:
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int = 64, length: int = 512, *, seed: int = 0
+) -> str:
     """Return text that a model writes from its begin-of-text token, at temperature 1.
 
     All windows are written in parallel: one batch of `windows` rows, with a key-value cache of `windows * length`

@@ -57,6 +57,12 @@ class MLPStatus:
 def fusion_status(model: nn.Module) -> list[MLPStatus]:
     """Return, for every GLU MLP of a supported family in order, whether it runs fused now, and why not.
 
+    Args:
+        model: Any module; MLPs are found at any depth.
+
+    Returns:
+        One `MLPStatus` per MLP.
+
     Example:
         >>> import gluprune, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM

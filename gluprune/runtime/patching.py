@@ -156,6 +156,9 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`: every MLP gets its class back, and every weight contiguous memory that it shares with no other.
 
+    Args:
+        model: Any module; changed in place.
+
     Returns:
         The model. It is unchanged if none of its MLPs is patched.
 

@@ -158,13 +158,7 @@ def make_plan(
     )
     pruned = _pruned_tensors(mlps, config.family, recipe, widths, original)
     shards = [_plan_shard(shard, pruned) for shard in sources]
-    # A checkpoint may hold the tied head besides the embedding; it is one parameter nevertheless.
-    counted = [
-        tensor
-        for shard in shards
-        for tensor in shard.tensors
-        if not (config.tied and tensor.stored.name == "lm_head.weight")
-    ]
+    counted = _parameters(shards, config)
     parameters = sum(math.prod(tensor.shape) for tensor in counted)
     documents = _documents(config, shards, widths, parameters)
     copied, skipped = other_files(folder, {*documents, *(shard.name for shard in shards)})
@@ -219,6 +213,13 @@ def _pruned_tensors(
                 refitted=recipe.compensate and dim == 1,
             )
     return pruned
+
+
+def _parameters(shards: list[OutputShard], config: SourceConfig) -> list[OutputTensor]:
+    """Return the tensors that count as parameters."""
+    # A checkpoint may hold the tied head besides the embedding; it is one parameter nevertheless.
+    tied = {"lm_head.weight"} if config.tied else set()
+    return [tensor for shard in shards for tensor in shard.tensors if tensor.stored.name not in tied]
 
 
 def _plan_shard(shard: Shard, pruned: dict[str, OutputTensor]) -> OutputShard:

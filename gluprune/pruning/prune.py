@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
@@ -113,23 +113,15 @@ def prune(
         width=width,
         multiple_of=multiple_of,
     )
-    original_parameters = count_parameters(model)
     activations = _activations(model, glus, indices, calibration, recipe)
     choices = _choices(glus, activations, widths, recipe)
     if recipe.needs.calibration:
         # Text runs through the whole model, so everything is chosen before anything is changed. Without text, a layer
         # is narrowed while scoring has it in the cache.
         choices = iter(list(tqdm(choices, "scoring", **_progress(indices))))
-    kept = {}
+    original_parameters = count_parameters(model)
     with ExitStack() as undo:
-        for index, neurons, down in tqdm(choices, "narrowing", **_progress(indices)):
-            narrow(glus[index], neurons, undo)
-            if down is not None:
-                replace_down(glus[index].down, down, undo)
-            kept[index] = neurons
-        config = model.config.get_text_config()
-        undo.callback(_restore_attributes, config, dict(vars(config)))
-        set_config_widths(config, [glu.intermediate_size for glu in glus])
+        kept = _narrow_all(model, glus, tqdm(choices, "narrowing", **_progress(indices)), undo)
         report = PruneReport(
             kept=kept,
             widths=widths,
@@ -143,6 +135,26 @@ def prune(
         undo.pop_all()
     realign(glus[index].mlp for index in indices)
     return report
+
+
+# Layer index, the neurons that the layer keeps, and its refitted down projection or None.
+Choice: TypeAlias = tuple[int, torch.Tensor, torch.Tensor | None]
+
+
+def _narrow_all(
+    model: PreTrainedModel, glus: list[GLU], choices: Iterable[Choice], undo: ExitStack
+) -> dict[int, torch.Tensor]:
+    """Narrow the chosen layers and write the widths into the config. Return the kept neurons of every layer."""
+    kept = {}
+    for index, neurons, down in choices:
+        narrow(glus[index], neurons, undo)
+        if down is not None:
+            replace_down(glus[index].down, down, undo)
+        kept[index] = neurons
+    config = model.config.get_text_config()
+    undo.callback(_restore_attributes, config, dict(vars(config)))
+    set_config_widths(config, [glu.intermediate_size for glu in glus])
+    return kept
 
 
 def _progress(layers: Sequence[int]) -> dict:
@@ -174,8 +186,8 @@ def _choices(
     activations: Iterator[tuple[int, LayerStatistics | None]],
     widths: dict[int, int],
     recipe: Recipe,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """Yield the index of every layer, the neurons that it keeps, and its refitted down projection or None."""
+) -> Iterator[Choice]:
+    """Choose the neurons of one layer after the other."""
     for index, found in activations:
         kept = select(score_layer(recipe.score, glus[index], index, found), widths[index])
         down = None

@@ -1,8 +1,7 @@
-"""Calibration statistics, and pruning on them, against inputs of `down_proj` captured one sequence at a time."""
+"""Pruning by calibration data."""
 
 import copy
 import logging
-from contextlib import nullcontext
 from importlib.resources import files
 
 import pytest
@@ -20,168 +19,10 @@ from gluprune.models.glu import model_glus
 from gluprune.pruning import prune as pruning_module
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch
+from tests.helpers.calibrations import arguments, captured, random_batches
 from tests.helpers.tiny_models import make_tiny_model
 
 GIB = 1 << 30
-
-
-def random_batches(shapes=((3, 11), (1, 5), (2, 8), (4, 9)), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 64, shape, generator=generator) for shape in shapes]
-
-
-def captured(model, sequences):
-    """X `[T, I]` in float64 of every layer: each sequence `[S]` is run alone, through hooks of this file's own."""
-    glus = model_glus(model)
-    taken = [[] for _ in glus]
-    handles = [
-        glu.down.register_forward_pre_hook(lambda _, arguments, into=into: into.append(arguments[0][0].double()))
-        for glu, into in zip(glus, taken)
-    ]
-    with torch.no_grad():
-        for sequence in sequences:
-            model(sequence[None])
-    for handle in handles:
-        handle.remove()
-    return [torch.cat(rows) for rows in taken]
-
-
-def batch_norms(model, batches):
-    """Sum over batches of the norms within a batch, `[I]` of every layer."""
-    per_batch = [[x.norm(dim=0) for x in captured(model, batch)] for batch in batches]
-    return [sum(norms) for norms in zip(*per_batch)]
-
-
-def close(found, expected, dtype):
-    # bf16 activations differ in their last bit between batch shapes.
-    tolerance = {"rtol": 2e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    scale = expected.abs().max()
-    torch.testing.assert_close(found.double() / scale, expected / scale, **tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
-def test_statistics(family, dtype):
-    model, batches = make_tiny_model(family, dtype=dtype, seed=1), random_batches()
-    found = calibrate(model, batches)
-    assert found.tokens == sum(batch.numel() for batch in batches)
-    assert list(found.layers) == [0, 1, 2]
-    truth = captured(model, [sequence for batch in batches for sequence in batch])
-    for statistics, x, norms in zip(found.layers.values(), truth, batch_norms(model, batches)):
-        assert statistics.squares.dtype == statistics.batch_norms.dtype == statistics.gram.dtype == torch.float32
-        close(statistics.squares, x.square().sum(0), dtype)
-        close(statistics.norms, x.norm(dim=0), dtype)
-        close(statistics.batch_norms, norms, dtype)
-        close(statistics.gram, x.T @ x, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_calibrated_in_float32(family_name, dtype):
-    """The Gram matrices are nearly those of the same weights in float32 (embeddings and angles keep their dtype), and the
-    weights are the very tensors they were."""
-    tolerance = 5e-3 if family_name.startswith("gemma") else 5e-4  # Gemma scales its embeddings, in their dtype
-    model = make_tiny_model(family_name, dtype=dtype, seed=17)
-    batches = [*random_batches(), padded((9, 4, 1, 12), "left")[:2]]
-    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
-    found, expected = calibrate(model, batches), calibrate(copy.deepcopy(model).float(), batches)
-    for layer, statistics in expected.layers.items():
-        scale = statistics.gram.abs().max()
-        torch.testing.assert_close(found.layers[layer].gram / scale, statistics.gram / scale, rtol=0, atol=tolerance)
-    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
-
-
-@pytest.mark.parametrize("block", [40, 101, 1000])
-def test_batches_larger_than_one_block(monkeypatch, block):
-    monkeypatch.setattr(calibration_module, "_ROWS", 7)
-    monkeypatch.setattr(calibration_module, "_BLOCK", block)
-    model, batches = make_tiny_model(seed=2), random_batches()
-    found = calibrate(model, batches)
-    truth = captured(model, [sequence for batch in batches for sequence in batch])
-    for statistics, x, norms in zip(found.layers.values(), truth, batch_norms(model, batches)):
-        close(statistics.gram, x.T @ x, torch.float32)
-        close(statistics.batch_norms, norms, torch.float32)
-
-
-def padded(lengths, side, seed=3):
-    """Ids and mask `[B, S]` of sequences of different lengths, and the sequences."""
-    generator = torch.Generator().manual_seed(seed)
-    sequences = [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(0, len(sequence)) if side == "right" else slice(max(lengths) - len(sequence), None)
-        ids[row, place], mask[row, place] = sequence, 1
-    return ids, mask, sequences
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("form", ["dict", "tuple", "dataloader", "bool mask"])
-def test_padding_is_left_out(form, side):
-    model = make_tiny_model(seed=3)
-    ids, mask, sequences = padded((9, 4, 1, 12), side)
-    batches = {
-        "dict": [{"input_ids": ids, "attention_mask": mask, "labels": ids}],
-        "tuple": [(ids, mask)],
-        "dataloader": DataLoader(TensorDataset(ids, mask), batch_size=4),
-        "bool mask": [{"input_ids": ids, "attention_mask": mask.bool()}],
-    }[form]
-    found = calibrate(model, batches)
-    assert found.tokens == 9 + 4 + 1 + 12
-    for statistics, x in zip(found.layers.values(), captured(model, sequences)):
-        close(statistics.squares, x.square().sum(0), torch.float32)
-        close(statistics.gram, x.T @ x, torch.float32)
-
-
-def test_batches_without_tokens_are_passed_over():
-    model, batches = make_tiny_model(seed=4), random_batches()
-    empty = [torch.zeros(0, 5, dtype=torch.long), (torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3))]
-    found, expected = calibrate(model, [*empty, *batches]), calibrate(model, batches)
-    assert found.tokens == expected.tokens
-    assert torch.equal(found.layers[1].gram, expected.layers[1].gram)
-
-
-def test_without_gram_and_for_some_layers():
-    model, batches = make_tiny_model(seed=5), random_batches()
-    some, every = calibrate(model, batches, gram=False, layers=[2]), calibrate(model, batches)
-    assert list(some.layers) == [2] and some.layers[2].gram is None
-    assert torch.equal(some.layers[2].squares, every.layers[2].squares)
-
-
-@pytest.mark.parametrize("layers", [[], [0, 3], [-1]])
-def test_layers_that_are_not_there(layers):
-    with pytest.raises(ValueError, match="layers must hold indices from 0 to 2"):
-        calibrate(make_tiny_model(seed=5), random_batches(), layers=layers)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails):
-    model = make_tiny_model(seed=6, dtype=torch.bfloat16).train()
-    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
-    model.model.layers[1].mlp.eval()
-    modes = [module.training for module in model.modules()]
-    if fails:
-        with torch.no_grad():
-            model.model.layers[1].mlp.gate_proj.weight[3, 5] = torch.nan
-    with pytest.raises(ValueError, match="layer 1 has NaN or Inf") if fails else nullcontext():
-        calibrate(model, random_batches())
-    assert [module.training for module in model.modules()] == modes
-    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-
-
-def test_dropout_is_off():
-    model = make_tiny_model(seed=7, attention_dropout=0.5)
-    expected = calibrate(model, random_batches()).layers[2].gram
-    assert torch.equal(calibrate(model.train(), random_batches()).layers[2].gram, expected)
-
-
-def test_few_tokens_are_told(caplog):
-    calibrate(make_tiny_model(seed=8), random_batches([(2, 9)]))
-    assert "18 calibration tokens for 101 neurons" in caplog.text
-
-
-# --- pruning on them ---
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
@@ -272,9 +113,6 @@ def test_patched_model(backend):
         assert torch.equal(one.down.weight, other.down.weight)
 
 
-# --- memory ---
-
-
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
 
@@ -324,14 +162,7 @@ def test_only_one_pass_holds_its_grams(monkeypatch):
     assert alive == [0, 0, 0]
 
 
-# --- bad input ---
-
-
 IDS = torch.full((2, 5), 7)
-
-
-def arguments(**given):
-    return dict({"pruning_ratio": 0.3, "multiple_of": 1, "score": "hybrid"}, **given)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +196,10 @@ def test_bad_input_changes_nothing(tiny_model, unchanged, given, error, message)
 def test_statistics_of_another_model_change_nothing(tiny_model, unchanged):
     model = tiny_model()
     narrow = calibrate(tiny_model(intermediate_size=90), [IDS])
-    with unchanged(model), pytest.raises(ValueError, match="layer 0 has 101 neurons, but the statistics were collected at 90"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="layer 0 has 101 neurons, but the statistics were collected at 90"),
+    ):
         gluprune.prune(model, **arguments(calibration=narrow))
     some = calibrate(model, [IDS], layers=[0, 2])
     with unchanged(model), pytest.raises(ValueError, match=r"have no layer 1: they have \[0, 2\]"):
@@ -407,9 +241,6 @@ def test_calibration_is_not_looked_at_by_static_scores(tiny_model):
     assert torch.equal(one.model.layers[2].mlp.down_proj.weight, other.model.layers[2].mlp.down_proj.weight)
 
 
-# --- files and text ---
-
-
 def test_bad_statistics_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         Statistics.load(tmp_path / "absent.safetensors")
@@ -435,52 +266,3 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         statistics.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-class Characters:
-    """A tokenizer whose tokens are characters."""
-
-    def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
-        return type("Encoding", (), {"input_ids": [ord(character) for character in text]})
-
-
-def test_windows_are_spread_over_the_text():
-    text = "".join(chr(1000 + i) for i in range(107))
-    found = batches_from_text(Characters(), text, windows=4, length=10, batch_size=3)
-    assert [batch.shape for batch in found] == [(3, 10), (1, 10)]
-    starts = torch.cat(found)[:, 0] - 1000
-    assert starts.tolist() == [0, 20, 50, 70]
-    assert torch.equal(torch.cat(found) - 1000, starts[:, None] + torch.arange(10))
-    every = torch.cat(batches_from_text(Characters(), text, windows=50, length=10))
-    assert torch.equal(every.flatten(), torch.arange(1000, 1100))
-
-
-def test_several_texts_give_as_many_windows_each():
-    texts = [chr(1000 + number) * length for number, length in enumerate((300, 25, 300))]
-    found = torch.cat(batches_from_text(Characters(), texts, windows=4, length=10))
-    assert found[:, 0].tolist() == [1000] * 4 + [1001] * 2 + [1002] * 4  # the second has no more than two
-    assert torch.equal(found, found[:, :1].expand(-1, 10))
-    ordered = ["".join(chr(start + i) for i in range(100)) for start in (1000, 2000)]
-    alone = [torch.cat(batches_from_text(Characters(), text, windows=4, length=10)) for text in ordered]
-    assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(alone))
-    for given, message in [
-        ([], "give at least one calibration text"),
-        ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window takes 10"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            batches_from_text(Characters(), given, windows=8, length=10)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"length": 108}, "has 107 tokens: one window takes 108"),
-        ({"windows": 0}, "windows must be at least 1"),
-        ({"length": 0}, "length must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-    ],
-)
-def test_bad_windows(given, message):
-    with pytest.raises(ValueError, match=message):
-        batches_from_text(Characters(), "x" * 107, **given)

@@ -1,0 +1,55 @@
+"""Windows of text as batches."""
+
+import pytest
+import torch
+
+from gluprune.calibration.batches import batches_from_text
+
+
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return type("Encoding", (), {"input_ids": [ord(character) for character in text]})
+
+
+def test_windows_are_spread_over_the_text():
+    text = "".join(chr(1000 + i) for i in range(107))
+    found = batches_from_text(Characters(), text, windows=4, length=10, batch_size=3)
+    assert [batch.shape for batch in found] == [(3, 10), (1, 10)]
+    starts = torch.cat(found)[:, 0] - 1000
+    assert starts.tolist() == [0, 20, 50, 70]
+    assert torch.equal(torch.cat(found) - 1000, starts[:, None] + torch.arange(10))
+    every = torch.cat(batches_from_text(Characters(), text, windows=50, length=10))
+    assert torch.equal(every.flatten(), torch.arange(1000, 1100))
+
+
+def test_several_texts_give_as_many_windows_each():
+    texts = [chr(1000 + number) * length for number, length in enumerate((300, 25, 300))]
+    found = torch.cat(batches_from_text(Characters(), texts, windows=4, length=10))
+    assert found[:, 0].tolist() == [1000] * 4 + [1001] * 2 + [1002] * 4  # the second has no more than two
+    assert torch.equal(found, found[:, :1].expand(-1, 10))
+    ordered = ["".join(chr(start + i) for i in range(100)) for start in (1000, 2000)]
+    alone = [torch.cat(batches_from_text(Characters(), text, windows=4, length=10)) for text in ordered]
+    assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(alone))
+    for given, message in [
+        ([], "give at least one calibration text"),
+        ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window takes 10"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            batches_from_text(Characters(), given, windows=8, length=10)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"length": 108}, "has 107 tokens: one window takes 108"),
+        ({"windows": 0}, "windows must be at least 1"),
+        ({"length": 0}, "length must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_bad_windows(given, message):
+    with pytest.raises(ValueError, match=message):
+        batches_from_text(Characters(), "x" * 107, **given)

@@ -1,9 +1,9 @@
-# Two commands: `make demo` and `make test`. Each makes a virtual environment if there is none and installs into it.
+# Every target creates a virtual environment if there is none, and installs into it what the target needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test kernels gpu clean
+.PHONY: demo test check lint docs kernels gpu clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gluprune demo
@@ -11,11 +11,26 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+# The tests that are not marked slow.
+check: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(VENV)/installed-dev $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+# The site, in site/. Needs no network, and the pages load nothing from elsewhere.
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/figures.py
+	$(BIN)/mkdocs build --strict
+
 # Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
 kernels: $(VENV)/installed-demo
 	$(BIN)/python -m csrc_triton.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
 
-# Tests, ceilings, tuner and benchmarks on a GPU, in parts and resumable: `make gpu ARGS="--minutes 28"` (benchmarks/GPU.md).
+# Tests, ceilings, tuner and benchmarks on a GPU, in parts and resumable: `make gpu ARGS="--minutes 28"` (docs/gpu.md).
 # With the Python at hand if there is no virtual environment: a machine with a GPU may have no network.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
@@ -26,4 +41,4 @@ $(VENV)/installed-%: setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

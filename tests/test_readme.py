@@ -1,0 +1,157 @@
+"""README and docs: short enough, every block runs as printed, every link resolves, every figure is on record."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from gluprune.measure.records import read
+from tests.helpers.markdown import blocks, broken_links, commands, markdown_files, relative, run_block, table
+from tests.helpers.tiny_models import make_tiny_model
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+HUB_ID = "meta-llama/Llama-3.2-1B"
+PAGES_THAT_RUN = [ROOT / "docs" / name for name in ("quickstart.md",)]
+
+
+def save_tiny_llama(folder):
+    """A random Llama of three layers, with a tokenizer of bytes and a few merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|pad|>", "<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([README.read_text(encoding="utf-8")], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    model = make_tiny_model(
+        "llama", seed=0, intermediate_size=320, vocab_size=len(fast), max_position_embeddings=2048, num_hidden_layers=2
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def one_thread():
+    """Small matrices gain nothing from threads, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder_with_llama(tmp_path, monkeypatch, one_thread):
+    """A working directory in which the Hub id of README is a folder, which transformers prefers to the Hub."""
+    (tmp_path / HUB_ID).parent.mkdir()
+    save_tiny_llama(tmp_path / HUB_ID)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_is_short():
+    """One page: everything else is in docs."""
+    assert README.stat().st_size <= 6000
+
+
+@pytest.mark.slow
+def test_readme_runs_as_printed(folder_with_llama):
+    """The blocks of README in order, in one folder and one Python session."""
+    variables = {}
+    found = blocks(README)
+    assert {block.language for block in found} == {"python", "sh"}
+    for block in found:
+        run_block(block, README, variables)
+    dense = AutoModelForCausalLM.from_pretrained(HUB_ID)
+    for name in ("llama-narrow", "pruned", "narrow"):
+        narrow = AutoModelForCausalLM.from_pretrained(name)
+        assert narrow.config.intermediate_size == 256
+        assert (folder_with_llama / name / "tokenizer.json").is_file()
+    # Both ways end with the same neurons: the random state of sampling is fixed.
+    assert torch.equal(variables["model"].get_input_embeddings().weight, dense.get_input_embeddings().weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.stem)
+def test_pages_run_as_printed(page, folder_with_llama):
+    """Python and shell blocks of the pages that promise to run from top to bottom."""
+    variables = {}
+    for block in blocks(page):
+        run_block(block, page, variables)
+
+
+def test_install_lines_name_extras_that_exist():
+    """`pip install '.[name]'` in README and docs."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    lines = [
+        arguments
+        for path in markdown_files(ROOT)
+        for block in blocks(path)
+        if block.language == "sh"
+        for arguments in commands(block)
+    ]
+    installed = [argument for arguments in lines if arguments[0] == "pip" for argument in arguments[2:]]
+    named = {name for argument in installed for name in re.findall(r"\[([\w,-]+)\]", argument)}
+    assert named
+    assert {part for name in named for part in name.split(",")} <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", markdown_files(ROOT), ids=lambda path: relative(path, ROOT))
+def test_links_resolve(path):
+    """Files and headings that README and docs point to."""
+    assert broken_links(path, ROOT) == []
+
+
+def test_quality_figures_of_the_readme_are_on_record():
+    """Each cell of README's quality table is the quotient of two committed records, as rounded there."""
+    providers = (
+        "MAW",
+        "MAW gate+up+down",
+        "hybrid, re-solved, + own text",
+        "surgeon, reconstructed, + own text",
+    )
+    records = read(ROOT / "evals/results/quality.jsonl")
+    perplexity = {
+        (record.provider, record.shape["text"], record.shape["ratio"]): record.p50
+        for record in records
+        if record.what == "perplexity"
+    }
+    rows = table(README.read_text(encoding="utf-8"), "## What it costs in quality")[: len(providers)]
+    for provider, (_, *cells) in zip(providers, rows, strict=True):
+        for ratio, cell in zip((0.1, 0.2, 0.4, 0.6), cells, strict=True):
+            for text, printed in zip(("wikitext2", "lambada"), cell.split(" · "), strict=True):
+                value = perplexity[provider, text, ratio] / perplexity["dense", text, 0.0]
+                decimals = len(printed.partition(".")[2])
+                assert f"{value:.{decimals}f}" == printed, (provider, text, ratio)
+
+
+def test_speed_figures_of_the_readme_are_on_record():
+    """Each cell of README's speed table is a committed record in milliseconds, as rounded there."""
+    gpu = read(ROOT / "benchmarks/results/nvidia-h200/model.jsonl")
+    cpu = read(ROOT / "benchmarks/results/amd-epyc/model.jsonl")
+
+    def tokens(records, provider, **shape):
+        wanted = shape.items()
+        found = [r for r in records if r.what == "generation: TPOT" and r.provider == provider]
+        return {r.shape["I"]: r.p50 for r in found if wanted <= r.shape.items()}
+
+    rows = [
+        tokens(gpu, "transformers", decoding="graph", batch=8),
+        tokens(gpu, "gluprune", decoding="graph", batch=8),
+        tokens(cpu, "transformers"),
+    ]
+    widths = [(8192, 6554, 4916, 4096, 3277)] * 2 + [(1536, 1229, 922, 768, 615)]
+    printed = table(README.read_text(encoding="utf-8"), "## What it buys in speed")[: len(rows)]
+    for values, sizes, (_, *cells) in zip(rows, widths, printed, strict=True):
+        for size, cell in zip(sizes, cells, strict=True):
+            decimals = len(cell.partition(".")[2])
+            assert f"{values[size] * 1000:.{decimals}f}" == cell, size

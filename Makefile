@@ -24,7 +24,7 @@ lint: $(VENV)/installed-dev $(VENV)/installed-test
 # The site, in site/. Needs no network, and the pages load nothing from elsewhere.
 docs: $(VENV)/installed-docs
 	$(BIN)/python docs/figures.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
 kernels: $(VENV)/installed-demo

@@ -1,4 +1,4 @@
-"""The README tells the truth about the tree, and the repository speaks of the project alone."""
+"""The pages describe the tree as it is, and the repository names no machine."""
 
 import re
 import subprocess
@@ -19,33 +19,39 @@ def tracked():
     return [Path(name) for name in listed]
 
 
-def test_tree_in_the_readme_is_the_tree_on_disk():
-    """Every module and folder of the packages is named with its purpose, and nothing that is not there."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## What is in the repository")[1].split("```")[1]
-    named, folder = set(), Path()
-    for line in block.strip().splitlines():
-        entry = line.split()[0]
-        if not line.startswith(" "):
-            folder = Path(entry) if entry.endswith("/") else Path()
-            path = Path(entry)
-        else:
-            path = folder / entry
-        assert (ROOT / path).exists(), f"README names {path}"
-        assert len(line.split(maxsplit=1)) == 2, f"{path} has no purpose"
-        named.add(path)
+def named_in_architecture():
+    """Paths in the tree of docs/architecture.md with their purposes; two spaces of indentation are one folder."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("## Modules")[1].split("```")[1].partition("\n")[2]
+    named, folders = {}, []
+    for line in tree.splitlines():
+        entry, *purpose = line.split(maxsplit=1)
+        depth = (len(line) - len(line.lstrip())) // 2
+        assert depth <= len(folders), f"{entry} is indented too far"
+        folders = [*folders[:depth], entry]
+        named[Path(*folders)] = " ".join(purpose)
+    return named
+
+
+def test_tree_in_the_architecture_page_is_the_tree_on_disk():
+    """Every module, at every depth, and everything at the top is named with its purpose, and nothing that is not there."""
+    named = named_in_architecture()
+    for path, purpose in named.items():
+        assert (ROOT / path).exists(), f"docs/architecture.md names {path}"
+        assert purpose or path.name == ".gitignore", f"{path} has no purpose"
     for path in tracked():
-        if path.suffix == ".py" and path.name != "__init__.py" and path.parts[0] != "tests" and len(path.parts) == 2:
-            assert path in named, f"README does not name {path}"
-        assert path.parts[0].startswith(".git") or any(Path(path.parts[0]) in (n, *n.parents) for n in named), path
+        if path.suffix == ".py" and path.name != "__init__.py" and path.parts[0] != "tests":
+            assert path in named, f"docs/architecture.md does not name {path}"
+        assert Path(path.parts[0]) in named, f"docs/architecture.md does not name {path.parts[0]}"
 
 
 def test_no_figure_of_an_unmade_record():
-    """Every record file that the README points to is there."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "@@" not in readme
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
-        assert (ROOT / target).exists(), target
+    """Every record file that README and docs point to is there."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert "@@" not in text, page
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_text_files_name_no_machine():

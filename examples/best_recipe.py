@@ -8,6 +8,7 @@ use 128 or more, and text of your own. With so little text the model loses more 
 
 import argparse
 import copy
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gluprune
 from gluprune.demo.smollm2 import smollm2_checkpoint
+from gluprune.measure.perplexity import perplexity
 
 
 def main() -> None:
@@ -47,6 +49,10 @@ def main() -> None:
     print(gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=statistics))
     gluprune.reconstruct(model, dense, batches)
     gluprune.save(model, options.out, tokenizer)
+
+    test = (files("gluprune.demo") / "data" / "demo_text.txt").read_text("utf-8")
+    ids = tokenizer(test, return_tensors="pt").input_ids[0, :512]
+    print(f"perplexity {perplexity(dense, ids):.1f} -> {perplexity(model, ids):.1f}")
     print(f"{options.out}: load it with AutoModelForCausalLM.from_pretrained")
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="calibration text")
     parser.add_argument("--test", type=Path, help="text to measure on")
     parser.add_argument(
-        "--windows", type=int, default=8, help="calibration windows of 256 tokens (default: %(default)s)"
+        "--windows", type=int, default=24, help="calibration windows of 256 tokens (default: %(default)s)"
     )
     options = parser.parse_args()
     name = options.model or smollm2_checkpoint()

@@ -9,7 +9,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gluprune.measure.records import read
-from tests.helpers.markdown import blocks, broken_links, commands, markdown_files, relative, run_block, table
+from tests.helpers.markdown import (
+    blocks,
+    broken_links,
+    commands,
+    markdown_files,
+    relative,
+    run_block,
+    run_gluprune,
+    table,
+)
 from tests.helpers.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +112,35 @@ def test_install_lines_name_extras_that_exist():
     named = {name for argument in installed for name in re.findall(r"\[([\w,-]+)\]", argument)}
     assert named
     assert {part for name in named for part in name.split(",")} <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+
+
+def help_of(capsys, *command):
+    """What `gluprune COMMAND --help` prints."""
+    assert run_gluprune([*command, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def test_commands_of_the_readme_are_those_of_the_program(capsys, monkeypatch):
+    """README's table of commands is complete."""
+    monkeypatch.setenv("COLUMNS", "120")
+    listed = re.findall(r"^│ (\w+) ", help_of(capsys), re.MULTILINE)
+    rows = table(README.read_text(encoding="utf-8"), "## Commands")
+    assert {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)} == set(listed)
+
+
+def test_options_in_the_pages_exist(capsys, monkeypatch):
+    """Every option of a gluprune line in README and docs is in the help of its command."""
+    monkeypatch.setenv("COLUMNS", "200")
+    used = {}
+    for path in markdown_files(ROOT):
+        for block in blocks(path):
+            for name, *arguments in commands(block) if block.language == "sh" else []:
+                if name == "gluprune":
+                    used.setdefault(arguments[0], set()).update(a for a in arguments if a.startswith("--"))
+    assert len(used) >= 9
+    for command, options in used.items():
+        known = set(re.findall(r"--[a-z-]+", help_of(capsys, command)))
+        assert options <= known, command
 
 
 @pytest.mark.parametrize("path", markdown_files(ROOT), ids=lambda path: relative(path, ROOT))

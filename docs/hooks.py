@@ -15,16 +15,22 @@ FOLDER = "repository"  # where the linked files are on the site
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 
 
-def _outside(page: Path, target: str) -> Path | None:
-    """Return the repository file outside docs/ that a page links to; None for other links."""
-    path = Path(os.path.normpath(page.parent / target))
-    inside = ROOT in path.parents and DOCS not in path.parents
-    return path if inside and path.is_file() else None
+def _target(page: Path, link: str) -> Path | None:
+    """Return the file of the repository that a page links to; None for other links."""
+    path = Path(os.path.normpath(page.parent / link))
+    return path if ROOT in path.parents and path.is_file() else None
 
 
 def _linked(page: Path) -> set[Path]:
+    """Files outside docs/ that a page links to."""
     text = page.read_text(encoding="utf-8")
-    return {path for match in _LINK.finditer(text) if (path := _outside(page, match[2])) is not None}
+    targets = {_target(page, match[2]) for match in _LINK.finditer(text)}
+    return {path for path in targets if path is not None and DOCS not in path.parents}
+
+
+def _place(path: Path) -> Path:
+    """Return where a file of the repository is among the sources of the site."""
+    return path if DOCS in path.parents else DOCS / FOLDER / path.relative_to(ROOT)
 
 
 def on_files(files: Files, config) -> Files:
@@ -46,10 +52,9 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     here = (DOCS / page.file.src_uri).parent
 
     def replace(match: re.Match) -> str:
-        path = _outside(source, match[2])
+        path = _target(source, match[2])
         if path is None:
             return match[0]
-        target = os.path.relpath(DOCS / FOLDER / path.relative_to(ROOT), here)
-        return f"{match[1]}{target}{match[3]}"
+        return f"{match[1]}{os.path.relpath(_place(path), here)}{match[3]}"
 
     return _LINK.sub(replace, markdown)

@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="calibration texts of your own")
     parser.add_argument(
-        "--windows", type=int, default=8, help="windows of 256 tokens from each text (default: %(default)s)"
+        "--windows", type=int, default=16, help="windows of 128 tokens from each text (default: %(default)s)"
     )
     parser.add_argument("--out", default="narrow", help="folder to write (default: %(default)s)")
     options = parser.parse_args()
@@ -39,20 +39,20 @@ def main() -> None:
     where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
 
-    texts = [gluprune.sample_text(dense, tokenizer, windows=options.windows + 1, length=256)]
+    texts = [gluprune.sample_text(dense, tokenizer, windows=options.windows + 1, length=128)]
     texts += [Path(file).read_text(encoding="utf-8") for file in options.text]
-    batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=256)
+    batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=128)
     statistics = gluprune.calibrate(dense, batches, sensitivity=True)
 
     recipe = gluprune.Recipe.parse("surgeon+compensate+reconstruct")
     model = copy.deepcopy(dense)
     print(gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=statistics))
     gluprune.reconstruct(model, dense, batches)
-    gluprune.save(model, options.out, tokenizer)
-
     test = (files("gluprune.demo") / "data" / "demo_text.txt").read_text("utf-8")
     ids = tokenizer(test, return_tensors="pt").input_ids[0, :512]
     print(f"perplexity {perplexity(dense, ids):.1f} -> {perplexity(model, ids):.1f}")
+
+    gluprune.save(model.to(torch.bfloat16), options.out, tokenizer)
     print(f"{options.out}: load it with AutoModelForCausalLM.from_pretrained")
 
 

@@ -28,7 +28,7 @@ docs: $(VENV)/installed-docs
 
 # Compile every shipped kernel for every supported GPU generation, without a GPU, with the Triton versions supported.
 kernels: $(VENV)/installed-demo
-	$(BIN)/python -m csrc_triton.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
+	$(BIN)/python -m csrc_triton.tools.aot --triton 3.6.0 3.7.1 3.9.0 --record benchmarks/results/kernels_aot.jsonl
 
 # Tests, ceilings, tuner and benchmarks on a GPU, in parts and resumable: `make gpu ARGS="--minutes 28"` (docs/gpu.md).
 # With the Python at hand if there is no virtual environment: a machine with a GPU may have no network.

@@ -74,7 +74,7 @@ def _tuner(name: str, model: str, *options: str, minutes: float) -> Step:
     H, dense = MODELS[model]
     tokens = sorted(SETS["full"].tokens)
     sizes = ("--hidden", str(H), "--intermediate", *map(str, all_widths(dense)), "--tokens", *map(str, tokens))
-    return Step(name, ("csrc_triton.tune", *sizes, "--out", "{tuned}", *options), minutes)
+    return Step(name, ("csrc_triton.tools.tune", *sizes, "--out", "{tuned}", *options), minutes)
 
 
 def _any(widths: Iterable[int]) -> str:
@@ -100,9 +100,9 @@ def steps() -> list[Step]:
         done = f"(graph and {_any(exact[name])}) or (energy and {_any(few[name])})"
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
-    kernels = ("test_glu_kernels", "test_glu_mlp", "test_neuron_scores", "test_ops")
+    kernels = ("csrc_triton/glu", "csrc_triton/scores", "runtime/test_ops.py")
     listed = [
-        _tests("tests-kernels", *(f"tests/{name}.py" for name in kernels), minutes=5),
+        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=5),
         _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
         _tuner(f"tune-{small}", small, minutes=5),
@@ -114,7 +114,7 @@ def steps() -> list[Step]:
         # torch.compile tunes for many seconds a shape: few shapes first, and all that is left after everything else.
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
-        _tests("tests-patching", "tests/test_patching.py", "tests/test_patch_interop.py", minutes=8),
+        _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=8),
         *(_benchmarks(f"backward-{name}", mlp, f"backward and {name}") for name in (small, large)),
         *(rest(name) for name in (small, large)),
         *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),
@@ -128,10 +128,18 @@ def rehearsal() -> list[Step]:
     tiny = ("--shapes", "tiny")
     tuner = ("--hidden", "64", "--intermediate", "153", "256", "--dtype", "float16", "--device", "cpu", "--paths-only")
     picked = [
-        _tests("tests-kernels", "tests/test_glu_mlp.py", "-k", "test_bad or test_no_tokens or same_bits", minutes=5),
-        _tests("tests-cuda", "-m", "cuda", "tests/test_glu_mlp.py", minutes=2),
+        _tests(
+            "tests-kernels",
+            "tests/csrc_triton/glu/test_forward.py",
+            "-k",
+            "test_bad or test_no_tokens or same_bits",
+            minutes=5,
+        ),
+        _tests("tests-cuda", "-m", "cuda", "tests/csrc_triton/glu/test_forward.py", minutes=2),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py", minutes=2),
-        Step("paths-tiny", ("csrc_triton.tune", *tuner, "--tokens", "1", "16", "64", "--out", "{tuned}"), minutes=5),
+        Step(
+            "paths-tiny", ("csrc_triton.tools.tune", *tuner, "--tokens", "1", "16", "64", "--out", "{tuned}"), minutes=5
+        ),
         _benchmarks("mlp-tiny-M0001", "benchmarks/test_mlp.py", "forward and M0001 and I153", minutes=5),
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=3),
         _benchmarks("backward-tiny-M0016", "benchmarks/test_mlp.py", "backward and I153", minutes=5),
@@ -334,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         import torch
 
-        from csrc_triton.launch import table_path
+        from csrc_triton.launch.tables import table_path
 
         if not torch.cuda.is_available():
             return refuse("no CUDA device is available; --rehearse shows the way without one")

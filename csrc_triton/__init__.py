@@ -1,1 +1,33 @@
-"""Triton kernels for width-pruned GLU MLPs. Imports only torch and triton, knows no model."""
+"""Triton kernels for width-pruned GLU MLPs. Import only torch and Triton; know no model.
+
+The names below are loaded at their first use, so that `import csrc_triton` needs neither Triton nor CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from csrc_triton.glu.forward import glu_mlp
+    from csrc_triton.glu.weights import GluWeights
+    from csrc_triton.scores.kernel import NeuronStatistics, neuron_scores
+
+__all__ = ["GluWeights", "NeuronStatistics", "glu_mlp", "neuron_scores"]
+
+_MODULES = {
+    "GluWeights": "csrc_triton.glu.weights",
+    "NeuronStatistics": "csrc_triton.scores.kernel",
+    "glu_mlp": "csrc_triton.glu.forward",
+    "neuron_scores": "csrc_triton.scores.kernel",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

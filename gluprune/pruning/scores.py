@@ -8,90 +8,15 @@ the activations on text. All are computed on float32 values of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Protocol
 
 import torch
 
+from csrc_triton.scores.reference import WeightStatistics
 from gluprune.calibration.statistics import LayerStatistics
 from gluprune.runtime import operator
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-# Rows per step: the second read of a row hits the cache, and an upcast takes at most a few MB.
-_ROWS = 512
-
-
-def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    # Extremes are exact in any dtype, so only the two vectors are upcast. In bf16 on a CPU, amax and amin together are
-    # three times as fast as aminmax.
-    return weight.amax(dim).float() + weight.amin(dim).float().abs()
-
-
-def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    return torch.cat([reduce(rows) for rows in weight.split(_ROWS)])
-
-
-class WeightStatistics:
-    """Per-neuron statistics of one layer's gate `[I, H]`, up `[I, H]` and down `[H, I]`, each computed on access.
-
-    All are float32 `[I]`: `*_ppm` is the peak-to-peak magnitude `max + |min|` of a row of gate or up or a column of
-    down, `*_variance` the unbiased row variance, `*_l1` and `*_l2` the row norms.
-    """
-
-    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
-        self._gate, self._up, self._down = gate, up, down
-
-    @cached_property
-    def gate_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the gate rows."""
-        return _by_rows(lambda rows: _ppm(rows, 1), self._gate)
-
-    @cached_property
-    def up_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the up rows."""
-        return _by_rows(lambda rows: _ppm(rows, 1), self._up)
-
-    @cached_property
-    def down_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the down columns."""
-        return _ppm(self._down, 0)
-
-    @cached_property
-    def down_l2(self) -> torch.Tensor:
-        """L2 norm of the down columns."""
-        return torch.cat([torch.norm(columns.float(), p=2, dim=0) for columns in self._down.split(_ROWS, dim=1)])
-
-    @cached_property
-    def gate_variance(self) -> torch.Tensor:
-        """Variance of the gate rows."""
-        return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._gate)
-
-    @cached_property
-    def up_variance(self) -> torch.Tensor:
-        """Variance of the up rows."""
-        return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._up)
-
-    @cached_property
-    def gate_l1(self) -> torch.Tensor:
-        """L1 norm of the gate rows."""
-        return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._gate)
-
-    @cached_property
-    def up_l1(self) -> torch.Tensor:
-        """L1 norm of the up rows."""
-        return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._up)
-
-    @cached_property
-    def gate_l2(self) -> torch.Tensor:
-        """L2 norm of the gate rows."""
-        return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._gate)
-
-    @cached_property
-    def up_l2(self) -> torch.Tensor:
-        """L2 norm of the up rows."""
-        return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._up)
-
 
 # `WeightStatistics` and the kernel's statistics have the same field names.
 STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {

@@ -1,7 +1,7 @@
-"""The GLU MLP as one operator, `torch.ops.gluprune.glu_mlp`; the only module of gluprune that knows csrc_triton.
+"""The GLU MLP as one operator, `torch.ops.gluprune.glu_mlp`; the only module of the runtime that imports csrc_triton.
 
 Opaque to torch.compile and torch.export, differentiable, usable on any device: where the kernels cannot run, or the
-weights are not in the aligned layout of `gluprune.runtime.aligned`, it does PyTorch's own operations in the eager order.
+weights are not in the layout of `csrc_triton.layout`, it runs PyTorch's own operations in the eager order.
 """
 
 from __future__ import annotations
@@ -9,23 +9,31 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from gluprune.runtime.aligned import padded_buffers
+from csrc_triton import layout
+from csrc_triton.layout import ACTIVATIONS
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+if TYPE_CHECKING:
+    from csrc_triton.glu.weights import GluWeights
+    from csrc_triton.scores.kernel import NeuronStatistics
+
 BACKENDS = ("auto", "triton", "cublas", "torch")
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = tuple(layout.DTYPES.values())
+Buffers = tuple[torch.Tensor, torch.Tensor]  # gate_up [2, IP, H], down [H, IP]
+Operands = tuple[  # weights of gate [I, H], up [I, H] and down [H, I], then their biases [I], [I], [H]
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for an unknown backend, or one that this machine can run nowhere."""
+    """Raise ValueError for an unknown backend, or one that cannot run on this machine."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend in ("triton", "cublas") and not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)):
@@ -35,9 +43,9 @@ def check_backend(backend: str) -> None:
 
 
 def uses_kernels(backend: str, device: torch.device) -> bool:
-    """Whether `backend` runs kernels for tensors on `device`.
+    """Return whether `backend` runs kernels for tensors on `device`.
 
-    CUDA does unless PyTorch is asked for. The CPU does only when a kernel backend is asked for in Triton's interpreter.
+    CUDA does unless the backend is PyTorch. The CPU does only for a kernel backend in Triton's interpreter.
     """
     if backend == "torch" or not HAS_TRITON:
         return False
@@ -52,80 +60,95 @@ def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> t
     if name == "silu":
         if not torch.is_grad_enabled():
             return torch.ops.aten.silu_backward(grad, gate)
-        sigmoid = torch.sigmoid(gate)  # the fused operator has no derivative of its own
+        sigmoid = torch.sigmoid(gate)  # the fused operator has no derivative
         return grad * sigmoid * (1 + gate * (1 - sigmoid))
     return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
 
 
-def run_kernels(
-    x: torch.Tensor,
-    up_row: int,
-    gate_weight: torch.Tensor,
-    up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
-    gate_bias: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    activation: str,
-    backend: str,
-) -> torch.Tensor:
-    """What `glu_mlp` computes, for weights in the layout of `gluprune.runtime.aligned`, past PyTorch's dispatcher.
+def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: str, backend: str) -> torch.Tensor:
+    """Compute `glu_mlp` for weights in the layout of `csrc_triton.layout`, without PyTorch's dispatcher and autograd.
 
-    The dispatcher costs more time on the host than an MLP takes on the GPU for one token; so do planning and Triton's own
-    look-ups, which is why the launches for few tokens are recorded at the first call and replayed from then on. No
-    autograd; `up_row` is what `storage.first_up_row` says. A replay checks nothing: the caller knows that the operands fit.
+    For one token the dispatcher costs more time on the host than the MLP takes on the GPU; so do planning and Triton's
+    look-ups, which is why the launches for few tokens are kept at the first call and replayed from then on. A replay
+    checks nothing: the caller knows that the operands fit.
+
+    Args:
+        x: `[..., H]`.
+        up_row: the result of `csrc_triton.layout.first_up_row` for the weights.
+        operands: weights of gate and up `[I, H]` and of down `[H, I]`, then their biases or None.
+        activation: "silu" or "gelu_tanh".
+        backend: "auto", "triton" or "cublas".
+
+    Returns:
+        A new `[..., H]` tensor of x's dtype.
     """
-    glu, launch, recording = _kernels()
+    forward, chooser, device, replay = _kernels()
+    gate_weight, _, down_weight, gate_bias, up_bias, down_bias = operands
     H = x.shape[-1]
     M = x.numel() // H
-    path = None if backend == "auto" else "cublas" if backend == "cublas" else launch.triton_path(M)
-    if not 0 < M <= RECORDED_TOKENS or not x.is_contiguous():
-        buffers = padded_buffers(gate_weight, up_weight, down_weight)
-        y = glu.glu_mlp(
-            x.reshape(-1, H), *buffers, down_weight.shape[1], activation, gate_bias, up_bias, down_bias, path
-        )
-        return y.view(x.shape)
+    path = None if backend == "auto" else "cublas" if backend == "cublas" else chooser.triton_path(M)
+    if not 0 < M <= REPLAYED_TOKENS or not x.is_contiguous():
+        weights = _weights(layout.padded_buffers(*operands[:3]), operands, activation)
+        return forward.glu_mlp(x.reshape(-1, H), weights, path=path).view(x.shape)
     inputs = (x, gate_weight, down_weight, gate_bias, up_bias, down_bias)
     alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in inputs]
     shapes = M, H, down_weight.shape[1], up_row
-    key = (*shapes, *alignments, x.dtype, x.device, activation, path, launch.input_precision(x.dtype))
-    recorded = _recordings.get(key, _NOT_TRIED)
-    if isinstance(recorded, recording.Recording):
+    key = (*shapes, *alignments, x.dtype, x.device, activation, path, device.input_precision(x.dtype))
+    known = _replays.get(key, _NOT_TRIED)
+    if isinstance(known, replay.Replay):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            recorded.run(inputs, y)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
+            known.run(inputs, y)
         return y
-    rows, biases = x.view(M, H), (gate_bias, up_bias, down_bias)
-    inputs = (rows, *padded_buffers(gate_weight, up_weight, down_weight), *biases)
-    plan = glu.planned(*inputs[:3], down_weight.shape[1], activation, *biases, path)
+    rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
+    plan = forward.plan_checked(rows, weights, path=path)
     with torch.cuda.device_of(x):
         y = plan.run()
-        if recorded is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _recordings[key] = recording.record(plan, inputs)  # None where it cannot be
+        if known is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            inputs = (rows, weights.gate_up, weights.down, gate_bias, up_bias, down_bias)
+            _replays[key] = replay.make_replay(plan, inputs)  # None where the plan cannot be replayed
     return y.view(x.shape)
 
 
-RECORDED_TOKENS = 128  # above, kernels take longer than planning
+REPLAYED_TOKENS = 128  # above, kernels take longer than planning
 _NOT_TRIED = object()
-_recordings: dict[tuple[object, ...], Any] = {}
+_replays: dict[tuple[object, ...], Any] = {}
+
+
+def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> GluWeights:
+    """Return the weights for the kernels: the buffers that the operands are views of, and the operands' biases."""
+    from csrc_triton.glu.weights import GluWeights
+
+    if buffers is None:
+        raise ValueError("the weights are not in the layout of csrc_triton.layout")
+    gate, _, _, gate_bias, up_bias, down_bias = operands
+    return GluWeights(
+        *buffers,
+        intermediate_size=gate.shape[0],
+        activation=activation,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+    )
 
 
 @functools.cache
 def _kernels():
-    from csrc_triton import glu, launch, recording  # they import Triton
+    from csrc_triton.glu import forward  # imports Triton
+    from csrc_triton.launch import chooser, device, replay
 
-    return glu, launch, recording
+    return forward, chooser, device, replay
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd or a dispatch mode has to see an operation on these tensors."""
+    """Return whether autograd or a dispatch mode must see an operation on these tensors."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 @torch.library.custom_op("gluprune::glu_mlp", mutates_args=())
-def glu_mlp(
+def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
     x: torch.Tensor,
     gate_weight: torch.Tensor,
     up_weight: torch.Tensor,
@@ -136,11 +159,18 @@ def glu_mlp(
     activation: str,
     backend: str,
 ) -> torch.Tensor:
-    """`down(act(gate(x)) * up(x))`, the GLU MLP of Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
+    """Compute a GLU MLP: `down(act(gate(x)) * up(x))` (Shazeer, "GLU Variants Improve Transformer", 2020, equation 6).
+
+    Kernels run for bf16, fp16 and fp32 weights in the layout of `csrc_triton.layout`, PyTorch's operations otherwise.
 
     Args:
-        x: `[..., H]`; gate_weight, up_weight: `[I, H]`; down_weight: `[H, I]`; biases: `[I]`, `[I]`, `[H]` or None; of
-            one floating dtype on one device. Kernels take bf16, fp16 and fp32.
+        x: `[..., H]`, of a floating dtype; all other tensors have its dtype and device.
+        gate_weight: `[I, H]`.
+        up_weight: `[I, H]`.
+        down_weight: `[H, I]`.
+        gate_bias: `[I]` or None.
+        up_bias: `[I]` or None.
+        down_bias: `[H]` or None.
         activation: "silu" or "gelu_tanh".
         backend: "auto" (on CUDA the faster one), "triton", "cublas" or "torch".
 
@@ -148,7 +178,14 @@ def glu_mlp(
         A new `[..., H]` tensor of x's dtype.
 
     Raises:
-        ValueError: unknown activation or backend.
+        ValueError: an unknown activation or backend.
+
+    Example:
+        >>> import torch
+        >>> from gluprune.runtime.operator import glu_mlp
+        >>> x, gate, up, down = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8), torch.randn(8, 5)
+        >>> glu_mlp(x, gate, up, down, None, None, None, "silu", "auto").shape
+        torch.Size([3, 8])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
@@ -156,20 +193,18 @@ def glu_mlp(
         raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     buffers = None
     if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
-        buffers = padded_buffers(gate_weight, up_weight, down_weight)
+        buffers = layout.padded_buffers(gate_weight, up_weight, down_weight)
     if buffers is None:
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
-
-    glu, launch, _ = _kernels()
-    biases = gate_bias, up_bias, down_bias
-    glu.check(x.reshape(-1, x.shape[-1]), *buffers, gate_weight.shape[0], activation, *biases)
-    row = launch.first_up_row(buffers[0])
-    return run_kernels(x, row, gate_weight, up_weight, down_weight, *biases, activation, backend)
+    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
+    weights = _weights(buffers, operands, activation)
+    weights.check(x.reshape(-1, x.shape[-1]))
+    return run_kernels(x, weights.up_row, operands, activation, backend)
 
 
 @glu_mlp.register_fake
-def _(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, activation, backend):
+def _(x, gate_weight, up_weight, down_weight, *others):
     return x.new_empty((*x.shape[:-1], down_weight.shape[0]))
 
 
@@ -179,7 +214,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    """The eager gradients; gate and up are computed again from x: nothing of width I is kept for the backward pass."""
+    """Return the eager gradients. Gate and up are recomputed from x: nothing of width I is kept for this pass."""
     x, gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = ctx.saved_tensors
     needs = ctx.needs_input_grad
     gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
@@ -210,15 +245,17 @@ def _backward(ctx, grad):
 glu_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
-    """Statistics of every neuron of one layer by one kernel launch, which reads each weight once.
+def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> NeuronStatistics:
+    """Compute statistics of every neuron of one layer in one kernel launch, which reads each weight once.
 
     Args:
-        gate, up: `[I, H]`; down: `[H, I]`; bf16, fp16 or fp32, on CUDA (in Triton's interpreter: on the CPU).
+        gate: `[I, H]`; bf16, fp16 or fp32, on CUDA (in Triton's interpreter: on the CPU).
+        up: `[I, H]`.
+        down: `[H, I]`.
 
     Returns:
-        `csrc_triton.neuron_scores.NeuronStatistics`, float32 `[I]` tensors.
+        `csrc_triton.NeuronStatistics`, float32 `[I]` tensors.
     """
-    from csrc_triton.neuron_scores import neuron_scores
+    from csrc_triton.scores.kernel import neuron_scores
 
     return neuron_scores(gate, up, down)

@@ -22,6 +22,7 @@ from torch import nn
 from gluprune.models.families import Family
 from gluprune.models.glu import GLU
 from gluprune.runtime import aligned, fusion, operator
+from gluprune.runtime.operator import layout
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,12 @@ class FusedGLU(nn.Module):
         options = fusion.ACTIVATION_OF_CLASS[type(fusion.activation_of(self))], self.backend
         if torch.compiler.is_compiling():  # the operator looks at the storages at run time
             return operator.glu_mlp(x, *operands, *options)
-        row = aligned.first_up_row(gate, up, down)
+        row = layout.first_up_row(gate, up, down)
         if row is None:
             return super().forward(x)
         if operator.is_observed(x, *operands):
             return operator.glu_mlp(x, *operands, *options)
-        return operator.run_kernels(x, row, *operands, *options)
+        return operator.run_kernels(x, row, operands, *options)
 
     # Four events replace the weights, or move them to where aligned storage begins or ceases to help.
 

@@ -7,57 +7,62 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from csrc_triton.glu.weights import GluWeights
+from csrc_triton.layout import padded_width
+
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-LAYOUTS = ("contiguous", "aligned rows", "odd rows", "odd start", "transposed", "apart", "expanded")
+LAYOUTS = ("contiguous", "aligned rows", "unaligned rows", "unaligned start", "transposed", "apart", "expanded")
 
 
 @dataclasses.dataclass
 class Case:
     x: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    intermediate_size: int
-    activation: str
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
-
-    def arguments(self) -> tuple:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    weights: GluWeights
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of `x` (of its first row, if expanded) with other strides; strangers' values lie between the rows.
+    """The values of `x` (of its first row, if expanded) with other strides, and with foreign values between the rows.
 
-    Those are large, not NaN: oneDNN's half-precision product on the CPU reads past an odd width and multiplies by zero.
+    Those are large, not NaN: oneDNN's half-precision product on the CPU reads past an unaligned width and multiplies by
+    zero.
     """
     M, H = x.shape
-    stranger = 100.0
-    if layout in ("aligned rows", "odd rows"):
-        wide = x.new_full((M, H // 8 * 8 + (16 if layout == "aligned rows" else 9)), stranger)
+    foreign = 100.0
+    if layout in ("aligned rows", "unaligned rows"):
+        wide = x.new_full((M, H // 8 * 8 + (16 if layout == "aligned rows" else 9)), foreign)
         wide[:, :H] = x
         return wide[:, :H]
-    if layout == "odd start":
-        flat = x.new_full((M * H + 1,), stranger)
+    if layout == "unaligned start":
+        flat = x.new_full((M * H + 1,), foreign)
         flat[1:] = x.flatten()
         return flat[1:].view(M, H)
     if layout == "apart":
-        return torch.stack((x, torch.full_like(x, stranger)), dim=2).flatten(1)[:, ::2]
+        return torch.stack((x, torch.full_like(x, foreign)), dim=2).flatten(1)[:, ::2]
     if layout == "transposed":
         return x.t().contiguous().t()
     return x[:1].expand(M, H) if layout == "expanded" else x
 
 
 def make_case(
-    seed, M, H, I, dtype=torch.float32, activation="silu", biases="", layout="contiguous", device="cpu", packed=False
+    seed,
+    M,
+    H,
+    I,
+    dtype=torch.float32,
+    *,
+    activation="silu",
+    biases="",
+    layout="contiguous",
+    device="cpu",
+    packed=False,
 ) -> Case:
     """`biases` holds any of the letters g, u, d. Padded columns of down are zero, as the kernels require.
 
-    Padded rows of gate_up are NaN: nothing may depend on them. In a `packed` one the up rows follow the gate rows at
-    once.
+    Padded rows of gate_up are NaN: nothing may depend on them. In a `packed` one the up rows follow the gate rows
+    directly.
     """
     generator = torch.Generator().manual_seed(seed)
-    IP = -(-I // 128) * 128
+    IP = padded_width(I)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
@@ -71,22 +76,23 @@ def make_case(
     x = lay_out(normal(M, H), layout)
     sizes = {"g": I, "u": I, "d": H}
     gate_bias, up_bias, down_bias = (normal(sizes[name]) if name in biases else None for name in "gud")
-    return Case(x, gate_up, down, I, activation, gate_bias, up_bias, down_bias)
+    weights = GluWeights(gate_up, down, I, activation, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
+    return Case(x, weights)
 
 
 def _doubles(case: Case):
-    I = case.intermediate_size
+    weights, I = case.weights, case.weights.intermediate_size
     zero = torch.zeros((), dtype=torch.float64, device=case.x.device)
-    biases = [zero if b is None else b.double() for b in (case.gate_bias, case.up_bias, case.down_bias)]
-    gate, up = case.gate_up[:, :I].double()
-    return case.x.double(), gate, up, case.down[:, :I].double(), biases
+    biases = [zero if b is None else b.double() for b in (weights.gate_bias, weights.up_bias, weights.down_bias)]
+    gate, up = weights.gate_up[:, :I].double()
+    return case.x.double(), gate, up, weights.down[:, :I].double(), biases
 
 
 def hidden_truth(case: Case) -> torch.Tensor:
     """act(gate(x)) * up(x), float64 `[M, I]`."""
     x, gate, up, _, (gate_bias, up_bias, _) = _doubles(case)
     g, u = x @ gate.t() + gate_bias, x @ up.t() + up_bias
-    return (F.silu(g) if case.activation == "silu" else F.gelu(g, approximate="tanh")) * u
+    return (F.silu(g) if case.weights.activation == "silu" else F.gelu(g, approximate="tanh")) * u
 
 
 def truth(case: Case) -> torch.Tensor:
@@ -116,6 +122,6 @@ def _relative(y: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> fl
 
 def hidden_error(a: torch.Tensor, case: Case) -> float:
     """`error` for the activations `[M, IP]`, whose columns from I on must be exactly zero."""
-    I = case.intermediate_size
+    I = case.weights.intermediate_size
     assert a[:, I:].eq(0).all(), "columns from I on must be zero"
     return _relative(a[:, :I], hidden_truth(case), magnitude(case, hidden=True))

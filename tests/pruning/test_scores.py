@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gluprune
-from csrc_triton import neuron_scores
+from csrc_triton.scores import kernel
 from gluprune.models.glu import model_glus
 from gluprune.pruning.scores import STATIC_SCORES, WeightStatistics, static_score
 from gluprune.runtime import operator
@@ -85,7 +85,7 @@ def test_same_neurons_and_weights_as_optipfair(smollm2, name):
 def test_kernel_on_the_real_model(smollm2, monkeypatch):
     """The kernel's statistics in all 30 layers: peak-to-peak magnitudes equal torch bit for bit, scores within 2e-6."""
     if operator.INTERPRETED:  # fewer, larger programs: the interpreter's time is a matter of their number
-        monkeypatch.setattr(neuron_scores, "TILE", 64 * neuron_scores.TILE)
+        monkeypatch.setattr(kernel, "TILE", 64 * kernel.TILE)
     for glu in model_glus(smollm2):
         weights = glu.weights()
         found, expected = operator.neuron_statistics(*weights), WeightStatistics(*weights)

@@ -4,9 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from csrc_triton import glu, recording
+from csrc_triton.glu import forward
+from csrc_triton.launch import replay
 from gluprune.runtime import operator
 from gluprune.runtime.aligned import align
+from tests.helpers.poison import poison_empty
 
 interpreter_only = pytest.mark.skipif(not operator.INTERPRETED, reason="needs Triton's interpreter")
 DEVICE = "cpu" if operator.INTERPRETED else "cuda"
@@ -81,30 +83,29 @@ def test_pytorch_path_is_bit_equal_to_the_eager_formula(dtype, backend, aligned)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 21, 128, 200])
 def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
-    """From the second call on the launches for few tokens are those recorded at the first."""
-    monkeypatch.setattr(operator, "_recordings", {})
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    """From the second call on the launches for few tokens are replays of the first."""
+    monkeypatch.setattr(operator, "_replays", {})
+    poison_empty(monkeypatch)
     for number in range(3):
         operands = make_operands(77, 48, torch.float16, bias=bias, device=DEVICE, seed=number)
         x = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(number)).to(DEVICE, torch.float16)
         y = operator.glu_mlp(x, *operands, "silu", "triton")
         expected = truth(x, *operands, "silu")
         torch.testing.assert_close(y.double().cpu(), expected, atol=TOLERANCE[torch.float16], rtol=4e-3)
-        assert len(operator._recordings) == (tokens <= operator.RECORDED_TOKENS)
+        assert len(operator._replays) == (tokens <= operator.REPLAYED_TOKENS)
 
 
 @interpreter_only
 def test_kernels_run_exactly_when_backend_dtype_and_storage_allow(monkeypatch):
     calls = []
-    planned = glu.planned
+    plan_checked = forward.plan_checked
 
-    def record(*args):
-        calls.append(args[-1])
-        return planned(*args)
+    def noted(x, weights, *, path):
+        calls.append(path)
+        return plan_checked(x, weights, path=path)
 
-    monkeypatch.setattr(glu, "planned", record)
-    monkeypatch.setattr(operator, "_recordings", {})
+    monkeypatch.setattr(forward, "plan_checked", noted)
+    monkeypatch.setattr(operator, "_replays", {})
     aligned, separate = make_operands(37, 48), make_operands(37, 48, aligned=False)
     x = torch.randn(3, 48)
     for backend, operands, path in [
@@ -159,7 +160,7 @@ def test_gradients_equal_eager(activation, create_graph):
     gate, up, down, gate_bias, up_bias, down_bias = operands
     act = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
     eager = F.linear(act(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias), down, down_bias)
-    for ours, theirs in zip(fused, torch.autograd.grad(eager, leaves, grad)):
+    for ours, theirs in zip(fused, torch.autograd.grad(eager, leaves, grad), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
@@ -199,7 +200,7 @@ def test_compiles_without_a_break_with_dynamic_tokens():
         torch.testing.assert_close(compiled(x).double().cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_bad_names_are_refused():
+def test_bad_names_are_rejected():
     operands, x = make_operands(37, 48), torch.randn(3, 48)
     with pytest.raises(ValueError, match="unknown activation 'relu': allowed are silu, gelu_tanh"):
         operator.glu_mlp(x, *operands, "relu", "torch")
@@ -215,48 +216,45 @@ def test_neuron_statistics():
     torch.testing.assert_close(statistics.up_l2, up.double().norm(dim=1).float())
 
 
-# --- recordings ---
-
-
 @pytest.fixture
 def warm(monkeypatch):
-    """Operands of 37 neurons and hidden size 48, whose launches for 3 tokens are recorded."""
-    monkeypatch.setattr(operator, "_recordings", {})
+    """Operands of 37 neurons and hidden size 48, with a replay for 3 tokens."""
+    monkeypatch.setattr(operator, "_replays", {})
     operands = make_operands(37, 48, device=DEVICE)
     x = torch.randn(3, 48, device=DEVICE)
     operator.glu_mlp(x, *operands, "silu", "triton")
-    assert [found is not None for found in operator._recordings.values()] == [True]
+    assert [found is not None for found in operator._replays.values()] == [True]
     return x, operands
 
 
 @pytest.mark.parametrize(
     "change, kind, words",
     [
-        (lambda x, o: (x, o[:3] + [torch.zeros(1, device=DEVICE), *o[4:]]), ValueError, "gate_bias must be"),
+        (lambda x, o: (x, [*o[:3], torch.zeros(1, device=DEVICE), *o[4:]]), ValueError, "gate_bias must be"),
         (lambda x, o: (x, [*o[:5], torch.zeros(96, device=DEVICE)[::2]]), ValueError, "down_bias must be contiguous"),
         (lambda x, o: (x, make_operands(37, 64, device=DEVICE)), ValueError, "gate_up must be"),
         (lambda x, o: (x.half(), o), TypeError, "gate_up must be torch.float16"),
     ],
     ids=["length of a bias", "strides of a bias", "hidden size", "dtype"],
 )
-def test_bad_operands_are_named_after_a_recording_too(warm, change, kind, words):
+def test_bad_operands_are_named_where_there_is_a_replay(warm, change, kind, words):
     x, operands = change(*warm)
     with torch.no_grad(), pytest.raises(kind, match=words):
         operator.glu_mlp(x, *operands, "silu", "triton")
 
 
-def test_one_tensor_for_two_inputs_is_not_recorded(monkeypatch):
-    monkeypatch.setattr(operator, "_recordings", {})
+def test_one_tensor_for_two_inputs_is_not_replayed(monkeypatch):
+    monkeypatch.setattr(operator, "_replays", {})
     x = torch.randn(3, 48, device=DEVICE)
     for tied in (True, False):
         gate, up, down, gate_bias, up_bias, down_bias = make_operands(37, 48, device=DEVICE)
         operands = gate, up, down, gate_bias, gate_bias if tied else up_bias, down_bias
         y = operator.glu_mlp(x, *operands, "silu", "triton")
         torch.testing.assert_close(y.double().cpu(), truth(x, *operands, "silu"), atol=1e-5, rtol=1e-5)
-    assert list(operator._recordings.values()) == [None]
+    assert list(operator._replays.values()) == [None]
 
 
-def test_recordings_know_the_precision_of_float32(warm):
+def test_replays_know_the_precision_of_float32(warm):
     x, operands = warm
     saved = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -264,23 +262,23 @@ def test_recordings_know_the_precision_of_float32(warm):
         operator.glu_mlp(x, *operands, "silu", "triton")
     finally:
         torch.backends.cuda.matmul.fp32_precision = saved
-    assert len(operator._recordings) == 2
+    assert len(operator._replays) == 2
 
 
 def test_a_replay_that_differs_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(operator, "_recordings", {})
-    monkeypatch.setattr(recording.Recording, "run", lambda self, inputs, output: output.fill_(1.0))
+    monkeypatch.setattr(operator, "_replays", {})
+    monkeypatch.setattr(replay.Replay, "run", lambda self, inputs, output: output.fill_(1.0))
     operands = make_operands(37, 48, device=DEVICE)
     for _ in range(2):
         x = torch.randn(3, 48, device=DEVICE)
         y = operator.glu_mlp(x, *operands, "silu", "triton")
         torch.testing.assert_close(y.double().cpu(), truth(x, *operands, "silu"), atol=1e-5, rtol=1e-5)
-    assert list(operator._recordings.values()) == [None] and "differs from its first run" in caplog.text
+    assert list(operator._replays.values()) == [None] and "differs from its first run" in caplog.text
 
 
-def test_an_input_of_nan_is_recorded_as_any_other(monkeypatch):
-    monkeypatch.setattr(operator, "_recordings", {})
+def test_an_input_of_nan_is_replayed_as_any_other(monkeypatch):
+    monkeypatch.setattr(operator, "_replays", {})
     operator.glu_mlp(
         torch.full((3, 48), torch.nan, device=DEVICE), *make_operands(37, 48, device=DEVICE), "silu", "triton"
     )
-    assert [found is not None for found in operator._recordings.values()] == [True]
+    assert [found is not None for found in operator._replays.values()] == [True]

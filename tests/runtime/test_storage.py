@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from csrc_triton import layout
 from gluprune.runtime import aligned
+from tests.helpers.poison import poison_empty
 
 WIDTHS = [1, 37, 127, 128, 129, 256, 300]
 
@@ -18,24 +20,18 @@ def make_weights(width, hidden, dtype=torch.float32, seed=0):
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
-def poison_new_memory(monkeypatch):
-    """Let uninitialised memory hold NaN, so that an element that nobody writes shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_align_gives_the_padded_layout_with_zeros_and_keeps_every_bit(width, dtype, monkeypatch):
-    poison_new_memory(monkeypatch)
-    hidden, padded = 24, -(-width // 128) * 128
+    poison_empty(monkeypatch)
+    hidden, padded = 24, layout.padded_width(width)
     weights = make_weights(width, hidden, dtype)
     before = [weight.detach().clone() for weight in weights]
     identities = [id(weight) for weight in weights]
-    assert aligned.padded_buffers(*weights) is None
+    assert layout.padded_buffers(*weights) is None
     aligned.align(*weights)
 
-    gate_up, down = aligned.padded_buffers(*weights)
+    gate_up, down = layout.padded_buffers(*weights)
     assert gate_up.shape == (2, padded, hidden) and gate_up.is_contiguous()
     assert down.shape == (hidden, padded) and down.is_contiguous()
     assert torch.equal(gate_up[0, :width], before[0]) and torch.equal(gate_up[1, :width], before[1])
@@ -85,8 +81,8 @@ def test_halves_of_different_buffers_are_not_aligned():
     first, second = make_weights(37, 24, seed=1), make_weights(37, 24, seed=2)
     aligned.align(*first)
     aligned.align(*second)
-    assert aligned.padded_buffers(first[0], second[1], first[2]) is None
-    assert aligned.padded_buffers(first[1], first[0], first[2]) is None
+    assert layout.padded_buffers(first[0], second[1], first[2]) is None
+    assert layout.padded_buffers(first[1], first[0], first[2]) is None
 
 
 @settings(deadline=None, max_examples=50)
@@ -98,24 +94,24 @@ def test_slices_within_a_buffer_are_not_taken_for_zero_padded(width, data):
     aligned.align(*weights)
     gate, up, down = weights
     gate.data, up.data, down.data = gate.data[:narrower], up.data[:narrower], down.data[:, :narrower]
-    assert aligned.padded_buffers(*weights) is None
+    assert layout.padded_buffers(*weights) is None
     before = [weight.detach().clone() for weight in weights]
     aligned.align(*weights)
-    gate_up, padded_down = aligned.padded_buffers(*weights)
+    gate_up, padded_down = layout.padded_buffers(*weights)
     assert all(torch.equal(weight, old) for weight, old in zip(weights, before))
     assert gate_up[:, narrower:].eq(0).all() and padded_down[:, narrower:].eq(0).all()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_packed_weight_stays_contiguous_and_keeps_every_bit(width, monkeypatch):
-    poison_new_memory(monkeypatch)
+    poison_empty(monkeypatch)
     packed, down = nn.Parameter(torch.randn(2 * width, 24)), nn.Parameter(torch.randn(24, width))
-    before, address, padded = packed.detach().clone(), packed.data_ptr(), -(-width // 128) * 128
-    assert (aligned.padded_buffers(*packed.chunk(2), down) is None) == (width % 128 > 0)
+    before, address, padded = packed.detach().clone(), packed.data_ptr(), layout.padded_width(width)
+    assert (layout.padded_buffers(*packed.chunk(2), down) is None) == (width % layout.PAD > 0)
     aligned.align_packed(packed, down)
     assert torch.equal(packed, before) and packed.is_contiguous()
-    assert (packed.data_ptr() == address) == (width % 128 == 0)
-    gate_up, padded_down = aligned.padded_buffers(*packed.chunk(2), down)
+    assert (packed.data_ptr() == address) == (width % layout.PAD == 0)
+    gate_up, padded_down = layout.padded_buffers(*packed.chunk(2), down)
     assert gate_up.shape == (2, padded, 24) and gate_up.stride() == (width * 24, 24, 1)
     assert torch.equal(gate_up[0, :width], before[:width]) and torch.equal(gate_up[1, :width], before[width:])
     assert gate_up[1, width:].eq(0).all() and padded_down[:, width:].eq(0).all()
@@ -129,7 +125,7 @@ def test_a_packed_weight_stays_contiguous_and_keeps_every_bit(width, monkeypatch
     assert alias.data_ptr() == address and alias.untyped_storage().nbytes() == packed.nbytes
     aligned.separate(packed)
     assert packed.untyped_storage().nbytes() == packed.nbytes and packed[width, 0] == 7
-    assert (packed.data_ptr() == address) == (width % 128 == 0)
+    assert (packed.data_ptr() == address) == (width % layout.PAD == 0)
 
 
 def test_packed_halves_of_anything_else_are_not_aligned():

@@ -1,0 +1,168 @@
+"""The forward pass of a GLU MLP on padded weights: `down(act(gate(x)) * up(x))`.
+
+The intermediate size `I` may be any integer; the buffers are padded with zeros to `IP`, the next multiple of 128, which
+is exact and keeps every weight load 16 bytes wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from csrc_triton.glu.act_mul import plan_act_mul
+from csrc_triton.glu.weights import GluWeights
+from csrc_triton.launch.call import KernelCall, Plan
+from csrc_triton.launch.chooser import choose, choose_path, heuristic, triton_path
+from csrc_triton.launch.configs import Launch, Problem
+from csrc_triton.launch.paths import check_path
+from csrc_triton.launch.tables import device_table
+from csrc_triton.layout import padded_width, rows_aligned
+
+
+def glu_mlp(x: torch.Tensor, weights: GluWeights, *, path: str | None = None) -> torch.Tensor:
+    """Compute a GLU MLP (Shazeer 2020, eq. 6). No autograd.
+
+    Sums are kept in float32 and are deterministic; float32 inputs are multiplied in full precision unless
+    `torch.backends.cuda.matmul.allow_tf32`. With one token on sm_90 and later, the previous kernel must not be writing
+    the weights: they are requested before it ends.
+
+    Args:
+        x: `[M, H]`, with any strides; bfloat16, float16 or float32, like the weights and on their device.
+        weights: the weights in the padded layout.
+        path: forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by problem.
+
+    Returns:
+        A new `[M, H]` tensor in x's dtype.
+
+    Raises:
+        ValueError: wrong shapes or strides, an unknown activation or path.
+        TypeError: an unsupported dtype, or tensors of different dtypes or devices.
+
+    Example:
+        >>> import torch
+        >>> from csrc_triton import GluWeights, glu_mlp
+        >>> I, H = 5735, 2048  # the padded width is 5760
+        >>> gate_up = torch.randn(2, 5760, H).bfloat16().cuda()
+        >>> down = torch.zeros(H, 5760).bfloat16().cuda()
+        >>> down[:, :I].normal_()
+        >>> y = glu_mlp(torch.randn(1, H).bfloat16().cuda(), GluWeights(gate_up, down, I))
+    """
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
+        return plan_checked(x, weights, path=path).run()
+
+
+def plan_checked(x: torch.Tensor, weights: GluWeights, *, path: str | None = None) -> Plan:
+    """Check the arguments of `glu_mlp`, choose a launch, and return the plan. Nothing is launched."""
+    weights.check(x)
+    check_path(path)
+    if x.shape[0] == 0:
+        return Plan(x.new_empty((0, x.shape[1])), [])
+    problem = weights.problem(x)
+    return plan(x, weights, choose(problem, path, device_table(x.device)), problem)
+
+
+def plan(x: torch.Tensor, weights: GluWeights, launch: Launch, problem: Problem | None = None) -> Plan:
+    """Return the calls of `glu_mlp` for at least one token under `launch`: Triton kernels and cuBLAS products.
+
+    Args:
+        x: `[M, H]`.
+        weights: the weights, unchecked.
+        launch: valid for the problem.
+        problem: the problem of these arguments; None computes it for the device of `x`.
+    """
+    problem = problem or weights.problem(x)
+    x = _aligned(x)
+    gate_up, down = launch.gate_up, launch.down
+    hidden = plan_gate_up_cublas(x, weights) if gate_up is None else gate_up.plan(x, weights, problem)
+    a = hidden.output
+    return hidden.then(plan_down_cublas(a, weights) if down is None else down.plan(a, weights, problem))
+
+
+@dataclass(frozen=True)
+class MatmulCall:
+    """out = x @ weight.T (+ bias) by cuBLAS."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Launch on the current stream."""
+        if self.bias is None:
+            torch.mm(self.x, self.weight.t(), out=self.out)
+        else:
+            torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
+
+
+def plan_gate_up_cublas(x: torch.Tensor, weights: GluWeights) -> Plan:
+    """Plan `[M, H]` -> `[M, IP]` as a cuBLAS product and a kernel for the activation."""
+    product = plan_gate_up_matmul(x, weights.gate_up)
+    return product.then(plan_act_mul(product.output, weights))
+
+
+def plan_down_cublas(a: torch.Tensor, weights: GluWeights) -> Plan:
+    """Plan `[M, IP]` -> `[M, H]` as a cuBLAS product over the padded width."""
+    return plan_matmul(a, weights.down, weights.down_bias)
+
+
+def plan_gate_up_matmul(x: torch.Tensor, gate_up: torch.Tensor) -> Plan:
+    """Plan `[M, H]` -> `[M, 2 * IP]`: one product, or two where the halves of gate_up are not adjacent."""
+    if gate_up.is_contiguous():
+        return plan_matmul(x, gate_up.flatten(0, 1), None)
+    h = torch.empty((x.shape[0], 2 * gate_up.shape[1]), dtype=x.dtype, device=x.device)
+    halves = zip(gate_up, h.chunk(2, dim=1), strict=True)
+    return Plan(h, [MatmulCall(x, weight, None, out) for weight, out in halves])
+
+
+def plan_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:
+    """Plan `x @ weight.T (+ bias)` by cuBLAS."""
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    return Plan(out, [MatmulCall(x, weight, bias, out)])
+
+
+def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str, int, KernelCall]]:
+    """Return the kernel calls `(label, M, call)` of the heuristics on a chip, for one or two M of each regime.
+
+    Planned on meta tensors: no device, no memory. Forced paths are included where the chooser prefers cuBLAS.
+
+    Args:
+        sm: compute capability times ten.
+        dtype: of weights and tokens.
+        H: hidden size.
+        I: intermediate size.
+    """
+    weights = meta_weights(H, I, dtype)
+    plans = []
+    for M in (1, 2, 16, 32, 64, 128, 256, 2048):
+        x = torch.empty((M, H), dtype=dtype, device="meta")
+        problem = weights.problem(x, sm)
+        paths = dict.fromkeys((choose_path(problem), triton_path(M), "cublas"))
+        for path in paths if sm >= 80 else ("cublas",):
+            calls = plan(x, weights, heuristic(path, problem), problem).calls
+            kernels = [call for call in calls if isinstance(call, KernelCall)]
+            plans += [(f"{path}/{call.kernel.__name__}", M, call) for call in kernels]
+    return plans
+
+
+def meta_weights(H: int, I: int, dtype: torch.dtype) -> GluWeights:
+    """Return weights without memory, to plan with."""
+    IP = padded_width(I)
+    gate_up = torch.empty((2, IP, H), dtype=dtype, device="meta")
+    down = torch.empty((H, IP), dtype=dtype, device="meta")
+    return GluWeights(gate_up, down, I)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` with contiguous rows that start at 16-byte boundaries where H allows it: itself, or a copy."""
+    M, H = x.shape
+    if M == 1 and x.stride(0) != H:
+        x = x.as_strided((1, H), (H, x.stride(1)))  # the row stride of a single row means nothing
+    plain = x.stride(1) == 1 or H == 1
+    apart = x.stride(0) >= H
+    on_boundary = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    if plain and apart and (on_boundary or not rows_aligned(H, x.dtype)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

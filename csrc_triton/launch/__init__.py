@@ -1,0 +1,1 @@
+"""How kernels are configured, chosen, launched and replayed."""

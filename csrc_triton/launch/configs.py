@@ -1,0 +1,96 @@
+"""What a launch configuration is: one class a kernel, which knows when it is valid and how it is launched.
+
+The classes are next to their kernels in `csrc_triton.glu`; `csrc_triton.launch.chooser` chooses among them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from triton import knobs
+
+from csrc_triton.launch.call import Plan
+from csrc_triton.launch.device import shared_memory_limit
+
+if TYPE_CHECKING:
+    from csrc_triton.glu.weights import GluWeights
+
+
+class Problem(NamedTuple):
+    """What a launch is chosen for: a GLU MLP of hidden size H and padded intermediate size on M tokens.
+
+    `sm` is the compute capability times ten.
+    """
+
+    M: int
+    H: int
+    I_padded: int
+    dtype: torch.dtype
+    sm: int
+
+
+class Config(ABC):
+    """Block sizes and launch options of one kernel. The class is the choice of the kernel.
+
+    Subclasses are frozen dataclasses with keyword-only fields.
+    """
+
+    num_warps: int
+
+    def shared_memory(self, problem: Problem) -> int:
+        """Return the bytes of shared memory that a program takes."""
+        return 0
+
+    def valid(self, problem: Problem) -> bool:
+        """Return whether the kernel computes the right result for `problem` and fits on the chip."""
+        fields = vars(self)
+        sizes = [value for name, value in fields.items() if name.startswith("block_") or name == "num_warps"]
+        if not all(value >= 1 and value & (value - 1) == 0 for value in sizes) or fields.get("num_stages", 1) < 1:
+            return False
+        if self.shared_memory(problem) > shared_memory_limit(problem.sm):
+            return False
+        if fields.get("pdl") and problem.sm < 90:
+            return False
+        return self._suits(problem)
+
+    @abstractmethod
+    def _suits(self, problem: Problem) -> bool:
+        """Return whether the blocks suit the problem; they are powers of two and fit into shared memory."""
+
+    @property
+    def uses_pdl(self) -> bool:
+        """Whether to use programmatic dependent launch: as configured, but never in the interpreter."""
+        return vars(self).get("pdl", False) and not knobs.runtime.interpret
+
+
+class GateUpConfig(Config):
+    """A configuration of gate, up and activation: `[M, H]` -> `[M, I_padded]`."""
+
+    @abstractmethod
+    def plan(self, x: torch.Tensor, weights: GluWeights, problem: Problem) -> Plan:
+        """Plan `act(gate(x)) * up(x)`, zero from the intermediate size on."""
+
+
+class DownConfig(Config):
+    """A configuration of the down projection: `[M, I_padded]` -> `[M, H]`."""
+
+    @abstractmethod
+    def plan(self, a: torch.Tensor, weights: GluWeights, problem: Problem) -> Plan:
+        """Plan `down(a)`. The columns of `a` from the intermediate size on are zero."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A path and the configurations of its two halves; None stands for cuBLAS."""
+
+    path: str
+    gate_up: GateUpConfig | None
+    down: DownConfig | None
+
+
+def buffers(num_stages: int, sm: int) -> int:
+    """Return the tiles that a pipelined loop keeps in shared memory: wgmma and tcgen05 hold one while others arrive."""
+    return num_stages if 90 <= sm < 120 else max(num_stages - 1, 1)

@@ -1,0 +1,1 @@
+"""Importance statistics of the neurons of a GLU MLP."""

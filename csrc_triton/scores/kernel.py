@@ -1,0 +1,219 @@
+"""Importance statistics of the neurons of one GLU MLP: one launch, one pass, every weight read from memory once.
+
+A neuron is a row of the gate and up projections and a column of the down projection. The two need different work: a row
+is contiguous and is reduced inside one program; columns run across all rows, so one program owns a block of adjacent
+columns and walks down the whole matrix. No partial results leave a program: nothing is combined afterwards, there are
+no atomics, and every result is the same in every run.
+
+How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
+which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 2048
+row programs of 4 rows (16 KiB) fill the machine during and after them. A column program keeps 4 tiles of 64 x 64
+(32 KiB) in flight, more than the 18 KiB that one SM needs to draw its share of 3 TB/s at 0.8 us of latency, so that
+even the 52 column programs of a model pruned to 3277 neurons should end before the row programs do. This is arithmetic,
+not a measurement.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.launch.call import KernelCall
+from csrc_triton.layout import DTYPES, cdiv, next_power_of_2
+
+TILE = 4096  # weights per program and step
+BLOCK_COLUMNS = 64  # columns of down per program: one 128-byte line in 16 bit
+NUM_WARPS = 8
+
+
+class NeuronStatistics(NamedTuple):
+    """Per-neuron statistics of one GLU MLP, each a float32 tensor of shape [I] on the device of the weights.
+
+    `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the
+    columns of down; it equals PyTorch's `w.float().amax() + w.float().amin().abs()` bit for bit, NaN included.
+    `variance` is the unbiased variance of a row (`torch.var`; NaN for H = 1), `l1` the sum of its magnitudes and `l2`
+    its Euclidean norm.
+    """
+
+    gate_ppm: torch.Tensor
+    up_ppm: torch.Tensor
+    down_ppm: torch.Tensor
+    gate_variance: torch.Tensor
+    up_variance: torch.Tensor
+    gate_l1: torch.Tensor
+    up_l1: torch.Tensor
+    gate_l2: torch.Tensor
+    up_l2: torch.Tensor
+
+
+@triton.jit
+def _peak_to_peak(maximum, minimum, magnitude):
+    # tl.max and tl.min skip NaN. A sum of magnitudes is NaN only if a NaN is among them: infinities cannot cancel.
+    return tl.where(magnitude == magnitude, maximum + tl.abs(minimum), magnitude)  # noqa: PLR0124
+
+
+@triton.jit
+def _row_statistics(
+    weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Statistics of BLOCK_ROWS rows of a weight `[I, H]`."""
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_H)[None, :]
+    # Rows past the end repeat the last one: their results are not stored.
+    pointers = weight + tl.minimum(rows, I - 1).to(tl.int64)[:, None] * stride + columns  # [BLOCK_ROWS, BLOCK_H]
+    following = tl.load(pointers, mask=columns < H, other=0.0)
+
+    # The variance is taken about the mean of the first chunk. With c chunks that point is never further from the row's
+    # mean than sqrt(c - 1) standard deviations, so the subtraction at the end loses at most a factor c of float32's
+    # accuracy, however large the mean is.
+    shift = tl.sum(following.to(tl.float32), axis=1) / tl.minimum(H, BLOCK_H)
+    maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    minimum = tl.full((BLOCK_ROWS,), float("inf"), tl.float32)
+    magnitude = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    deviation = tl.zeros((BLOCK_ROWS,), tl.float32)
+    deviation_squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        w = following.to(tl.float32)
+        valid = columns < H - start
+        # The next chunk is requested before this one is reduced; after the last chunk everything is masked.
+        following = tl.load(pointers + (start + BLOCK_H), mask=columns < H - start - BLOCK_H, other=0.0)
+        d = tl.where(valid, w - shift[:, None], 0.0)
+        maximum = tl.maximum(maximum, tl.max(tl.where(valid, w, float("-inf")), axis=1))
+        minimum = tl.minimum(minimum, tl.min(tl.where(valid, w, float("inf")), axis=1))
+        magnitude += tl.sum(tl.abs(w), axis=1)
+        squares += tl.sum(w * w, axis=1)
+        deviation += tl.sum(d, axis=1)
+        deviation_squares += tl.sum(d * d, axis=1)
+
+    stored = rows < I
+    tl.store(ppm + rows, _peak_to_peak(maximum, minimum, magnitude), mask=stored)
+    # Correctly rounded: where a constant row deviates from its rounded mean, the difference below is exactly 0.
+    mean_deviation = tl.div_rn(deviation, tl.full((BLOCK_ROWS,), H, tl.float32))
+    tl.store(variance + rows, (deviation_squares - deviation * mean_deviation) / (H - 1), mask=stored)
+    tl.store(l1 + rows, magnitude, mask=stored)
+    tl.store(l2 + rows, tl.sqrt_rn(squares), mask=stored)
+
+
+@triton.jit
+def _column_statistics(
+    weight, stride, block, ppm, I, H, readable, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
+    """Peak-to-peak magnitude of BLOCK_COLUMNS columns of a weight `[H, I]`."""
+    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    pointers = weight + columns[None, :]
+    # Columns from I up to `readable` are padding: read, so that the mask keeps wide loads, but not stored.
+    mask = columns[None, :] < readable
+    maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
+    minimum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("inf"), tl.float32)
+    for start in tl.range(0, H, BLOCK_ROWS, loop_unroll_factor=4):  # pyright: ignore[reportGeneralTypeIssues]
+        rows = tl.minimum(start + tl.arange(0, BLOCK_ROWS), H - 1)  # a repeated row changes no maximum
+        w = tl.load(pointers + rows.to(tl.int64)[:, None] * stride, mask=mask, other=0.0).to(tl.float32)
+        maximum = tl.maximum(maximum, w, propagate_nan=tl.PropagateNan.ALL)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+        minimum = tl.minimum(minimum, w, propagate_nan=tl.PropagateNan.ALL)
+    magnitude = tl.sum(tl.abs(maximum), axis=0)
+    tl.store(
+        ppm + columns, _peak_to_peak(tl.max(maximum, axis=0), tl.min(minimum, axis=0), magnitude), mask=columns < I
+    )
+
+
+@triton.jit
+def neuron_scores_kernel(
+    gate, up, down,  # [I, H], [I, H], [H, I]
+    ppm, variance, l1, l2,  # float32 [3, I] (gate, up, down) and [2, I] (gate, up)
+    I, H, gate_stride, up_stride, down_stride, readable,
+    BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_COLUMN_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Statistics of all neurons: the grid holds column blocks of down, row blocks of gate, row blocks of up."""
+    column_blocks = tl.cdiv(I, BLOCK_COLUMNS)
+    row_blocks = tl.cdiv(I, BLOCK_ROWS)
+    pid = tl.program_id(0)
+    if pid < column_blocks:
+        _column_statistics(down, down_stride, pid, ppm + 2 * I, I, H, readable, BLOCK_COLUMNS, BLOCK_COLUMN_ROWS)
+    elif pid < column_blocks + row_blocks:
+        _row_statistics(gate, gate_stride, pid - column_blocks, ppm, variance, l1, l2, I, H, BLOCK_ROWS, BLOCK_H)
+    else:
+        block = pid - column_blocks - row_blocks
+        _row_statistics(up, up_stride, block, ppm + I, variance + I, l1 + I, l2 + I, I, H, BLOCK_ROWS, BLOCK_H)
+
+
+def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    if gate.ndim != 2 or gate.numel() == 0:
+        raise ValueError(f"gate must be a non-empty matrix [I, H], got shape {list(gate.shape)}")
+    if up.shape != gate.shape:
+        raise ValueError(f"up must have the shape of gate, {list(gate.shape)}, got {list(up.shape)}")
+    if down.shape != gate.shape[::-1]:
+        raise ValueError(f"down must have shape [H, I] = {list(gate.shape[::-1])}, got {list(down.shape)}")
+    if gate.dtype not in DTYPES.values():
+        raise TypeError(f"gate, up and down must be bfloat16, float16 or float32, got {gate.dtype}")
+    for name, weight in (("up", up), ("down", down)):
+        if weight.dtype != gate.dtype:
+            raise TypeError(f"{name} must have the dtype of gate, {gate.dtype}, got {weight.dtype}")
+        if weight.device != gate.device:
+            raise ValueError(f"{name} must be on the device of gate, {gate.device}, got {weight.device}")
+
+
+def _readable_columns(down: torch.Tensor) -> int:
+    """Return the columns of `down` that may be read: I rounded up to 16 if the storage extends that far, else I."""
+    height, width = down.shape
+    rounded = cdiv(width, 16) * 16
+    end = down.storage_offset() + (height - 1) * down.stride(0) + rounded
+    return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
+
+
+def plan_neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[KernelCall, NeuronStatistics]:
+    """Return the launch of `neuron_scores` and the tensors that it fills. Works on meta tensors: nothing is read."""
+    _check(gate, up, down)
+    I, H = gate.shape
+    for name, weight in (("gate", gate), ("up", up), ("down", down)):
+        if weight.stride(1) != 1 and weight.shape[1] > 1:
+            raise ValueError(f"{name} must have an inner stride of 1, got strides {weight.stride()}")
+
+    def empty(rows: int) -> torch.Tensor:
+        return torch.empty(rows, I, dtype=torch.float32, device=gate.device)
+
+    ppm, variance, l1, l2 = empty(3), empty(2), empty(2), empty(2)
+    block_h = min(next_power_of_2(H), 1024)
+    block_rows = TILE // block_h
+    call = KernelCall(
+        kernel=neuron_scores_kernel,
+        grid=(cdiv(I, BLOCK_COLUMNS) + 2 * cdiv(I, block_rows),),
+        args={
+            "gate": gate, "up": up, "down": down, "ppm": ppm, "variance": variance, "l1": l1, "l2": l2,
+            "I": I, "H": H, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "down_stride": down.stride(0),
+            "readable": _readable_columns(down),
+        },
+        constants={
+            "BLOCK_ROWS": block_rows, "BLOCK_H": block_h,
+            "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": TILE // BLOCK_COLUMNS,
+        },
+        num_warps=NUM_WARPS,
+        num_stages=1,
+    )  # fmt: skip
+    return call, NeuronStatistics(*ppm, *variance, *l1, *l2)
+
+
+def neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> NeuronStatistics:
+    """Compute statistics of every neuron in one launch.
+
+    Sums are float32 in a fixed order. Loads are 16 bytes wide where H and the row strides are multiples of 16.
+
+    Args:
+        gate: `[I, H]`, bfloat16, float16 or float32, on a CUDA device; any I, H and row stride, inner stride 1.
+        up: like gate.
+        down: `[H, I]`, of the same dtype and device.
+
+    Returns:
+        float32 `[I]` tensors on the device of the weights.
+
+    Raises:
+        ValueError: wrong shapes, strides or devices.
+        TypeError: unsupported or different dtypes.
+    """
+    call, statistics = plan_neuron_scores(gate, up, down)
+    with torch.cuda.device_of(gate):  # Triton launches on the current device, whichever the tensors are on
+        call.run()
+    return statistics

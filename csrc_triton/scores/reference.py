@@ -1,0 +1,87 @@
+"""The statistics of `csrc_triton.scores.kernel` in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+# Rows processed at a time: what is read twice is in the cache the second time, and an upcast takes a few MB at most.
+_ROWS = 512
+
+
+def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    # Extremes are exact in any dtype, so only the two vectors are upcast. (In bf16 on a CPU amax and amin together are
+    # three times as fast as aminmax.)
+    return weight.amax(dim).float() + weight.amin(dim).float().abs()
+
+
+def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    return torch.cat([reduce(rows) for rows in weight.split(_ROWS)])
+
+
+class WeightStatistics:
+    """The twin of `neuron_scores`: the same fields, each computed at its first use; on any device, for any strides.
+
+    All are float32 `[I]`: `*_ppm` peak-to-peak magnitude `max + |min|` over a row of gate or up or a column of down,
+    `*_variance` unbiased row variance, `*_l1` and `*_l2` row norms; and `down_l2`, the norms of the columns of down.
+
+    Args:
+        gate: `[I, H]`.
+        up: `[I, H]`.
+        down: `[H, I]`.
+    """
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor):
+        self._gate, self._up, self._down = gate, up, down
+
+    @cached_property
+    def gate_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the rows of gate."""
+        return _by_rows(lambda rows: _ppm(rows, 1), self._gate)
+
+    @cached_property
+    def up_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the rows of up."""
+        return _by_rows(lambda rows: _ppm(rows, 1), self._up)
+
+    @cached_property
+    def down_ppm(self) -> torch.Tensor:
+        """Peak-to-peak magnitude of the columns of down."""
+        return _ppm(self._down, 0)
+
+    @cached_property
+    def down_l2(self) -> torch.Tensor:
+        """Euclidean norm of the columns of down."""
+        return torch.cat([torch.norm(columns.float(), p=2, dim=0) for columns in self._down.split(_ROWS, dim=1)])
+
+    @cached_property
+    def gate_variance(self) -> torch.Tensor:
+        """Unbiased variance of the rows of gate."""
+        return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._gate)
+
+    @cached_property
+    def up_variance(self) -> torch.Tensor:
+        """Unbiased variance of the rows of up."""
+        return _by_rows(lambda rows: torch.var(rows.float(), dim=1), self._up)
+
+    @cached_property
+    def gate_l1(self) -> torch.Tensor:
+        """Sum of magnitudes of the rows of gate."""
+        return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._gate)
+
+    @cached_property
+    def up_l1(self) -> torch.Tensor:
+        """Sum of magnitudes of the rows of up."""
+        return _by_rows(lambda rows: torch.norm(rows.float(), p=1, dim=1), self._up)
+
+    @cached_property
+    def gate_l2(self) -> torch.Tensor:
+        """Euclidean norm of the rows of gate."""
+        return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._gate)
+
+    @cached_property
+    def up_l2(self) -> torch.Tensor:
+        """Euclidean norm of the rows of up."""
+        return _by_rows(lambda rows: torch.norm(rows.float(), p=2, dim=1), self._up)

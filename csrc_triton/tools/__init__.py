@@ -1,0 +1,1 @@
+"""Offline tools: the tuner and the ahead-of-time check."""

@@ -1,0 +1,129 @@
+"""Which kernel calls are checked, and what a compiled kernel must fulfil."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from csrc_triton.glu.forward import meta_weights, shipped_plans
+from csrc_triton.launch.call import KernelCall
+from csrc_triton.launch.device import SHARED_MEMORY, SM_COUNT
+from csrc_triton.scores.kernel import plan_neuron_scores
+from csrc_triton.tools.aot.compile import Compilation, KernelFacts, require_tools
+from csrc_triton.tools.aot.ptx import MIN_WIDTH, UNKNOWN
+
+# Threads and programs that one multiprocessor holds, by compute capability.
+RESIDENT = {80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
+REGISTERS = 65536
+
+
+def failures(compiled: KernelFacts, weights: Iterable[str]) -> list[str]:
+    """Return why a compiled kernel must not be shipped; empty if it may be. `weights` names the weight arguments."""
+    reasons = []
+    if compiled.stack or compiled.local_accesses:
+        reasons.append(f"spill: {compiled.stack} bytes of stack, {compiled.local_accesses} local loads and stores")
+    if compiled.shared > SHARED_MEMORY[compiled.sm]:
+        reasons.append(f"shared memory: {compiled.shared} bytes of {SHARED_MEMORY[compiled.sm]}")
+    names = set(weights)
+    for access in compiled.accesses:
+        if access.instruction != "st" and access.width < MIN_WIDTH and access.argument in names | {UNKNOWN}:
+            loads = f"{access.count} x {access.instruction} of {access.width} bytes"
+            reasons.append(f"narrow weight load: {loads} from {access.argument}")
+    for weight in sorted(names - {access.argument for access in compiled.accesses}):
+        reasons.append(f"no access to {weight} found")
+    wanted = {90: ("HGMMA",), 100: ("UTCMMA", "HMMA"), 120: ("UTCMMA", "HMMA")}.get(compiled.sm, ("HMMA",))
+    if compiled.uses_dot and not any(compiled.matrix_instructions.get(name) for name in wanted):
+        reasons.append(f"a dot without {' or '.join(wanted)}")
+    if compiled.wgmma_a_in_registers:
+        reasons.append(f"wgmma with A in registers: {compiled.wgmma_a_in_registers}")
+    return reasons
+
+
+def weight_arguments(call: KernelCall, elements: int) -> set[str]:
+    """Return the arguments of at least `elements` elements: weights, and activations as large as a weight."""
+    tensors = {name: value.base if isinstance(value, TensorDescriptor) else value for name, value in call.args.items()}
+    return {name for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel() >= elements}
+
+
+def resident_programs(compiled: KernelFacts) -> int:
+    """Return how many programs of a kernel one multiprocessor holds at a time."""
+    threads, programs = RESIDENT[compiled.sm]
+    registers = compiled.num_warps * 32 * (math.ceil(compiled.registers / 8) * 8)
+    limits = (
+        programs,
+        threads // (32 * compiled.num_warps),
+        REGISTERS // registers,
+        # One KB is reserved for every program, which the limit of a single program does not include.
+        (SHARED_MEMORY[compiled.sm] + 1024) // (compiled.shared + 1024),
+    )
+    return max(1, min(limits))
+
+
+class Shape(NamedTuple):
+    """What a kernel call is planned for."""
+
+    label: str
+    M: int  # tokens; 0 for the statistics
+    H: int
+    I: int
+
+
+def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, *, progress: bool = False) -> list[dict[str, Any]]:
+    """Return one row for every distinct compilation of `calls`; its "failures" are why it must not be shipped.
+
+    Args:
+        calls: the kernel calls and what each is planned for.
+        sm: compute capability times ten.
+        progress: whether to show progress on stderr.
+
+    Raises:
+        RuntimeError: kernels cannot be compiled here.
+    """
+    require_tools()
+    distinct: dict[str, tuple[Compilation, list[tuple[Shape, KernelCall]]]] = {}
+    for shape, call in calls:
+        compilation = Compilation.of(call, sm)
+        distinct.setdefault(compilation.key, (compilation, []))[1].append((shape, call))
+    rows = []
+    for done, (compilation, users) in enumerate(distinct.values(), 1):
+        _, call = users[0]
+        if progress:
+            print(f"\rsm_{sm}: {done} of {len(distinct)} kernels", end="", file=sys.stderr, flush=True)
+        row: dict[str, Any] = {
+            "triton": triton.__version__,
+            "sm": sm,
+            "kernel": call.kernel.__name__,
+            "config": {**call.constants, "num_warps": call.num_warps, "num_stages": call.num_stages},
+            "weights": sorted(set().union(*(weight_arguments(used, shape.H * shape.I) for shape, used in users))),
+            "plans": [[*shape, math.prod(used.grid)] for shape, used in users],
+        }
+        try:
+            compiled = compilation.cached()
+        except Exception as error:  # whatever the compiler raises is the row's result
+            row["failures"] = [f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"]
+        else:
+            at_once = resident_programs(compiled) * SM_COUNT[sm]
+            row |= dataclasses.asdict(compiled)
+            row["waves"] = [round(programs / at_once, 2) for *_, programs in row["plans"]]
+            row["failures"] = failures(compiled, row["weights"])
+        rows.append(row)
+    if progress:
+        print(file=sys.stderr)
+    return rows
+
+
+def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple[Shape, KernelCall]]:
+    """Yield every kernel call that the package launches on a chip for a model: forward pass and statistics."""
+    for label, M, call in shipped_plans(sm, dtype, H, I):
+        yield Shape(label.split("/")[0], M, H, I), call
+    # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
+    weights = meta_weights(H, I, dtype)
+    gate, up = weights.gate_up[:, :I]
+    yield Shape("scores", 0, H, I), plan_neuron_scores(gate, up, weights.down[:, :I])[0]

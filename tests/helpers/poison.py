@@ -1,0 +1,14 @@
+"""Uninitialised memory that holds NaN, so that an element that is never written shows."""
+
+import torch
+
+
+def poison_empty(monkeypatch):
+    """Let `torch.empty` return NaN in every floating-point element."""
+    original = torch.empty
+
+    def empty(*args, **kwargs):
+        tensor = original(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)

@@ -28,18 +28,20 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
 
 @torch.no_grad()
 def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
-    """Move separate weights into the aligned layout, in place; does nothing to weights that are in it.
+    """Move separate weights into the aligned layout, in place; weights that are in it already stay.
 
-    The Parameter objects stay; only their `data` changes. Above the weights themselves this takes the memory of gate
-    and up of this one layer, for a moment.
+    The Parameter objects stay; only their `data` changes. In addition to the weights, this takes the memory of gate and
+    up of this layer for a moment.
 
     Args:
-        gate, up: `[I, H]`; down: `[H, I]`; of one dtype on one device.
+        gate: `[I, H]`; all three are of one dtype on one device.
+        up: `[I, H]`.
+        down: `[H, I]`.
     """
     (rows, columns), padded = gate.shape, layout.padded_width(gate.shape[0])
     if layout.first_up_row(gate, up) is None:
         gate_up = _empty_buffer(gate, (2, padded, columns), padded - rows)
-        for half, weight in zip(gate_up, (gate, up)):
+        for half, weight in zip(gate_up, (gate, up), strict=True):
             half[:rows].copy_(weight)
             half[rows:].zero_()
             weight.data = half[:rows]
@@ -48,7 +50,7 @@ def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Param
 
 @torch.no_grad()
 def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
-    """`align` for a packed gate_up `[2 * I, H]`."""
+    """Do what `align` does for a packed gate_up `[2 * I, H]`."""
     (rows, columns), width = gate_up.shape, down.shape[1]
     padded = layout.padded_width(width)
     if not layout.is_packed(gate_up):
@@ -75,7 +77,7 @@ def _fills_storage(weight: torch.Tensor) -> bool:
 
 
 def is_view(weight: torch.Tensor) -> bool:
-    """Whether a parameter is a view into an aligned buffer that holds more than it."""
+    """Return whether a parameter is a view into an aligned buffer that is larger than the parameter."""
     if type(weight) is not torch.nn.Parameter or weight.dim() != 2 or _fills_storage(weight):
         return False
     return (
@@ -87,23 +89,23 @@ def is_view(weight: torch.Tensor) -> bool:
 
 
 def is_alone(weight: torch.nn.Parameter) -> bool:
-    """Whether a weight may be given other memory: its storage holds nothing else, or is an aligned buffer.
+    """Return whether a weight may move to other memory: its storage holds nothing else, or is an aligned buffer.
 
-    Views of anybody else's buffer (a sharding library's flat parameter) must stay where their owner writes.
+    Views of another owner's buffer (a sharding library's flat parameter) must stay where their owner writes.
     """
     return _fills_storage(weight) or is_view(weight)
 
 
 @torch.no_grad()
 def separate(weight: torch.nn.Parameter) -> None:
-    """Give a weight that is a view into an aligned buffer plain contiguous memory of its own; leave others alone."""
+    """Move a weight that is a view into an aligned buffer into plain contiguous memory; others stay."""
     if is_view(weight):
         weight.data = weight.clone(memory_format=torch.contiguous_format)
 
 
 def with_own_storage(view: torch.Tensor) -> torch.Tensor:
-    """The same memory, detached, seen through a storage object that spans the view alone.
+    """Return the same memory, detached, with a storage object that spans only the view.
 
-    Writers of checkpoints take tensors of one storage for tied weights: they copy them, or write the whole storage out.
+    Checkpoint writers treat tensors of one storage as tied weights: they copy them, or write the whole storage.
     """
     return torch.from_dlpack(view.detach())

@@ -1,4 +1,4 @@
-"""Which shapes a benchmark run measures, and where its records, tables and plots go.
+"""Options of a benchmark run: which shapes it measures, and where its records, tables and plots go.
 
 pytest benchmarks/ --benchmark-only [--shapes NAME] [--records FOLDER] [-k PART]
 """
@@ -20,8 +20,8 @@ def pytest_addoption(parser):
         "--records",
         type=Path,
         default=Path("benchmark_output"),
-        help="folder for the records, one JSON-lines file a module, and the report made from them; files there are"
-        " appended to (default: %(default)s)",
+        help="folder for the records, one JSON-lines file per module, and their report; existing files are appended to"
+        " (default: %(default)s)",
     )
     parser.addoption(
         "--shapes",
@@ -35,18 +35,18 @@ def pytest_addoption(parser):
         choices=PROVIDERS,
         default=[],
         metavar="PROVIDER",
-        help="leave one out of the benchmarks of the MLP, where torch.compile takes most of the time; may be repeated"
-        f" (there are {'; '.join(PROVIDERS)})",
+        help="leave a provider out of the benchmarks of the MLP, where torch.compile takes most of the time; may be"
+        f" repeated (one of {'; '.join(PROVIDERS)})",
     )
     parser.addoption(
         "--resume",
         action="store_true",
-        help="leave out what an earlier run with --resume and these records has finished, whomever that run was --without",
+        help="leave out benchmarks that an earlier run with --resume and these records finished, with any --without",
     )
 
 
 class Resumption:
-    """Keeps the names of finished benchmarks beside their records, and deselects them the next time."""
+    """Keeps the names of finished benchmarks with their records, and deselects them in the next run."""
 
     def __init__(self, path):
         self.path = path
@@ -66,7 +66,7 @@ class Resumption:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.finished:
-            session.exitstatus = pytest.ExitCode.OK  # all of them were finished before
+            session.exitstatus = pytest.ExitCode.OK  # all were finished before
 
 
 def pytest_configure(config):
@@ -75,7 +75,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Cases of the chosen set: `case` and `training_case` (model, H, I, M), `score_case` (model, H, I)."""
+    """Parametrize by the chosen set: `case` and `training_case` (model, H, I, M), `score_case` (model, H, I)."""
     shapes = SETS[metafunc.config.getoption("--shapes")]
     for name, tokens in (("case", shapes.tokens), ("training_case", shapes.training_tokens)):
         if name in metafunc.fixturenames:
@@ -94,7 +94,7 @@ def shapes(request):
 
 @pytest.fixture(scope="session")
 def providers(request):
-    """Who is measured in the benchmarks of the MLP, by name."""
+    """The providers of the benchmarks of the MLP, by name."""
     left_out = request.config.getoption("--without")
     return {name: build for name, build in PROVIDERS.items() if name not in left_out}
 
@@ -106,7 +106,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def ceilings(request, shapes, device):
-    """What copies and large matrix products reach, measured once a run and before whatever asks for it."""
+    """The rates of copies and large matrix products, measured once per run, at first use."""
     path = request.config.getoption("--records") / "ceilings.jsonl"
     return ceilings_of_the_machine.measure(device, shapes, lambda record: records.append(path, record))
 
@@ -129,7 +129,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session):
-    """Leave the tables and plots of what is in the folder of records."""
+    """Write the tables and plots of the folder of records."""
     folder = session.config.getoption("--records", default=None)
     if folder and folder.is_dir() and any(folder.glob("*.jsonl")):
         path = report.write(report.read_all([folder]), folder)

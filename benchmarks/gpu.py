@@ -1,9 +1,9 @@
-"""Half an hour of a GPU, spent well: `make gpu`, or `python -m benchmarks.gpu --help`.
+"""A GPU run of half an hour: `make gpu`, or `python -m benchmarks.gpu --help`.
 
-Runs the steps below in order, the most valuable first: tests, ceilings, tuner, kernel benchmarks beside the peers, model
-benchmarks with energy. Every step is a process of its own and ends within its limit; what it has measured by then is kept.
-A second call goes on where the first stopped. Everything lies in one folder that can be carried home. `--rehearse` takes
-the same way on a CPU, in Triton's interpreter, with tiny shapes.
+Runs the steps below in order, the most valuable first: tests, ceilings, tuner, kernel benchmarks with the peers, model
+benchmarks with energy. Every step is a separate process and ends within its limit; its measurements until then are
+kept. A second call continues where the first stopped. Everything is in one folder, which can be copied from the machine.
+`--rehearse` does the same on a CPU, in Triton's interpreter, with tiny shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
-LEAST_SECONDS = 30  # with less left, no step is begun
+LEAST_SECONDS = 30  # with less time left, no step is started
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 REQUIRED = (
     "torch",
@@ -40,8 +40,8 @@ REQUIRED = (
     "tqdm",
 )
 OPTIONAL = {
-    "liger_kernel": "both of Liger's MLPs are recorded as refusing",
-    "flash_swiglu_mlp": "its MLP is recorded as refusing",
+    "liger_kernel": "both of Liger's MLPs are on record as unsupported",
+    "flash_swiglu_mlp": "its MLP is on record as unsupported",
     "hypothesis": "the tests that use it cannot be collected",
 }
 
@@ -50,8 +50,10 @@ OPTIONAL = {
 class Step:
     """One process.
 
-    arguments: of `python -m`; {records} stands for the step's own folder of records, {tuned} for the table to be written.
-    minutes: after which it is stopped.
+    Attributes:
+        name: unique.
+        arguments: of `python -m`; {records} stands for the step's folder of records, {tuned} for the table to write.
+        minutes: after which it is stopped.
     """
 
     name: str
@@ -60,7 +62,7 @@ class Step:
 
 
 def _tests(name: str, *arguments: str, minutes: float) -> Step:
-    workers = ("-n", "8") if _installed("xdist") else ()  # most of their time is the compiler's
+    workers = ("-n", "8") if _installed("xdist") else ()  # they mostly wait for the compiler
     return Step(name, (*PYTEST, *workers, *arguments), minutes)
 
 
@@ -78,12 +80,12 @@ def _tuner(name: str, model: str, *options: str, minutes: float) -> Step:
 
 
 def _any(widths: Iterable[int]) -> str:
-    """Selects benchmarks of these widths."""
+    """Return a selection of the benchmarks of these widths."""
     return f"({' or '.join(f'I{width}' for width in widths)})"
 
 
 def steps() -> list[Step]:
-    """What runs on a GPU, in order; about a quarter of an hour up to the scores, some hours to the end."""
+    """Return the steps on a GPU, in order; about a quarter of an hour up to the scores, some hours to the end."""
     small, large, huge = MODELS
     exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}
     few = {name: [widths[0], widths[4], aligned(widths[4]), widths[6]] for name, widths in exact.items()}  # 0, 40, 60 %
@@ -101,7 +103,7 @@ def steps() -> list[Step]:
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
     kernels = ("csrc_triton/glu", "csrc_triton/scores", "runtime/test_ops.py")
-    listed = [
+    return [
         _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=5),
         _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
@@ -111,7 +113,7 @@ def steps() -> list[Step]:
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
         _tuner(f"tune-{large}", large, minutes=6),
         forward(large),
-        # torch.compile tunes for many seconds a shape: few shapes first, and all that is left after everything else.
+        # torch.compile tunes for many seconds per shape: few shapes first, the others after everything else.
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
         _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=8),
@@ -120,11 +122,10 @@ def steps() -> list[Step]:
         *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),
         _tuner(f"tune-{huge}", huge, minutes=8),
     ]
-    return listed
 
 
 def rehearsal() -> list[Step]:
-    """The same kinds of steps on tiny shapes, for a CPU and the interpreter."""
+    """Return the same kinds of steps on tiny shapes, for a CPU and the interpreter."""
     tiny = ("--shapes", "tiny")
     tuner = ("--hidden", "64", "--intermediate", "153", "256", "--dtype", "float16", "--device", "cpu", "--paths-only")
     picked = [
@@ -151,12 +152,9 @@ def rehearsal() -> list[Step]:
     ]
 
 
-# --- running ---
-
-
 @dataclass
 class Outcome:
-    """How a step went: "done", "failed" (its exit code is not 0), "stopped" at its limit, or "out of time" before it."""
+    """The result of a step: "done", "failed" (exit code not 0), "stopped" at its limit, or "out of time" before it."""
 
     status: str
     code: int | None
@@ -165,7 +163,7 @@ class Outcome:
 
 
 def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run one command from the root of the tree, its output in `log`; stop it, and what it started, after `seconds`."""
+    """Run one command from the root of the tree with output to `log`; stop it and its children after `seconds`."""
     start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -199,7 +197,7 @@ def _print_now(line: str) -> None:
 
 
 class State:
-    """Outcomes by step in `state.json`; steps that are done are not run again."""
+    """Outcomes by step, in `state.json`; finished steps are not run again."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -210,7 +208,7 @@ class State:
         return self.outcomes[step.name].status if step.name in self.outcomes else "not run"
 
     def pending(self, todo: Sequence[Step]) -> list[Step]:
-        """Steps that are not done: first those that had no chance yet, in order, then those that failed or were too long."""
+        """Return the unfinished steps: first those without a chance so far, in order, then failed and stopped ones."""
         had_chance = ("failed", "stopped")
         left = [step for step in todo if self.status(step) != "done"]
         return sorted(left, key=lambda step: self.status(step) in had_chance)
@@ -220,7 +218,7 @@ class State:
         content = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
         unfinished = self._path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, self._path)
+        unfinished.replace(self._path)
 
 
 def run(
@@ -228,29 +226,30 @@ def run(
     out: Path,
     tuned: Path,
     seconds: float,
+    *,
     environment: dict[str, str],
-    tell: Callable[[str], object] = _print_now,
+    report: Callable[[str], object] = _print_now,
     clock: Callable[[], float] = time.monotonic,
 ) -> State:
-    """Run the steps that are not done, as long as there is time; the last one gets what is left."""
+    """Run the unfinished steps while there is time; the last one gets the remaining time."""
     state, start = State(out / "state.json"), clock()
     pending = state.pending(todo)
     if len(pending) < len(todo):
-        tell(f"{len(todo) - len(pending)} of {len(todo)} steps were done before")
+        report(f"{len(todo) - len(pending)} of {len(todo)} steps were done before")
     for number, step in enumerate(pending, 1):
         left = seconds - (clock() - start)
         label = f"[{number}/{len(pending)}] {step.name}"
         if left < LEAST_SECONDS:
-            tell(f"{label}: no time left; call again to go on")
+            report(f"{label}: no time left; call again to continue")
             break
-        tell(f"{label} (at most {min(step.minutes, left / 60):.1f} min)")
+        report(f"{label} (at most {min(step.minutes, left / 60):.1f} min)")
         places = {"{records}": str(out / "records" / step.name), "{tuned}": str(tuned)}
         command = [sys.executable, "-m", *(places.get(argument, argument) for argument in step.arguments)]
         outcome = execute(command, out / "logs" / f"{step.name}.log", min(step.minutes * 60, left), environment)
         if outcome.status == "stopped" and left < step.minutes * 60:
             outcome.status = "out of time"
         state.add(step, outcome)
-        tell(f"    {outcome.status} after {outcome.seconds:.0f} s: {outcome.last_line}")
+        report(f"    {outcome.status} after {outcome.seconds:.0f} s: {outcome.last_line}")
         if tuned.is_file():
             (out / "tuned").mkdir(exist_ok=True)
             shutil.copy(tuned, out / "tuned")
@@ -258,7 +257,7 @@ def run(
 
 
 def summarize(todo: Sequence[Step], state: State, out: Path, absent: dict[str, str]) -> str:
-    """The report of all records, and a summary of the steps, in the folder."""
+    """Write the report of all records and a summary of the steps into the folder; return the summary."""
     from gluprune.reports import report
 
     folders = [folder for folder in sorted((out / "records").glob("*")) if any(folder.glob("*.jsonl"))]
@@ -285,72 +284,94 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description=__doc__.split("\n\n")[1],
+        description=(__doc__ or "").split("\n\n")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_output"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=28, help="for everything (default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, in this order")
     parser.add_argument(
-        "--wheels", type=Path, metavar="FOLDER", help="carried wheels: installed into the output folder"
+        "--wheels", type=Path, metavar="FOLDER", help="wheels to install into the output folder, for a machine offline"
     )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter, with tiny shapes")
-    parser.add_argument("--list", action="store_true", help="name the steps and their limits, run nothing")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--list", action="store_true", help="list the steps and their limits, run nothing")
+    return parser
+
+
+def _chosen(todo: list[Step], names: Sequence[str] | None) -> list[Step]:
+    """Return the steps of these names, in their order; all of them for None. Raises ValueError for an unknown name."""
+    if not names:
+        return todo
+    by_name = {step.name: step for step in todo}
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"unknown step {unknown[0]!r}: --list shows all")
+    return [by_name[name] for name in names]
+
+
+def _install(wheels: Path, folder: Path) -> None:
+    """Install the wheels of a folder, for this process too. Raises ValueError if there are none or pip fails."""
+    files = [str(wheel) for wheel in sorted(wheels.glob("*.whl"))]
+    if not files:
+        raise ValueError(f"{wheels} holds no wheel")
+    offline = ("install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(folder))
+    if subprocess.run([sys.executable, "-m", "pip", *offline, *files], check=False).returncode:
+        raise ValueError(f"the wheels in {wheels} cannot be installed")
+    sys.path.append(str(folder))
+    importlib.invalidate_caches()
+
+
+def _tuned_table(rehearse: bool, out: Path) -> Path:
+    """Return the table that the tuner writes. Raises ValueError where there is no device."""
+    if rehearse:
+        return out / "interpreter.json"
+    import torch
+
+    from csrc_triton.launch.tables import table_path
+
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available; --rehearse runs without one")
+    return table_path(torch.cuda.get_device_name())
+
+
+def _run_all(options: argparse.Namespace, todo: list[Step]) -> int:
+    """Run the steps and write the summary; return the exit code. Raises ValueError if nothing can run."""
+    todo = _chosen(todo, options.steps)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if options.wheels:
+        _install(options.wheels, out / "peers")
+        paths.append(str(out / "peers"))
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(paths))
+    if missing := [module for module in REQUIRED if not _installed(module)]:
+        raise ValueError(f"not installed: {', '.join(missing)}; pass a folder with their wheels as --wheels")
+    absent = {module: consequence for module, consequence in OPTIONAL.items() if not _installed(module)}
+    for name, consequence in absent.items():
+        print(f"not installed: {name}; {consequence}")
+    tuned = _tuned_table(options.rehearse, out)
+    if options.rehearse:
+        environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    state = run(todo, out, tuned, options.minutes * 60, environment=environment)
+    print(summarize(todo, state, out, absent))
+    print(f"everything is in {out}")
+    return 1 if state.pending(todo) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
     todo = rehearsal() if options.rehearse else steps()
     if options.list:
         print("\n".join(f"{step.name}: at most {step.minutes:g} min: {shlex.join(step.arguments)}" for step in todo))
         return 0
-
-    def refuse(words: str) -> int:
-        print(f"benchmarks.gpu: error: {words}", file=sys.stderr)
+    try:
+        return _run_all(options, todo)
+    except ValueError as error:
+        print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
         return 2
-
-    if options.steps:
-        by_name = {step.name: step for step in todo}
-        if unknown := [name for name in options.steps if name not in by_name]:
-            return refuse(f"unknown step {unknown[0]!r}: --list names them")
-        todo = [by_name[name] for name in options.steps]
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    if options.wheels:
-        peers = out / "peers"
-        wheels = [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))]
-        if not wheels:
-            return refuse(f"{options.wheels} holds no wheel")
-        offline = ("install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(peers))
-        if subprocess.run([sys.executable, "-m", "pip", *offline, *wheels], check=False).returncode:
-            return refuse(f"the wheels in {options.wheels} cannot be installed")
-        paths.append(str(peers))
-        sys.path.append(str(peers))
-        importlib.invalidate_caches()
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    if missing := [module for module in REQUIRED if not _installed(module)]:
-        return refuse(f"not installed: {', '.join(missing)}; carry their wheels and give their folder as --wheels")
-    absent = {module: consequence for module, consequence in OPTIONAL.items() if not _installed(module)}
-    for name, consequence in absent.items():
-        print(f"not installed: {name}; {consequence}")
-
-    if options.rehearse:
-        environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-        tuned = out / "interpreter.json"
-    else:
-        import torch
-
-        from csrc_triton.launch.tables import table_path
-
-        if not torch.cuda.is_available():
-            return refuse("no CUDA device is available; --rehearse shows the way without one")
-        tuned = table_path(torch.cuda.get_device_name())
-    state = run(todo, out, tuned, options.minutes * 60, environment)
-    print(summarize(todo, state, out, absent))
-    print(f"everything is in {out}")
-    return 1 if state.pending(todo) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Copy bandwidth and the rate of a large matrix product. Whatever needs them in the same run measures them first."""
+"""Copy bandwidth and the rate of a large matrix product; a run that needs them measures them first."""
 
 
 def test_ceilings(benchmark, request):

@@ -1,8 +1,8 @@
 """Whole models at forced length: TTFT, TPOT, TTLT and tokens/s against the width; on a GPU also memory and joules.
 
-The full set, which needs a GPU, takes random weights of the shapes of Llama-3.2-1B and 3B and does what `gluprune bench`
-does, in parts to choose from with `-k`: `I4916-graph` is one width decoded by CUDA graph. SmolLM2-135M-Instruct is timed
-everywhere, its widths in turns, so that a busy moment of the machine meets all of them.
+The full set, which needs a GPU, uses random weights of the shapes of Llama-3.2-1B and 3B and runs what `gluprune bench`
+runs, in parts that `-k` selects: `I4916-graph` is one width decoded by CUDA graph. SmolLM2-135M-Instruct is timed
+everywhere, its widths in turns, so that a busy moment of the machine affects all of them.
 """
 
 import functools
@@ -82,7 +82,7 @@ def test_smollm2(benchmark, request, shapes, device, keep):
 
     benchmark.pedantic(one_round, rounds=ROUNDS[set_name])
     for width, runs in timings.items():
-        ttfts, ttlts = zip(*((run.ttft, run.ttlt) for run in runs))
+        ttfts, ttlts = zip(*((run.ttft, run.ttlt) for run in runs), strict=True)
         timing = GenerationTiming(WORKLOAD.batch, WORKLOAD.prompt, WORKLOAD.new_tokens, ttfts, ttlts)
         common = bench.described(models[width], NAME, bench.STOCK, "generate", WORKLOAD)
         for record in bench.timing_records(timing, common, bench.weight_bytes(models[width])):

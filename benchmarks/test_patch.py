@@ -1,7 +1,7 @@
-"""`gluprune.patch_llama` on SmolLM2-135M-Instruct: the memory that it takes for a moment, and that it leaves taken.
+"""`gluprune.patch_llama` on SmolLM2-135M-Instruct: its peak memory, and the memory that stays allocated.
 
-On the CPU the kernels' storage is wanted only in Triton's interpreter, so each measurement runs there, in a process of
-its own. On a GPU the same is allocated, by another allocator.
+On the CPU the kernels' storage is used only in Triton's interpreter, so each measurement runs there, in a separate
+process. On a GPU the same amount is allocated, by another allocator.
 """
 
 import json
@@ -12,9 +12,10 @@ import sys
 import pytest
 import torch
 
+from csrc_triton.layout import padded_width
 from gluprune.measure.records import Record
 
-PERCENTS = {1536: 0, 922: 40}  # the model's own width, a multiple of 128, and what 40 % pruned leave: 922
+PERCENTS = {1536: 0, 922: 40}  # the model's width, a multiple of 128, and 922, which is left at 40 % pruned
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -36,7 +37,7 @@ for parameter in model.parameters():  # out of the mapped file, into memory
 if int(sys.argv[1]):
     gluprune.prune(model, pruning_ratio=int(sys.argv[1]) / 100, multiple_of=1)
 before = storage()
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 start = resident("VmRSS")
 gluprune.patch_llama(model, backend="triton")
 peak = resident("VmHWM") - start
@@ -51,7 +52,7 @@ print(json.dumps({"width": model.config.intermediate_size, "layer": layer, "abov
 
 def measure(percent):
     command = [sys.executable, "-c", SCRIPT, str(percent)]
-    # Every tensor a mapping of its own: freed ones are given back at once, and the peak is of what is allocated.
+    # A separate mapping for every tensor: freed memory is returned at once, and the peak counts allocated memory.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
@@ -59,7 +60,7 @@ def measure(percent):
 
 @pytest.mark.parametrize("width", PERCENTS)
 def test_memory(benchmark, keep, width):
-    """Never more than one layer above the model at a time; afterwards the padding, and nothing once unpatched."""
+    """At most one layer above the model at a time; afterwards only the padding, and nothing once unpatched."""
     found = benchmark.pedantic(measure, args=(PERCENTS[width],), rounds=1)
     assert found["width"] == width and found["unpatched"] == found["before"]
     padding = found["after"] - found["before"]
@@ -68,7 +69,7 @@ def test_memory(benchmark, keep, width):
     shape = {
         "model": "SmolLM2-135M-Instruct",
         "width": width,
-        "padded width": -(-width // 128) * 128,
+        "padded width": padded_width(width),
         "bytes of one layer's MLP": found["layer"],
     }
     for what, key in {

@@ -1,4 +1,4 @@
-"""`gluprune.prune` beside OptiPFair's `prune_model`: time, memory, and first of all the same weights."""
+"""`gluprune.prune` compared with OptiPFair's `prune_model`: equal weights, then time and memory."""
 
 import copy
 import logging
@@ -40,11 +40,11 @@ def timed(provider, model):
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", pytest.param(LARGE, marks=pytest.mark.large)])
 def test_time(benchmark, keep, name):
-    """Side by side in one run, in turns, after one warm-up; a new copy of the model each time."""
+    """In turns in one run, after one warm-up; a new copy of the model each time."""
     logging.disable(logging.INFO)
     dense = MODELS[name]()
     results = {provider: copy.deepcopy(dense) for provider in PROVIDERS}
-    for provider, model in results.items():  # the warm-up is the correctness gate
+    for provider, model in results.items():  # the warm-up is also the correctness check
         PROVIDERS[provider](model)
     theirs = results["optipfair"].state_dict()
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in results["gluprune"].state_dict().items())
@@ -68,7 +68,7 @@ from benchmarks.test_prune import MODELS, PROVIDERS
 
 logging.disable(logging.INFO)
 model = MODELS[sys.argv[1]]()
-def peak():  # of this process alone: getrusage would tell its parent's, if that is larger
+def peak():  # of this process only: getrusage would report its parent's, if that is larger
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -80,7 +80,7 @@ print(peak() - before)
 
 @pytest.mark.large
 def test_memory(benchmark, keep):
-    """Peak resident memory above the model itself, each provider in a process of its own."""
+    """Peak resident memory above the model itself, each provider in a separate process."""
     name = LARGE
     config = CONFIGS["llama-3.2-1b"]
     layer = 3 * config.hidden_size * config.intermediate_size * 2

@@ -1,12 +1,13 @@
-"""Scores of all neurons of a model's shapes, one layer after the other; first of all the same scores.
+"""Scores of all neurons of a model's shapes, one layer after the other; equality is checked first.
 
-On CUDA gluprune's are one kernel launch a layer; on a CPU they are PyTorch's operations, in an order that spares memory.
+On CUDA gluprune's scores take one kernel launch per layer; on a CPU they are PyTorch's operations, in an order that
+saves memory traffic.
 """
 
 import torch
 
 from benchmarks.lib import timing
-from benchmarks.test_mlp import random_layers
+from benchmarks.lib.mlp import random_layers
 from gluprune.measure.records import Record
 from gluprune.pruning.scores import static_score
 
@@ -14,12 +15,12 @@ SCORES = ("maw", "maw_gud")
 
 
 def plain(name, gate, up, down):
-    """The formula of arXiv 2512.22671 as one would write it down."""
+    """Compute the formula of arXiv 2512.22671 literally."""
     parts = [(gate, 1), (up, 1), (down, 0)][: 3 if name == "maw_gud" else 2]
     return sum(weight.float().amax(dim) + weight.float().amin(dim).abs() for weight, dim in parts)
 
 
-def measure(name, score_case, device, shapes, ceilings, keep):
+def measure(name, score_case, device, *, shapes, ceilings, keep):
     model, H, I = score_case
     dtype, method = shapes.dtype, timing.method(device)
     nbytes = (3 if name == "maw_gud" else 2) * H * I * dtype.itemsize
@@ -40,6 +41,6 @@ def measure(name, score_case, device, shapes, ceilings, keep):
 def test_scores(benchmark, score_case, device, shapes, ceilings, keep):
     def all_scores():
         for name in SCORES:
-            measure(name, score_case, device, shapes, ceilings, keep)
+            measure(name, score_case, device, shapes=shapes, ceilings=ceilings, keep=keep)
 
     benchmark.pedantic(all_scores, rounds=1)

@@ -1,8 +1,8 @@
-"""Pruning a checkpoint on the disk: time beside `cp` of the same folder, memory beside OptiPFair's load, prune, save.
+"""Pruning a checkpoint on disk: time compared with `cp` of the same folder, memory with OptiPFair's load, prune, save.
 
-The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` says where. The disk is not identified:
-its speed shows in the time of `cp`. What gluprune writes is flushed to the disk within its time; `cp` and OptiPFair leave
-up to some GB of theirs in memory for the kernel to write later.
+The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` sets where. The disk is not identified:
+its speed shows in the time of `cp`. gluprune flushes its output to disk within its time; `cp` and OptiPFair leave up
+to a few GB in memory for the kernel to write later.
 """
 
 import json
@@ -49,7 +49,7 @@ PROGRAMS = {
     """,
 }
 PROLOGUE = "import json, re, sys, time; source, destination, ratio = sys.argv[1], sys.argv[2], float(sys.argv[3])\n"
-# Not getrusage: its maximum begins with that of the process that started this one.
+# Not getrusage: its maximum starts from that of the parent process.
 EPILOGUE = """
 seconds = time.perf_counter() - start
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -58,17 +58,17 @@ print(json.dumps({"without imports": seconds, "peak": peak}))
 
 
 def run(provider, source, destination):
-    """Seconds of one command from start to end, and what it tells: seconds without imports, peak resident memory."""
+    """Return seconds of one command, and what it reports: seconds without imports, peak resident memory."""
     command = ["cp", "-r", source, destination]
     if provider in PROGRAMS:
         program = PROLOGUE + textwrap.dedent(PROGRAMS[provider]) + EPILOGUE
         command = [sys.executable, "-c", program, source, destination, str(EXPANSION_RATIO)]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.splitlines()[-1]) if provider in PROGRAMS else {"without imports": seconds}
-    return {"seconds": seconds, **told}
+    report = json.loads(done.stdout.splitlines()[-1]) if provider in PROGRAMS else {"without imports": seconds}
+    return {"seconds": seconds, **report}
 
 
 def mlp(folder, layer):
@@ -81,13 +81,13 @@ def mlp(folder, layer):
 
 
 def check(source, destination, layers):
-    """The correctness gate: the first and the last layer, worked out here."""
+    """Check correctness: the first and the last layer, computed here."""
     for layer in (0, layers - 1):
         gate, up, down = mlp(source, layer)
         narrow = list(mlp(destination, layer))
         score = sum(w.amax(1).double() + w.amin(1).double().abs() for w in (gate, up))
         kept = score.float().topk(len(narrow[0])).indices.sort().values
-        for weight, expected in zip(narrow, (gate[kept], up[kept], down[:, kept])):
+        for weight, expected in zip(narrow, (gate[kept], up[kept], down[:, kept]), strict=True):
             assert torch.equal(weight, expected)
 
 
@@ -95,7 +95,7 @@ def check(source, destination, layers):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_prune_checkpoint(benchmark, keep, tmp_path, name):
-    """In turns, so that a busy moment of machine or disk meets all of them."""
+    """In turns, so that a busy moment of machine or disk affects all of them."""
     shard_bytes, providers, disk_bytes = CASES[name]
     if shutil.disk_usage(tmp_path).free < disk_bytes:
         pytest.skip(f"needs {disk_bytes / 1e9:.0f} GB of free disk")
@@ -106,7 +106,7 @@ def test_prune_checkpoint(benchmark, keep, tmp_path, name):
     def one_round():
         for provider in providers:
             destination = tmp_path / provider
-            os.sync()  # nobody pays for what another left to the disk
+            os.sync()  # no provider pays for what another left to be written
             runs[provider].append(run(provider, source, destination))
             written[provider] = sum(file.stat().st_size for file in destination.iterdir())
             if provider == "gluprune":
@@ -124,10 +124,12 @@ def test_prune_checkpoint(benchmark, keep, tmp_path, name):
         whole, bare = ([one[key] for one in runs[provider]] for key in ("seconds", "without imports"))
         measured = {
             ("prune checkpoint", "s"): whole,
-            ("prune checkpoint, time over cp", "1"): [ours / copied for ours, copied in zip(whole, copying)],
+            ("prune checkpoint, time over cp", "1"): [
+                ours / copied for ours, copied in zip(whole, copying, strict=True)
+            ],
         }
         if provider in PROGRAMS:
-            ratios = [ours / copied for ours, copied in zip(bare, copying)]
+            ratios = [ours / copied for ours, copied in zip(bare, copying, strict=True)]
             measured[("prune checkpoint, without imports", "s")] = bare
             measured[("prune checkpoint, without imports, time over cp", "1")] = ratios
             measured[("prune checkpoint, peak resident memory", "B")] = [one["peak"] for one in runs[provider]]

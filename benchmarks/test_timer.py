@@ -1,4 +1,4 @@
-"""The timer itself: a sleep and a kernel of known work, the order of providers, a run repeated."""
+"""The timer itself: a sleep and a kernel of known work, the order of providers, a repeated run."""
 
 import time
 
@@ -14,13 +14,13 @@ REPEATS = 31
 
 @pytest.fixture
 def products(device, shapes):
-    """Matrix products of once, twice and four times the same work, on a CPU by one thread: others' work disturbs two more."""
+    """Matrix products of once, twice and four times the same work; on a CPU by one thread, which is disturbed least."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    n = 2048 if device.type == "cuda" else 128  # short enough for a turn of a busy CPU
+    n = 2048 if device.type == "cuda" else 128  # short enough for one time slice of a busy CPU
     a = torch.randn(n, n, device=device).to(shapes.dtype)
     wide = [torch.randn(n, n * factor, device=device).to(shapes.dtype) for factor in (1, 2, 4)]
-    yield {f"{factor} x": [lambda b=b: a @ b] * 4 for factor, b in zip((1, 2, 4), wide)}
+    yield {f"{factor} x": [lambda b=b: a @ b] * 4 for factor, b in zip((1, 2, 4), wide, strict=True)}
     torch.set_num_threads(threads)
 
 
@@ -33,13 +33,13 @@ def test_known_sleep(benchmark, keep, shapes):
     cpu = torch.device("cpu")
     times = benchmark.pedantic(measured, args=({"sleep": [lambda: time.sleep(SLEEP)]}, cpu), rounds=1)["sleep"]
     keep(record := Record.of("timer: sleep", "time.sleep", {"seconds": SLEEP}, shapes.dtype, "s", times))
-    assert SLEEP <= record.p50 < 1.05 * SLEEP  # a sleep may be late, never early
+    assert SLEEP <= record.p50 < 1.05 * SLEEP  # a sleep may end late, never early
 
 
 def test_known_kernel(benchmark, keep, shapes, device, products):
-    """Twice the work takes twice the time: what the timer adds of its own would show in the smallest.
+    """Twice the work takes twice the time: an overhead of the timer would show in the smallest.
 
-    Of all repeats the shortest is compared, which other work on the machine has disturbed least.
+    The shortest of all repeats is compared, which other work on the machine disturbed least.
     """
     times = benchmark.pedantic(measured, args=(products, device), rounds=1)
     found = {}

@@ -1,4 +1,4 @@
-"""What the machine can do at the most, measured in the same run as everything else: a copy and a large matrix product."""
+"""The limits of the machine, measured in the same run as everything else: a copy and a large matrix product."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ REPEATS = 20
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes and floating-point operations a second."""
+    """Bytes and floating-point operations per second."""
 
     bandwidth: float
     rate: float
 
     def floor(self, nbytes: int, flops: int) -> float:
-        """The least seconds that moving `nbytes` and doing `flops` take."""
+        """Return the least seconds that moving `nbytes` and computing `flops` take."""
         return max(nbytes / self.bandwidth, flops / self.rate)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    if source.is_cuda:  # a captured `copy_` is left to the copy engine: on an H200 2.8 TB/s in place of a kernel's 4.3
+    if source.is_cuda:  # a captured `copy_` runs on the copy engine: 2.8 TB/s on an H200, where a kernel reaches 4.3
         torch.neg(source, out=target)
     else:
         target.copy_(source)
 
 
 def measure(device: torch.device, shapes: ShapeSet, keep: Callable[[Record], None]) -> Ceilings:
-    """Measure both, keep their records, and return what the medians say."""
+    """Measure both, keep their records, and return the ceilings by the medians."""
     dtype, nbytes, n = shapes.dtype, shapes.copied_bytes, shapes.gemm_size
     source = torch.randn(nbytes // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Random checkpoints of real models' shapes, straight to the disk: `python -m benchmarks.lib.checkpoints --help`."""
+"""Random checkpoints of real models' shapes, written to disk: `python -m benchmarks.lib.checkpoints --help`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gluprune.measure.random_models import CONFIGS
 def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes: int, seed: int = 0) -> int:
     """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), piece by piece.
 
-    The weights are taken from a pool of 2**26 normal numbers (standard deviation 0.02), each tensor from another place.
+    The weights come from a pool of 2**26 normal numbers (standard deviation 0.02), each tensor from another position.
 
     Returns:
         Size of the shards in bytes.
@@ -52,10 +52,10 @@ def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes:
     names = [SINGLE_FILE]
     if len(groups) > 1:
         names = [f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors" for index in range(len(groups))]
-    for name, group in zip(names, groups):
+    for name, group in zip(names, groups, strict=True):
         write_file(folder / name, content(group))
     if len(groups) > 1:
-        weight_map = {weight: name for name, group in zip(names, groups) for weight, _ in group}
+        weight_map = {weight: name for name, group in zip(names, groups, strict=True) for weight, _ in group}
         write_file(folder / INDEX_FILE, [json.dumps({"metadata": {}, "weight_map": weight_map}).encode()])
     config.save_pretrained(folder)
     return sum((folder / name).stat().st_size for name in names)

@@ -1,7 +1,7 @@
-"""Who computes a GLU MLP: gluprune and its peers, all on the same weights.
+"""The providers of a GLU MLP: gluprune and its peers, all on the same weights.
 
-A provider makes a module from gate and up `[I, H]` and down `[H, I]`. What it raises, there or at its first run, is how it
-refuses the shape or the machine.
+A provider builds a module from gate and up `[I, H]` and down `[H, I]`. An exception, there or in the first run, means
+that the provider does not support the shape or the machine.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from csrc_triton.layout import PAD
 from gluprune.runtime import operator
-from gluprune.runtime.aligned import ALIGNMENT
 from gluprune.runtime.patching import patch
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # gate, up [I, H], down [H, I]
@@ -28,8 +28,8 @@ def _config(rows: int, columns: int) -> LlamaConfig:
 
 
 def _filled(module: nn.Module, weights: Weights) -> nn.Module:
-    """A module on the meta device, given parameters of its own that share the memory of `weights`."""
-    for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights):
+    """Give a module on the meta device parameters that share the memory of `weights`."""
+    for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
         getattr(module, name).weight = nn.Parameter(weight.detach())
     return module.train()
 
@@ -41,8 +41,8 @@ def eager(weights: Weights) -> nn.Module:
 
 
 def eager_padded(weights: Weights) -> nn.Module:
-    """The width rounded up to a multiple of 128 with zeros, which changes no result."""
-    missing = -weights[0].shape[0] % ALIGNMENT
+    """Pad the width to a multiple of 128 with zeros, which changes no result."""
+    missing = -weights[0].shape[0] % PAD
     if not missing:
         raise ValueError("the width is a multiple of 128 already: nothing to pad")
     gate, up, down = weights

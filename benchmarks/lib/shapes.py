@@ -1,4 +1,4 @@
-"""What is measured: models, widths and numbers of tokens, in named sets of which `--shapes` chooses one."""
+"""The measured shapes: models, widths and numbers of tokens, in named sets; `--shapes` selects one."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
+from csrc_triton.layout import PAD
 from gluprune.measure.bench import PAPER_RATIOS
 from gluprune.measure.random_models import CONFIGS
-from gluprune.runtime.aligned import ALIGNMENT
 
 # Hidden size and intermediate size.
 MODELS = {name: (config.hidden_size, config.intermediate_size) for name, config in CONFIGS.items()}
 
 
 def paper_widths(dense: int) -> tuple[int, ...]:
-    """The study's exact widths, wide to narrow: 8192 -> 7373, 6554, 5735, 4916, 4096, 3277."""
+    """Return the study's exact widths, wide to narrow: 8192 -> 7373, 6554, 5735, 4916, 4096, 3277."""
     return tuple(dense - int(ratio * dense) for ratio in PAPER_RATIOS)
 
 
 def aligned(width: int) -> int:
-    """The nearest multiple of 128, never 0."""
-    return max(1, round(width / ALIGNMENT)) * ALIGNMENT
+    """Return the nearest multiple of 128, at least 128."""
+    return max(1, round(width / PAD)) * PAD
 
 
 def all_widths(dense: int) -> tuple[int, ...]:
-    """Dense, the study's widths, and the same aligned, wide to narrow."""
+    """Return the dense width, the study's widths and these aligned, wide to narrow."""
     exact = paper_widths(dense)
     return tuple(sorted({dense, *exact, *map(aligned, exact)}, reverse=True))
 
@@ -36,10 +36,10 @@ class ShapeSet:
 
     models: name -> hidden size and intermediate sizes.
     tokens: M of the forward; training_tokens: M of the forward with backward.
-    repeats: of each provider and shape.
-    copied_bytes, gemm_size: of the copy and the square matrix product that tell the ceilings.
-    layers: that are rotated; None: as many as the cache does not hold, four at the least.
-    is_large: whether benchmarks marked `large` run: whole checkpoints of real sizes (45 GB on the disk, minutes each).
+    repeats: measurements of each provider and shape.
+    copied_bytes, gemm_size: sizes of the copy and the square matrix product that measure the ceilings.
+    layers: how many to rotate; None: more than the cache holds, at least four.
+    is_large: whether benchmarks marked `large` run: whole checkpoints of real sizes (45 GB on disk, minutes each).
     """
 
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class ShapeSet:
     is_large: bool = False
 
     def cases(self, tokens: tuple[int, ...]) -> list[tuple[str, int, int, int]]:
-        """Model, H, I and M of every case."""
+        """Return model, H, I and M of every case."""
         return [(name, H, I, M) for name, (H, widths) in self.models.items() for M in tokens for I in widths]
 
 
@@ -69,7 +69,7 @@ SETS = {
         gemm_size=8192,
         is_large=True,
     ),
-    # What two cores of a CPU can do in minutes. In float32, since few CPUs have arithmetic in bfloat16.
+    # What two cores of a CPU run in minutes. In float32, since few CPUs compute in bfloat16.
     "reduced": ShapeSet(
         dtype=torch.float32,
         models={"llama-3.2-1b": (2048, (8192, 4916, 4864))},
@@ -79,7 +79,7 @@ SETS = {
         copied_bytes=1 << 28,
         gemm_size=2048,
     ),
-    # Shows that every step runs; no figure of these sizes means anything.
+    # Shows that every step runs; figures of these sizes mean nothing.
     "tiny": ShapeSet(
         dtype=torch.float32,
         models={"tiny": (64, (256, 153))},

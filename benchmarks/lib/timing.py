@@ -1,8 +1,8 @@
 """The timer of the kernel benchmarks: providers in turns, over more weights than a cache holds.
 
-What is timed is a list of steps, one a layer, each with weights of its own: a benchmark that repeats one layer finds its
-weights in the cache and beats the memory. On a CPU the steps are called; on CUDA they are captured in a graph, so that no
-launch from Python is timed, and a graph that is over in microseconds holds its steps several times.
+It times a list of steps, one per layer, with separate weights: a benchmark that repeats one layer finds its weights
+in the cache and appears faster than the memory. On a CPU the steps are called; on CUDA they are captured in a graph, so
+that no launch from Python is timed, and a graph that takes only microseconds holds its steps several times.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from pathlib import Path
 
 import torch
 
+from csrc_triton.tools.graph import capture, replay_seconds, warmed_up_stream
+
 Step = Callable[[], object]
-Pass = Callable[[], float]  # runs all steps once, tells seconds a step
+Pass = Callable[[], float]  # runs all steps once and returns seconds per step
 
 LEAST_SECONDS = 1e-3  # of one timed graph: above it the resolution and the launch of the graph are below 1 %
 WARM_UPS = 3  # before a capture: lazy loading, autotuning, workspaces, autograd's first run
 
 
 def prepare(steps: Sequence[Step], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Pass:
-    """Run the steps to warm them up, and return what times one pass over all of them."""
+    """Run the steps to warm them up, and return a function that times one pass over all of them."""
     return _capture(steps) if device.type == "cuda" else _call(steps, clock)
 
 
 def method(device: torch.device) -> str:
-    """How `prepare` times, as records tell it."""
+    """Return how `prepare` times, in the words of the records."""
     return "CUDA graph replay" if device.type == "cuda" else "wall clock"
 
 
 def in_turns(passes: Mapping[str, Pass], repeats: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds a step, `repeats` of each provider.
+    """Return seconds per step, `repeats` of each provider.
 
-    Every round times everybody once, in an order drawn anew: a busy moment of the machine meets all of them, and nobody
-    always runs behind the same neighbour.
+    Every round times each provider once, in a new random order: a busy moment of the machine affects all of them, and
+    none always runs after the same other one.
     """
-    order, times = list(passes), {name: [] for name in passes}
+    order: list[str] = list(passes)
+    times: dict[str, list[float]] = {name: [] for name in passes}
     draw = random.Random(seed)
     for _ in range(repeats):
         draw.shuffle(order)
@@ -61,42 +64,22 @@ def _call(steps: Sequence[Step], clock: Callable[[], float]) -> Pass:
 
 
 def _capture(steps: Sequence[Step]) -> Pass:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+    def run(rounds: int = 1) -> None:
+        for _ in range(rounds):
             for step in steps:
                 step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
 
-    def graph_of(rounds: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(rounds):
-                for step in steps:
-                    step()
-        graph.replay()
-        return graph
-
-    def seconds(graph: torch.cuda.CUDAGraph) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-    graph, rounds = graph_of(1), 1
-    least = min(seconds(graph) for _ in range(3))
+    stream = warmed_up_stream(run, WARM_UPS)
+    graph, rounds = capture(run, stream), 1
+    least = min(replay_seconds(graph) for _ in range(3))
     if least < LEAST_SECONDS:
         rounds = math.ceil(LEAST_SECONDS / least)
-        graph = graph_of(rounds)
-    return lambda: seconds(graph) / (rounds * len(steps))
+        graph = capture(lambda: run(rounds), stream)
+    return lambda: replay_seconds(graph) / (rounds * len(steps))
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache: the L2 of a GPU, the L3 (or what is last) of a CPU; 32 MiB where it is not told."""
+    """Return the bytes of the largest cache: the L2 of a GPU, the last level of a CPU; 32 MiB if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -105,5 +88,5 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def layers_past_the_cache(layer_bytes: int, cache_bytes: int) -> int:
-    """Layers to rotate: at least four, and more than twice the cache."""
+    """Return how many layers to rotate: at least four, and more than twice the cache."""
     return max(4, 2 * cache_bytes // layer_bytes + 1)

@@ -1,4 +1,4 @@
-"""The plan of a GPU run: what it selects, how it stops, goes on and fails; and a part of it in the interpreter."""
+"""The plan of a GPU run: what it selects, how it stops, continues and fails; and a part of it in the interpreter."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def selected(step, case):
 
 @pytest.mark.parametrize("part, prefixes", [("forward", ("all",)), ("backward", ("backward",))])
 def test_the_parts_make_the_whole_grid(part, prefixes):
-    """Every case of the full set is selected by exactly one step, beside those that bring some of them first."""
+    """Every case of the full set is selected by exactly one step, not counting those that run some of them first."""
     full = SETS["full"]
     todo = [step for step in steps() if step.name.startswith(prefixes)]
     for case in [f"test_{part}[{model}-M{M:04}-I{I}]" for model, _, I, M in full.cases(full.tokens)]:
@@ -74,13 +74,13 @@ def python(name, code, minutes=1.0):
 
 
 def go(todo, out, seconds=600.0, **options):
-    told = []
-    state = run(todo, out, out / "tuned.json", seconds, ENVIRONMENT, tell=told.append, **options)
-    return state, told
+    lines = []
+    state = run(todo, out, out / "tuned.json", seconds, environment=ENVIRONMENT, report=lines.append, **options)
+    return state, lines
 
 
-def test_a_second_call_goes_on(tmp_path):
-    """What is done is not done again; what failed or was stopped is."""
+def test_a_second_call_continues(tmp_path):
+    """Finished steps are not run again; failed and stopped ones are."""
     mark = tmp_path / "mark"
     good = python("good", f"open({str(mark)!r}, 'a').write('x')")
     bad = python("bad", "raise ValueError('no luck')")
@@ -90,14 +90,14 @@ def test_a_second_call_goes_on(tmp_path):
     assert state.outcomes["bad"].last_line == "ValueError: no luck"
     assert "$ " in (tmp_path / "logs" / "bad.log").read_text()
     slow = python("slow", "pass")
-    state, told = go([good, bad, slow], tmp_path)
-    assert mark.read_text() == "x" and told[0] == "1 of 3 steps were done before"
+    state, lines = go([good, bad, slow], tmp_path)
+    assert mark.read_text() == "x" and lines[0] == "1 of 3 steps were done before"
     assert [outcome.status for outcome in state.outcomes.values()] == ["done", "failed", "done"]
     assert json.loads((tmp_path / "state.json").read_text())["slow"]["code"] == 0
 
 
-def test_what_failed_waits_for_what_had_no_chance(tmp_path, monkeypatch):
-    """A failing test must not eat the time of every call; a step that the call's end cut short goes on first."""
+def test_failed_steps_wait_for_steps_without_a_chance(tmp_path, monkeypatch):
+    """A failing test must not take the time of every call; a step that ran out of time is first."""
     slow = python("slow", "import time; time.sleep(60)")
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
     times = iter((0.0, 10.0, 15.0, 598.0, 599.5))
@@ -107,15 +107,15 @@ def test_what_failed_waits_for_what_had_no_chance(tmp_path, monkeypatch):
     assert [step.name for step in state.pending([*todo, python("last", "pass")])] == ["slow", "last", "bad", "long"]
 
 
-def test_no_step_is_begun_without_time(tmp_path):
+def test_no_step_starts_without_time(tmp_path):
     times = iter((0.0, 10.0, 575.0))
-    state, told = go([python("one", "pass"), python("two", "pass")], tmp_path, clock=lambda: next(times))
+    state, lines = go([python("one", "pass"), python("two", "pass")], tmp_path, clock=lambda: next(times))
     assert list(state.outcomes) == ["one"]
-    assert told[-1] == "[2/2] two: no time left; call again to go on"
+    assert lines[-1] == "[2/2] two: no time left; call again to continue"
 
 
-def test_what_a_stopped_step_started_is_stopped_too(tmp_path):
-    """No process of a step lives on to disturb the next one's timing."""
+def test_children_of_a_stopped_step_are_stopped(tmp_path):
+    """No process of a step survives to disturb the next one's timing."""
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
     code = child + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     go([python("slow", code, minutes=0.05)], tmp_path)
@@ -124,7 +124,7 @@ def test_what_a_stopped_step_started_is_stopped_too(tmp_path):
     assert not status.is_file() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-def test_the_table_is_carried_home(tmp_path):
+def test_the_table_is_copied_to_the_output(tmp_path):
     (tmp_path / "tuned.json").write_text("{}")
     go([python("one", "pass")], tmp_path)
     assert (tmp_path / "tuned" / "tuned.json").read_text() == "{}"
@@ -135,7 +135,7 @@ def test_the_table_is_carried_home(tmp_path):
     [
         (["--rehearse", "--steps", "nothing"], "unknown step 'nothing'"),
         (["--rehearse", "--wheels", "."], "holds no wheel"),
-        ([], "no CUDA device is available; --rehearse shows the way without one"),
+        ([], "no CUDA device is available; --rehearse runs without one"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
@@ -146,19 +146,19 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
 
 
 def test_missing_packages(tmp_path, monkeypatch, capsys):
-    """What is needed is named at once; what is only useful is left out, and said so."""
+    """Missing required packages are an error; missing optional ones are reported and left out."""
     monkeypatch.setattr(gpu, "_installed", lambda module: module not in ("liger_kernel", "pytest_benchmark"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--out", str(tmp_path)]) == 2
-    assert "not installed: pytest_benchmark; carry their wheels" in capsys.readouterr().err
+    assert "not installed: pytest_benchmark; pass a folder with their wheels" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "_installed", lambda module: module != "liger_kernel")
     main(["--out", str(tmp_path)])
-    assert "not installed: liger_kernel; both of Liger's MLPs are recorded as refusing" in capsys.readouterr().out
+    assert "not installed: liger_kernel; both of Liger's MLPs are on record as unsupported" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="process groups and the interpreter are tried on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups and the interpreter need Linux")
 def test_rehearsal(tmp_path):
-    """A step of benchmarks to its end on a CPU, with the report and the summary of its records."""
+    """A complete step of benchmarks on a CPU, with the report and the summary of its records."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path), "--steps", "scores"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The MLP benchmark on a CPU: who is wrong or refuses gets no time, everybody else the right sizes and floor."""
+"""The MLP benchmark on a CPU: providers that are wrong or raise have no time on record, all others sizes and floor."""
 
 import subprocess
 import sys
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from benchmarks.lib.ceilings import Ceilings
+from benchmarks.lib.mlp import BACKWARD, FORWARD, error, measure, random_layers, reference, run
 from benchmarks.lib.providers import PROVIDERS, eager, eager_padded
 from benchmarks.lib.shapes import SETS
-from benchmarks.test_mlp import BACKWARD, FORWARD, error, measure, random_layers, reference, run
 from gluprune.measure.records import read
 from gluprune.runtime import operator
 
@@ -22,7 +22,7 @@ CEILINGS = Ceilings(bandwidth=1e9, rate=1e10)
 
 
 class Scaled(nn.Module):
-    """Right but for a factor, on the way forward or backward."""
+    """Right up to a factor, forward or backward."""
 
     def __init__(self, weights, forward=1.0, backward=1.0):
         super().__init__()
@@ -45,7 +45,7 @@ def stop(weights):
 
 
 def generated(weights):
-    exec(compile("raise AssertionError", "<generated>", "exec"))  # noqa: S102 - code without a source file
+    exec(compile("raise AssertionError", "<generated>", "exec"))  # code without a source file
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def kept():
 
     def measured(what, **providers):
         records = []
-        unexpected = measure(what, CASE, CPU, SETS["tiny"], CEILINGS, providers, records.append)
+        unexpected = measure(
+            what, CASE, CPU, shapes=SETS["tiny"], ceilings=CEILINGS, providers=providers, keep=records.append
+        )
         return {record.provider: record for record in records}, unexpected
 
     return measured
@@ -79,16 +81,16 @@ def test_a_wrong_result_is_not_timed(kept, what, factors):
     assert found["right"].p50 and found["eager"].p50
 
 
-def test_a_wrong_gradient_is_no_matter_forward(kept):
+def test_a_wrong_gradient_does_not_matter_forward(kept):
     assert kept(FORWARD, other=lambda weights: Scaled(weights, backward=2.0))[0]["other"].p50
 
 
-def test_refusals_in_their_words(kept):
+def test_exceptions_are_on_record(kept):
     found, unexpected = kept(FORWARD, peer=refuse, silent=stop, sourceless=generated, gluprune=refuse)
     assert found["peer"].refusal == "ValueError: width must be a multiple of 8"
     assert found["silent"].refusal == "AssertionError: raise AssertionError"  # the statement that raised it
     assert found["sourceless"].refusal == "AssertionError: <generated>, line 1"
-    assert found["peer"].method == "wall clock"  # of the same table as the others
+    assert found["peer"].method == "wall clock"  # the same table as the others
     assert unexpected == {"gluprune": "ValueError: width must be a multiple of 8"}
 
 
@@ -130,13 +132,13 @@ def test_forced_paths_run_kernels(name, monkeypatch):
     assert all(map(torch.equal, weights, before)) and module.down_proj.weight.data_ptr() != weights[2].data_ptr()
 
 
-def test_error_sees_what_is_missing():
+def test_error_notices_missing_results():
     exact = torch.ones(2, 3, dtype=torch.float64)
     assert error((torch.ones(2, 3),), (exact,)) == 0
     assert error((torch.full((2, 3), float("nan")),), (exact,)) == float("inf")
     padded = torch.cat([torch.ones(2, 3), torch.full((2, 2), 9.0)], 1)
     assert error((padded,), (exact,)) == 0
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         error((), (exact,))
 
 
@@ -149,7 +151,7 @@ def test_every_provider_of_the_benchmark_is_named():
     }
 
 
-def test_who_is_left_out_has_no_record(tmp_path):
+def test_a_provider_left_out_has_no_record(tmp_path):
     left_out = [name for name in PROVIDERS if name not in ("eager", "eager, padded")]
     options = [part for name in left_out for part in ("--without", name)]
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_mlp.py", "--benchmark-only", "--shapes", "tiny"]

@@ -1,4 +1,4 @@
-"""The benchmarks' timer by a scripted clock: what it divides, in which order it runs, what drifts cancel."""
+"""The benchmarks' timer on a scripted clock: what it divides by, the order of runs, drifts that cancel."""
 
 import statistics
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 class Machine:
-    """A clock that only moves when somebody works, at a speed that may change."""
+    """A clock that advances only during work, at a speed that may change."""
 
     def __init__(self, slowness=lambda now: 1.0):
         self.now, self.slowness, self.ran = 0.0, slowness, []
@@ -43,7 +43,7 @@ def measured(machine, seconds, repeats=9):
     return timing.in_turns(passes, repeats)
 
 
-def test_everybody_once_a_round_in_changing_order():
+def test_each_provider_once_a_round_in_changing_order():
     machine = Machine()
     times = measured(machine, {"a": 1.0, "b": 2.0, "c": 4.0})
     assert times == {"a": [1.0] * 9, "b": [2.0] * 9, "c": [4.0] * 9}
@@ -53,7 +53,7 @@ def test_everybody_once_a_round_in_changing_order():
 
 @pytest.mark.parametrize("order", ["abc", "bca", "cba"])
 def test_order_does_not_change_ranks_on_a_drifting_machine(order):
-    """The machine slows to a half on the way: whoever is written first is not favoured."""
+    """The machine slows down to half its speed: the provider listed first is not favoured."""
     seconds = {"a": 1.0, "b": 1.1, "c": 1.2}
     times = measured(Machine(lambda now: 1 + now / 90), {name: seconds[name] for name in order}, repeats=27)
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,124 @@
+"""Measuring GLU MLPs: random layers, the float64 reference, errors, and the records of all providers for one shape."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import traceback
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.lib import timing
+from csrc_triton.layout import PAD
+from gluprune.measure.records import Record
+
+FORWARD, BACKWARD = "mlp: forward", "mlp: forward and backward"
+
+# Largest error over the largest magnitude. Gradients carry the rounding of several products.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
+
+
+def random_layers(count, H, I, dtype, device):
+    """Return `count` layers of equal weights in separate memory; their standard deviation is 1 / sqrt(H)."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((I, H), (I, H), (H, I))
+    first = [torch.randn(shape, generator=generator, device=device).mul_(H**-0.5).to(dtype) for shape in shapes]
+    return [first] + [[weight.clone() for weight in first] for _ in range(count - 1)]
+
+
+def run(module, x, grad):
+    """Return y, and with `grad` also the gradients of x, gate, up and down."""
+    if grad is None:
+        with torch.no_grad():
+            return (module(x),)
+    y = module(x)
+    return y, *torch.autograd.grad(y, [x, *module.parameters()], grad)
+
+
+def reference(weights, x, grad):
+    """Return the results of `run`, in float64."""
+    inputs = [tensor.detach().double().requires_grad_(grad is not None) for tensor in (x, *weights)]
+    x, gate, up, down = inputs
+    y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return (y.detach(), *torch.autograd.grad(y, inputs, grad.double())) if grad is not None else (y,)
+
+
+def error(results, expected):
+    """Return the largest error of any result over the largest magnitude expected of it; infinity if one is NaN."""
+    worst = 0.0
+    for result, exact in zip(results, expected, strict=True):
+        unpadded = result[tuple(slice(size) for size in exact.shape)]
+        relative = ((unpadded.double() - exact).abs().max() / exact.abs().max()).item()
+        worst = max(worst, relative if relative == relative else float("inf"))  # noqa: PLR0124
+    return worst
+
+
+def exception_text(raised):
+    """Return kind and message of an exception; without a message, the statement that raised it."""
+    return f"{type(raised).__name__}: {str(raised) or statement(traceback.extract_tb(raised.__traceback__)[-1])}"
+
+
+def statement(frame):
+    """Return the source of the current statement of a frame, in one line; its position if there is no source."""
+    tree = ast.parse("".join(linecache.getlines(frame.filename)))
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= frame.lineno <= n.end_lineno]
+    if not around:
+        return f"{frame.filename}, line {frame.lineno}"
+    return " ".join(ast.unparse(max(around, key=lambda node: node.lineno)).split())
+
+
+def measure(what, case, device, *, shapes, ceilings, providers, keep):
+    """Keep records of all `providers` (name -> build function) for one shape.
+
+    Before anything is timed, every result is compared with one in float64. A provider that raises or is wrong has no
+    time on record, but its exception.
+
+    Args:
+        what: `FORWARD` or `BACKWARD`.
+        case: model, H, I and M.
+        device: where to run.
+        shapes: the `ShapeSet`.
+        ceilings: the limits of the machine.
+        providers: what to measure.
+        keep: called with each record.
+
+    Returns:
+        The exceptions of the providers that must support every shape.
+    """
+    model, H, I, M = case
+    dtype, method = shapes.dtype, timing.method(device)
+    torch.compiler.reset()  # past its limit of recompilations nothing would be compiled
+    layer_bytes = 3 * H * I * dtype.itemsize
+    count = shapes.layers or timing.layers_past_the_cache(layer_bytes, timing.last_level_cache(device))
+    layers = random_layers(count, H, I, dtype, device)
+    training = what == BACKWARD
+    x = torch.randn(1, M, H, device=device).to(dtype).requires_grad_(training)
+    grad = torch.randn_like(x) if training else None
+    expected = reference(layers[0], x, grad)
+
+    passes, refusals = {}, {}
+    for name, build in providers.items():
+        try:
+            modules = [build(weights).train(training).requires_grad_(training) for weights in layers]
+            if (wrong := error(run(modules[0], x, grad), expected)) > TOLERANCE[dtype]:
+                raise ArithmeticError(f"wrong by {wrong:.1e} of the largest value, allowed are {TOLERANCE[dtype]:.0e}")
+            passes[name] = timing.prepare([partial(run, module, x, grad) for module in modules], device)
+        except torch.AcceleratorError:
+            raise  # the device is lost
+        except Exception as raised:  # whatever a provider raises goes on record
+            refusals[name] = exception_text(raised)
+    times = timing.in_turns(passes, shapes.repeats)
+
+    # Weights once, x and y once; with backward the weights twice and their gradients once, and dx and dy.
+    nbytes = (3 if training else 1) * layer_bytes + (4 if training else 2) * M * H * dtype.itemsize
+    flops = (18 if training else 6) * M * H * I
+    details = {"nbytes": nbytes, "flops": flops, "floor": ceilings.floor(nbytes, flops), "method": method}
+    shape = {"model": model, "H": H, "I": I, "M": M}
+    for name in providers:
+        if name in times:
+            keep(Record.of(what, name, shape, dtype, "s", times[name], **details))
+        elif name != "eager, padded" or I % PAD:
+            keep(Record.refused(what, name, shape, dtype, "s", refusals[name], method))
+    return {name: refusals[name] for name in ("eager", "gluprune") if name in refusals}

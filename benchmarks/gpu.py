@@ -2,7 +2,7 @@
 
 Runs the steps below in order, the most valuable first: tests, ceilings, tuner, kernel benchmarks with the peers, model
 benchmarks with energy. Every step is a separate process and ends within its limit; its measurements until then are
-kept. A second call continues where the first stopped. Everything is in one folder, which can be copied from the machine.
+kept. A second call continues where the first stopped. Everything is in one folder, to be copied from the machine.
 `--rehearse` does the same on a CPU, in Triton's interpreter, with tiny shapes.
 """
 

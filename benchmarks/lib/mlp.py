@@ -98,7 +98,7 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
     grad = torch.randn_like(x) if training else None
     expected = reference(layers[0], x, grad)
 
-    passes, refusals = {}, {}
+    passes, exceptions = {}, {}
     for name, build in providers.items():
         try:
             modules = [build(weights).train(training).requires_grad_(training) for weights in layers]
@@ -108,7 +108,7 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
         except torch.AcceleratorError:
             raise  # the device is lost
         except Exception as raised:  # whatever a provider raises goes on record
-            refusals[name] = exception_text(raised)
+            exceptions[name] = exception_text(raised)
     times = timing.in_turns(passes, shapes.repeats)
 
     # Weights once, x and y once; with backward the weights twice and their gradients once, and dx and dy.
@@ -120,5 +120,5 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
         if name in times:
             keep(Record.of(what, name, shape, dtype, "s", times[name], **details))
         elif name != "eager, padded" or I % PAD:
-            keep(Record.refused(what, name, shape, dtype, "s", refusals[name], method))
-    return {name: refusals[name] for name in ("eager", "gluprune") if name in refusals}
+            keep(Record.refused(what, name, shape, dtype, "s", exceptions[name], method))
+    return {name: exceptions[name] for name in ("eager", "gluprune") if name in exceptions}

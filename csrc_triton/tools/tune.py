@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problem_with(options: argparse.Namespace) -> str | None:
+def _obstacle(options: argparse.Namespace) -> str | None:
     """Return why the command cannot run with these options; None if it can."""
     if options.device == "cpu" and not (knobs.runtime.interpret and options.out):
         return "--device cpu needs TRITON_INTERPRET=1 and --out"
@@ -321,8 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(argv)
     interpreted = options.device == "cpu"
-    if refusal := _problem_with(options):
-        print(f"error: {refusal}", file=sys.stderr)
+    if reason := _obstacle(options):
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     device = torch.device("cpu") if interpreted else torch.device("cuda", torch.cuda.current_device())
     gpu = "Triton's interpreter" if interpreted else torch.cuda.get_device_name(device)

@@ -33,7 +33,7 @@ class Scaled(nn.Module):
         return y.detach() + self.factors[1] * (y - y.detach())
 
 
-def refuse(weights):
+def unsupported(weights):
     raise ValueError("width must be a multiple of 8")
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_gradient_does_not_matter_forward(kept):
 
 
 def test_exceptions_are_on_record(kept):
-    found, unexpected = kept(FORWARD, peer=refuse, silent=stop, sourceless=generated, gluprune=refuse)
+    found, unexpected = kept(FORWARD, peer=unsupported, silent=stop, sourceless=generated, gluprune=unsupported)
     assert found["peer"].refusal == "ValueError: width must be a multiple of 8"
     assert found["silent"].refusal == "AssertionError: raise AssertionError"  # the statement that raised it
     assert found["sourceless"].refusal == "AssertionError: <generated>, line 1"

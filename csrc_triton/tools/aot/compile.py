@@ -31,7 +31,7 @@ from csrc_triton.tools.aot.ptx import (
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KernelFacts:
     """What `failures` judges about one compiled kernel. Sizes in bytes."""
 

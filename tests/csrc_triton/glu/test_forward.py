@@ -249,7 +249,7 @@ def test_bad_input(change, kind, message):
 @pytest.mark.parametrize("M", [1, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_aligned(layout, M):
-    """What the descriptors and 16-byte loads ask of x; a copy is made only where it does not hold."""
+    """Rows meet the requirements of descriptors and 16-byte loads; x is copied only if it does not."""
     x = make_case(8, M, 40, 7, torch.float16, layout=layout).x
     y = _aligned(x)
     assert torch.equal(x, y)
@@ -278,7 +278,7 @@ def test_bad_path(M):
 @pytest.mark.parametrize("sm", SHARED_MEMORY)
 @pytest.mark.parametrize("H, I", [(2048, 6554), (3072, 7373), (100, 33)])
 def test_shipped_plans(sm, H, I):
-    """Every kernel that can be launched is there, on meta tensors, for the shape that was asked for."""
+    """Every kernel that can be launched is planned, on meta tensors, for the given shape."""
     plans = shipped_plans(sm, torch.bfloat16, H, I)
     kernels = {call.kernel.__name__ for _, _, call in plans}
     gemms = "gate_up_tma_kernel" if 90 <= sm < 120 and H > 100 else "gate_up_tile_kernel"

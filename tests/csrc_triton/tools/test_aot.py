@@ -1,4 +1,4 @@
-"""The decisions of the ahead-of-time check on made-up facts, its readers on PTX, its table and its command."""
+"""The decisions of the ahead-of-time check on invented facts, its readers on PTX, its table and its command."""
 
 import dataclasses
 import json

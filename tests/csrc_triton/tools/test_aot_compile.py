@@ -48,9 +48,9 @@ def broken_kernel(weight, out):
     tl.store(out, undefined_name)
 
 @triton.jit(do_not_specialize=["M"])
-def specialised_kernel(x, t, bias, one, sixteen, odd, large, M, BLOCK: tl.constexpr):
+def specialised_kernel(x, t, bias, one, sixteen, seven, large, M, BLOCK: tl.constexpr):
     if bias is not None:
-        tl.store(x, odd)
+        tl.store(x, seven)
 
 def gemm(M, N, BLOCK_K, stages, scale=False, warps=4):
     K = 1024
@@ -77,7 +77,7 @@ result = {
                     90, 8),
 }
 x, t = meta(64, 64), TensorDescriptor.from_tensor(meta(64, 64), [16, 32])
-args = dict(x=x, t=t, bias=None, one=1, sixteen=32, odd=7, large=2**40, M=1)
+args = dict(x=x, t=t, bias=None, one=1, sixteen=32, seven=7, large=2**40, M=1)
 specialised = KernelCall(specialised_kernel, (1,), args, dict(BLOCK=8), num_warps=4, num_stages=1)
 source = Compilation.of(specialised, 90).source
 result["signature"] = source.signature
@@ -133,7 +133,7 @@ def test_specialisation_is_that_of_a_launch(compiled):
         "bias": "constexpr",
         "one": "constexpr",
         "sixteen": "i32",
-        "odd": "i32",
+        "seven": "i32",
         "large": "i64",
         "M": "i32",
         "BLOCK": "constexpr",

@@ -13,12 +13,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gluprune.demo.smollm2 import smollm2_checkpoint  # noqa: E402
-from gluprune.models.families import FAMILIES  # noqa: E402
-from gluprune.runtime import operator  # noqa: E402
-from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot  # noqa: E402
+from gluprune.demo.smollm2 import smollm2_checkpoint
+from gluprune.models.families import FAMILIES
+from gluprune.runtime import operator
+from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
 
 def quicken_interpreter():

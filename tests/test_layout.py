@@ -14,11 +14,13 @@ MODULES = [path for package in (*PACKAGES, "benchmarks") for path in sorted((ROO
 
 
 def own_lines(function):
-    """Lines of a function without its docstring and without its decorators."""
+    """Lines of a function without its docstring; of a command of Typer, whose parameters are its help, of its body."""
     docstring = function.body[0]
     has_docstring = isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
     described = docstring.end_lineno - docstring.lineno + 1 if has_docstring else 0
-    return function.end_lineno - function.lineno + 1 - described
+    is_command = "typer.Option" in ast.unparse(function.args)
+    first = docstring.lineno if is_command else function.lineno
+    return function.end_lineno - first + 1 - described
 
 
 def positional(function):
@@ -31,7 +33,7 @@ def is_kernel(function):
 
 
 def is_flat_schema(function):
-    """torch reads the schema of a custom operator from its parameters, and calls its parts with all of them in order."""
+    """Whether torch reads the schema of a custom operator from the parameters, or passes them all in order."""
     return any("custom_op" in ast.unparse(d) or "register" in ast.unparse(d) for d in function.decorator_list)
 
 

@@ -88,8 +88,9 @@ def prune(
         (384, 512)
     """
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
-    if recipe.needs.calibration and calibration is None:
-        raise ValueError(f"{recipe.needs.argument} needs calibration data: give calibration=")
+    needs = recipe.needs
+    if needs.calibration and calibration is None:
+        raise ValueError(f"{needs.argument} needs calibration data: give calibration=")
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))
     check_prunable(model, glus, indices)
@@ -103,7 +104,7 @@ def prune(
         width=intermediate_size,
         multiple_of=multiple_of,
     )
-    if recipe.needs.calibration and isinstance(calibration, Statistics):
+    if needs.calibration and isinstance(calibration, Statistics):
         check_statistics(calibration, present, indices, recipe)
     widths = allocated_widths(
         indices,
@@ -113,13 +114,10 @@ def prune(
         width=width,
         multiple_of=multiple_of,
     )
-    activations = _activations(model, glus, indices, calibration, recipe)
-    choices = _choices(glus, activations, widths, recipe)
-    if recipe.needs.calibration:
-        # Text runs through the whole model, so everything is chosen before anything is changed. Without text, a layer
-        # is narrowed while scoring has it in the cache.
+    choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
+    if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
         choices = iter(list(tqdm(choices, "scoring", **_progress(indices))))
-    original_parameters = count_parameters(model)
+    parameters = count_parameters(model)
     with ExitStack() as undo:
         kept = _narrow_all(model, glus, tqdm(choices, "narrowing", **_progress(indices)), undo)
         report = PruneReport(
@@ -129,7 +127,7 @@ def prune(
             original_intermediate_size=original,
             hidden_size=glus[0].hidden_size,
             parameters=count_parameters(model),
-            original_parameters=original_parameters,
+            original_parameters=parameters,
             score=recipe.score_name,
         )
         undo.pop_all()

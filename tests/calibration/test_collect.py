@@ -44,7 +44,7 @@ def test_statistics(family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_calibrated_in_float32(family_name, dtype):
-    """The Gram matrices are nearly those of the same weights in float32 (embeddings and angles keep their dtype), and the
+    """The Gram matrices are close to those of the same weights in float32 (embeddings and angles keep their dtype); the
     weights are the very tensors they were."""
     tolerance = 5e-3 if family_name.startswith("gemma") else 5e-4  # Gemma scales its embeddings, in their dtype
     model = make_tiny_model(family_name, dtype=dtype, seed=17)

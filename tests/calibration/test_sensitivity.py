@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapsho
 
 
 def random_layer(hidden=7, neurons=23, tokens=60, seed=0):
-    """X `[T, I]`, down `[H, I]`, F `[H, H]`, all float64, and gradients in float32 that hold F and a sample of their own.
+    """X `[T, I]`, down `[H, I]`, F `[H, H]`, all float64, and float32 gradients that hold F and another sample.
 
     X has neurons that nearly follow from others, and a silent one.
     """
@@ -39,7 +39,7 @@ def random_layer(hidden=7, neurons=23, tokens=60, seed=0):
 
 
 def explicit_gradients(model, sequence, choose):
-    """x `[S, I]` and g `[S, H]` in float64 of every layer, g of the loss on a sequence `[S]` with respect to added zeros."""
+    """x `[S, I]` and g `[S, H]` of every layer in float64; g is the gradient with respect to added zeros."""
     model = copy.deepcopy(model).double()
     glus = model_glus(model)
     added = [torch.zeros(len(sequence), glu.hidden_size, dtype=torch.float64, requires_grad=True) for glu in glus]

@@ -23,7 +23,7 @@ from gluprune.cli import main
 from gluprune.io import atomic
 from gluprune.measure.records import Record, append
 
-# The summary tables of results/readme.md in github.com/peremartra/llama-glu-expansion-pruning: per cent of the dense score.
+# The summary tables of results/readme.md in github.com/peremartra/llama-glu-expansion-pruning, in % of dense.
 SUMMARY = {
     "mmlu": (-19.3, -14.5, -16.1, -13.6, -16.2, -17.9),
     "gsm8k": (-40.3, -65.6, -75.9, -68.9, -74.7, -68.9),

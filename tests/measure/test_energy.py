@@ -1,4 +1,4 @@
-"""The energy meter against a scripted NVML and a made-up powercap tree: counters that wrap, stand still or are missing."""
+"""The energy meter against a scripted NVML and a fake powercap tree: counters that wrap, stall or are missing."""
 
 import time
 from types import SimpleNamespace

@@ -130,7 +130,8 @@ MEMORY_SCRIPT = """
 import sys, torch, gluprune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-config = LlamaConfig(hidden_size=1024, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=8, vocab_size=64)
+sizes = dict(hidden_size=1024, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=8, vocab_size=64)
+config = LlamaConfig(**sizes)
 with torch.device("meta"):
     model = LlamaForCausalLM(config).to(torch.bfloat16)
 model.to_empty(device="cpu")
@@ -190,7 +191,7 @@ def test_report(tiny_model):
 
 NAN = float("nan")
 BAD = {
-    "no target": (dict(), ValueError, "exactly one of"),
+    "no target": ({}, ValueError, "exactly one of"),
     "two targets": (dict(pruning_ratio=0.5, intermediate_size=8), ValueError, "exactly one of"),
     "ratio 0": (dict(pruning_ratio=0), ValueError, "between 0 and 1"),
     "ratio 1": (dict(pruning_ratio=1), ValueError, "between 0 and 1"),

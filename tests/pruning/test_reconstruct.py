@@ -96,7 +96,7 @@ def test_every_layer_is_the_least_squares_solution(family, make_batches):
 
 
 def test_the_models_come_together():
-    """On text of the same kind that it has not seen, on which the pruned model's last layer was far from the dense one's."""
+    """On held-out text of the same kind, on which the last layer of the pruned model was far from the dense one's."""
     dense = make_tiny_model(seed=3, initializer_range=0.15)
     pruned = narrowed(dense, intermediate_size=80)
     rows = list(masked_rows(random_batches(seed=1)))

@@ -25,7 +25,7 @@ def test_families_that_normalise_are_refused(family, unchanged):
 
 
 def test_table_knows_who_normalises(family_name):
-    """What the down projection writes, doubled: without a norm after it the layer's output moves by just as much again."""
+    """Doubling the output of the down projection moves the output of the layer by as much, unless a norm follows."""
     model = make_tiny_model(family_name, seed=3).double()
     glu, layer = model_glus(model)[1], decoder_layers(model)[1]
     scale = getattr(layer, "residual_multiplier", 1.0)

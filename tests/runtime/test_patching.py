@@ -4,43 +4,19 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import gluprune
 from gluprune.models.families import FAMILIES
-from gluprune.runtime import aligned, operator
+from gluprune.runtime import operator
 from gluprune.runtime.fusion import fusion_status
-from gluprune.runtime.patching import FusedGLU, patch, patch_llama, unpatch, unpatch_llama
-from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model, token_ids
-
-# Logits are of order one; kernels and PyTorch add the same products in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-
-
-def assert_fused(model, count=2):
-    status = fusion_status(model)
-    assert [entry.fused for entry in status] == [True] * count, status
-
-
-def assert_same(actual, expected, dtype=torch.float32):
-    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+from gluprune.runtime.patching import patch, unpatch
+from tests.helpers.patching import TOLERANCE, assert_fused, assert_same
+from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, tiny_model, token_ids
 
 
 def greedy(model, ids, **kwargs):
     return model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids), **kwargs)
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch):
-    """Counts what reaches the kernels."""
-    calls, kernels = [], operator.run_kernels
-    monkeypatch.setattr(operator, "run_kernels", lambda *args: calls.append(args[-1]) or kernels(*args))
-    return calls
-
-
-# --- every family, dtype and backend ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +90,6 @@ def test_float64_is_left_to_pytorch():
     patch(model, "triton")
     assert {entry.reason for entry in fusion_status(model)} == {"the weights are float64"}
     assert torch.equal(logits(model, ids), expected)
-
-
-# --- generation, training ---
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -208,9 +181,6 @@ def test_inputs_that_do_not_fit_fail_as_they_did(x):
     with pytest.raises(RuntimeError) as patched:
         mlp(x)
     assert str(patched.value) == str(stock.value)
-
-
-# --- conversion, copies, checkpoints ---
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -324,233 +294,3 @@ def test_extra_memory_stays_under_one_layer():
                 held += event.nbytes()
                 highest = max(highest, held)
         assert layer / 4 < highest < layer and abs(held) < 6 * layer * 0.03
-
-
-# --- reversible, local ---
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-def test_unpatch_brings_back_the_exact_former_state(family, backend):
-    model = tiny_model(family, device=DEVICE)
-    before = snapshot(model)
-    patch(model, backend)
-    assert isinstance(mlps(model)[0], FusedGLU) and snapshot(model) != before
-    assert unpatch(model) is model
-    assert snapshot(model) == before
-    assert snapshot(unpatch(model)) == before
-
-
-def test_patching_keeps_tree_names_parameters_and_isinstance():
-    model = tiny_model(device=DEVICE)
-    names = [name for name, _ in model.named_modules()]
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    patch(model, "triton")
-    assert [name for name, _ in model.named_modules()] == names
-    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
-    assert all(isinstance(mlp, LlamaMLP) for mlp in mlps(model))
-
-
-def test_idempotent_and_switching_backends(kernel_calls):
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
-    before, expected = snapshot(model), logits(model, ids)
-    patch(model, "triton")
-    once = snapshot(model)
-    assert snapshot(patch(model, "triton")) == once
-    patch(model, "cublas")
-    logits(model, ids)
-    assert kernel_calls == ["cublas"] * 2
-    patch(model, "torch")
-    assert torch.equal(logits(model, ids), expected) and not any(entry.fused for entry in fusion_status(model))
-    assert not any(aligned.is_view(parameter) for parameter in model.parameters())
-    assert snapshot(unpatch(model)) == before
-
-
-def test_the_other_model_is_left_alone(kernel_calls):
-    forward = LlamaMLP.forward
-    patched, other, ids = tiny_model(device=DEVICE), tiny_model(device=DEVICE), token_ids(device=DEVICE)
-    before = snapshot(other)
-    patch(patched, "triton")
-    assert snapshot(other) == before and LlamaMLP.forward is forward
-    logits(other, ids)
-    assert not kernel_calls
-    assert_same(logits(patched, ids), logits(other, ids))
-    unpatch(other)
-    assert_fused(patched)
-
-
-def test_models_that_share_their_layers_share_the_patch():
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
-    expected = logits(model, ids)
-    patch(model.model, "triton")
-    assert_fused(model)
-    assert_same(logits(model, ids), expected)
-
-
-def test_replaced_weights_are_noticed_and_patching_again_aligns_them(kernel_calls):
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
-    patch(model, "triton")
-    for mlp in mlps(model):
-        mlp.up_proj.weight.data = mlp.up_proj.weight.data * 2
-    expected = logits(model, ids)
-    assert not kernel_calls and "patch again" in fusion_status(model)[0].reason
-    patch(model, "triton")
-    assert_fused(model)
-    assert_same(logits(model, ids), expected)
-
-
-def test_weights_in_a_foreign_buffer_stay_there():
-    model = tiny_model(device=DEVICE)
-    weight = mlps(model)[0].gate_proj.weight
-    flat = torch.cat([weight.data.flatten(), torch.zeros(5, device=DEVICE)])
-    weight.data = flat[:-5].view_as(weight)
-    patch(model, "triton")
-    assert weight.data_ptr() == flat.data_ptr()
-    assert [entry.fused for entry in fusion_status(model)] == [False, True]
-
-
-@pytest.mark.parametrize("order", ["prune first", "patch first"])
-@pytest.mark.parametrize("family, multiple_of", [("llama", 1), ("llama", 8), ("phi3", 1)])
-def test_prune_and_patch_in_either_order(order, family, multiple_of):
-    """Narrowing gives a patched model new weights; they are aligned again without another call of `patch`."""
-    model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)
-    reference = copy.deepcopy(model)
-    gluprune.prune(reference, pruning_ratio=0.3, multiple_of=multiple_of)
-    if order == "prune first":
-        gluprune.prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
-        patch(model, "triton")
-    else:
-        patch(model, "triton")
-        gluprune.prune(model, pruning_ratio=0.3, multiple_of=multiple_of)
-    assert_fused(model)
-    assert_same(logits(model, ids), logits(reference, ids))
-    assert snapshot(unpatch(model)).keys() == snapshot(reference).keys()
-    for ours, theirs in zip(model.parameters(), reference.parameters()):
-        assert torch.equal(ours, theirs) and ours.untyped_storage().nbytes() == theirs.nbytes
-
-
-# --- what is told ---
-
-
-def test_one_line_in_the_log(caplog):
-    model = tiny_model(device=DEVICE)
-    mlps(model)[0].gate_proj.register_forward_hook(lambda *args: None)
-    with caplog.at_level(logging.INFO, logger="gluprune"):
-        patch(model, "triton")
-    assert [record.getMessage() for record in caplog.records] == [
-        "1 of 2 MLPs are fused (backend triton); not fused: 1 x gate_proj carries a hook"
-    ]
-
-
-def test_status_as_data():
-    model = tiny_model(device=DEVICE)
-    assert [(entry.name, entry.fused, entry.reason) for entry in fusion_status(model)] == [
-        ("model.layers.0.mlp", False, "not patched"),
-        ("model.layers.1.mlp", False, "not patched"),
-    ]
-    patch(model, "torch")
-    assert fusion_status(model)[0].reason == f"backend 'torch' runs PyTorch's operators on {DEVICE}"
-    patch(model, "triton").train()
-    assert "77 is no multiple of 128, and it is in training mode" in fusion_status(model)[0].reason
-    assert fusion_status(nn.Linear(2, 2)) == []
-
-
-# --- what is refused ---
-
-
-class OwnMLP(LlamaMLP):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-def refused(model, message, error=ValueError, action=patch, **kwargs):
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        action(model, **kwargs)
-    assert snapshot(model) == before
-
-
-def test_no_glu_in_the_model():
-    with pytest.raises(ValueError, match="Linear holds no GLU MLP of a supported family: allowed are LlamaMLP"):
-        patch(nn.Linear(2, 2))
-
-
-def test_unsupported_activation():
-    refused(tiny_model(hidden_act="gelu"), "activation GELUActivation is not supported .allowed are silu and gelu_pyt")
-
-
-def test_not_a_module():
-    for action in (patch, unpatch):
-        with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
-            action("model")
-
-
-def test_unknown_backend():
-    refused(tiny_model(), "unknown backend 'fast': allowed are auto, triton, cublas, torch", backend="fast")
-
-
-@pytest.mark.parametrize("backend", ["triton", "cublas"])
-def test_kernels_without_cuda_or_interpreter(backend, monkeypatch):
-    monkeypatch.setattr(operator, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(tiny_model(), f"backend '{backend}' needs Triton and a CUDA device", backend=backend)
-    monkeypatch.setattr(operator, "INTERPRETED", True)
-    monkeypatch.setattr(operator, "HAS_TRITON", False)
-    refused(tiny_model(), f"backend '{backend}' needs Triton and a CUDA device", backend=backend)
-
-
-@pytest.mark.parametrize("action", [patch, unpatch])
-def test_compiled_modules(action):
-    model = tiny_model()
-    with pytest.raises(ValueError, match="the model is compiled: patch and unpatch before torch.compile"):
-        action(torch.compile(model))
-    model.model.layers[1].compile()
-    refused(model, "module 'model.layers.1' is compiled", action=action)
-
-
-def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
-    model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
-    mlps(model)[0].__class__ = OwnMLP
-    expected = logits(model, ids)
-    patch(model, "triton")
-    assert type(mlps(model)[0]) is OwnMLP
-    assert [entry.reason for entry in fusion_status(model)] == ["OwnMLP is a subclass of LlamaMLP", ""]
-    assert_same(logits(model, ids), expected)
-
-    model = tiny_model(device=DEVICE)
-    mlps(model)[1].forward = lambda x: x
-    expected = logits(model, ids)
-    patch(model, "triton")
-    assert [entry.reason for entry in fusion_status(model)] == ["", "its forward was replaced"]
-    assert type(mlps(model)[1]) is LlamaMLP
-    assert_same(logits(model, ids), expected)
-
-    monkeypatch.setattr(LlamaMLP, "forward", OwnMLP.forward)
-    refused(tiny_model(), "the forward of LlamaMLP was replaced by .*OwnMLP.forward")
-
-
-def test_unpatch_refuses_a_class_that_was_wrapped_since():
-    model = patch(tiny_model())
-    mlp = mlps(model)[0]
-    mlp.__class__ = type("Wrapped", (type(mlp),), {})
-    refused(model, "model.layers.0.mlp became Wrapped after it was patched", action=unpatch)
-
-
-def test_failure_in_the_middle_changes_nothing(monkeypatch):
-    model = tiny_model(device=DEVICE)
-    before, align = snapshot(model), aligned.align
-    last = mlps(model)[1].gate_proj.weight
-
-    def fail(gate, up, down):
-        if gate is last:
-            raise torch.OutOfMemoryError("no memory")
-        align(gate, up, down)
-
-    monkeypatch.setattr(aligned, "align", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        patch(model, "triton")
-    assert snapshot(model) == before
-
-
-def test_the_llama_names_are_the_general_ones():
-    assert patch_llama is patch and unpatch_llama is unpatch

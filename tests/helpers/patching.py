@@ -1,0 +1,17 @@
+"""What the tests of patching compare."""
+
+import torch
+
+from gluprune.runtime.fusion import fusion_status
+
+# Logits are of order one; kernels and PyTorch add the same products in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def assert_fused(model, count=2):
+    status = fusion_status(model)
+    assert [entry.fused for entry in status] == [True] * count, status
+
+
+def assert_same(actual, expected, dtype=torch.float32):
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

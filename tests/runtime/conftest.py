@@ -1,0 +1,24 @@
+"""Small models on the device that runs kernels, and a count of what reaches the kernels."""
+
+import pytest
+
+from gluprune.runtime import operator
+from tests.helpers.tiny_models import DEVICE, tiny_model, token_ids
+
+
+@pytest.fixture
+def ids():
+    return token_ids(device=DEVICE)
+
+
+@pytest.fixture
+def model():
+    return tiny_model(device=DEVICE)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Counts what reaches the kernels."""
+    calls, kernels = [], operator.run_kernels
+    monkeypatch.setattr(operator, "run_kernels", lambda *args: calls.append(args[-1]) or kernels(*args))
+    return calls

@@ -117,12 +117,11 @@ _replays: dict[tuple[object, ...], Any] = {}
 
 def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> GluWeights:
     """Return the weights for the kernels: the buffers that the operands are views of, and the operands' biases."""
-    from csrc_triton.glu.weights import GluWeights
-
     if buffers is None:
         raise ValueError("the weights are not in the layout of csrc_triton.layout")
+    forward, *_ = _kernels()
     gate, _, _, gate_bias, up_bias, down_bias = operands
-    return GluWeights(
+    return forward.GluWeights(
         *buffers,
         intermediate_size=gate.shape[0],
         activation=activation,

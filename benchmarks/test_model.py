@@ -13,17 +13,17 @@ from benchmarks.lib.shapes import all_widths, paper_widths
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import NAME, smollm2_checkpoint
 from gluprune.measure import bench
-from gluprune.measure.bench import Plan, Workload
+from gluprune.measure.bench import BenchPlan, Workload
 from gluprune.measure.decoding import GenerationTiming, make_generator, time_generator
 from gluprune.measure.random_models import CONFIGS, random_model
 
 SHORT, LONG = (tuple(Workload(batch, prompt, 64) for batch in (1, 8)) for prompt in (128, 1024))
 PLANS = {
-    "graph": Plan(SHORT, ("graph",), repeats=3, energy_seconds=None),
-    "energy": Plan(SHORT[1:], ("graph",), repeats=1, energy_seconds=2.0, idle_seconds=3.0),
-    "generate": Plan(SHORT[:1], ("generate",), repeats=3, energy_seconds=None),
-    "long": Plan(LONG, ("graph",), energy_seconds=None),
-    "compiled": Plan(SHORT[:1], ("compiled",), energy_seconds=None),
+    "graph": BenchPlan(SHORT, ("graph",), repeats=3, energy_seconds=None),
+    "energy": BenchPlan(SHORT[1:], ("graph",), repeats=1, energy_seconds=2.0, idle_seconds=3.0),
+    "generate": BenchPlan(SHORT[:1], ("generate",), repeats=3, energy_seconds=None),
+    "long": BenchPlan(LONG, ("graph",), energy_seconds=None),
+    "compiled": BenchPlan(SHORT[:1], ("compiled",), energy_seconds=None),
 }
 CASES = [
     (name, width, plan)

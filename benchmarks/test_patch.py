@@ -77,4 +77,4 @@ def test_memory(benchmark, keep, width):
         "patch: storage of all parameters before": "before",
         "patch: storage of all parameters after": "after",
     }.items():
-        keep(Record.of(what, "gluprune", shape, torch.bfloat16, "bytes", [found[key]]))
+        keep(Record.of(what, "gluprune", shape, torch.bfloat16, unit="bytes", values=[found[key]]))

@@ -56,7 +56,7 @@ def test_time(benchmark, keep, name):
         for provider, values in times.items():
             values.append(timed(provider, copy.deepcopy(dense)))
     for provider, values in times.items():
-        keep(Record.of("prune: time", provider, shape, dense.dtype, "s", values))
+        keep(Record.of("prune: time", provider, shape, dense.dtype, unit="s", values=values))
     medians = {provider: statistics.median(values) for provider, values in times.items()}
     benchmark.extra_info["optipfair / gluprune"] = medians["optipfair"] / medians["gluprune"]
     benchmark.pedantic(timed, setup=lambda: (("gluprune", copy.deepcopy(dense)), {}), rounds=3)
@@ -93,6 +93,10 @@ def test_memory(benchmark, keep):
     for provider, value in above.items():
         benchmark.extra_info[f"{provider}: layers' MLP weights"] = value / layer
         shape = {"model": name, "pruning_percent": PERCENT, "bytes of one layer's MLP": layer}
-        keep(Record.of("prune: peak memory above the model", provider, shape, torch.bfloat16, "bytes", [value]))
+        keep(
+            Record.of(
+                "prune: peak memory above the model", provider, shape, torch.bfloat16, unit="bytes", values=[value]
+            )
+        )
     assert above["gluprune"] < 2 * layer
     benchmark.pedantic(measure, args=("gluprune",), rounds=1)

@@ -35,7 +35,7 @@ def measure(name, score_case, device, *, shapes, ceilings, keep):
     for provider, times in timing.in_turns(passes, shapes.repeats).items():
         shape = {"model": model, "score": name, "H": H, "I": I}
         sizes = {"nbytes": nbytes, "floor": ceilings.floor(nbytes, 0), "method": method}
-        keep(Record.of("scores", provider, shape, dtype, "s", times, **sizes))
+        keep(Record.of("scores", provider, shape, dtype, unit="s", values=times, **sizes))
 
 
 def test_scores(benchmark, score_case, device, shapes, ceilings, keep):

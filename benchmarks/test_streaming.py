@@ -135,6 +135,6 @@ def test_prune_checkpoint(benchmark, keep, tmp_path, name):
             measured[("prune checkpoint, peak resident memory", "B")] = [one["peak"] for one in runs[provider]]
         for (what, unit), values in measured.items():
             own = {**shape, "bytes_written": written[provider]}
-            keep(record := Record.of(what, provider, own, torch.bfloat16, unit, values))
+            keep(record := Record.of(what, provider, own, torch.bfloat16, unit=unit, values=values))
             benchmark.extra_info[f"{provider}, {what}"] = f"{record.p50:.4g} {unit}"
     assert max(one["peak"] for one in runs["gluprune"]) < 1.5e9

@@ -32,7 +32,7 @@ def measured(steps, device, names=None):
 def test_known_sleep(benchmark, keep, shapes):
     cpu = torch.device("cpu")
     times = benchmark.pedantic(measured, args=({"sleep": [lambda: time.sleep(SLEEP)]}, cpu), rounds=1)["sleep"]
-    keep(record := Record.of("timer: sleep", "time.sleep", {"seconds": SLEEP}, shapes.dtype, "s", times))
+    keep(record := Record.of("timer: sleep", "time.sleep", {"seconds": SLEEP}, shapes.dtype, unit="s", values=times))
     assert SLEEP <= record.p50 < 1.05 * SLEEP  # a sleep may end late, never early
 
 
@@ -45,7 +45,7 @@ def test_known_kernel(benchmark, keep, shapes, device, products):
     found = {}
     for name, values in times.items():
         shape = {"work": name, "kernel": "matrix product"}
-        keep(Record.of("timer: known kernel", "torch", shape, shapes.dtype, "s", values))
+        keep(Record.of("timer: known kernel", "torch", shape, shapes.dtype, unit="s", values=values))
         found[name] = min(values)
     assert found["2 x"] / found["1 x"] == pytest.approx(2, rel=0.25)
     assert found["4 x"] / found["2 x"] == pytest.approx(2, rel=0.25)

@@ -47,8 +47,10 @@ def measure(device: torch.device, shapes: ShapeSet, keep: Callable[[Record], Non
     }
     times = timing.in_turns(passes, REPEATS)
     how = {"method": timing.method(device)}
-    copy = Record.of("ceiling: copy", "torch", {"bytes": nbytes}, dtype, "s", times["copy"], nbytes=2 * nbytes, **how)
-    gemm = Record.of("ceiling: gemm", "torch", {"n": n}, dtype, "s", times["gemm"], flops=2 * n**3, **how)
+    copy = Record.of(
+        "ceiling: copy", "torch", {"bytes": nbytes}, dtype, unit="s", values=times["copy"], nbytes=2 * nbytes, **how
+    )
+    gemm = Record.of("ceiling: gemm", "torch", {"n": n}, dtype, unit="s", values=times["gemm"], flops=2 * n**3, **how)
     keep(copy)
     keep(gemm)
     return Ceilings(copy.nbytes / copy.p50, gemm.flops / gemm.p50)

@@ -119,7 +119,7 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
     shape = {"model": model, "H": H, "I": I, "M": M}
     for name in providers:
         if name in times:
-            keep(Record.of(what, name, shape, dtype, "s", times[name], **details))
+            keep(Record.of(what, name, shape, dtype, unit="s", values=times[name], **details))
         elif name != "eager, padded" or I % PAD:
-            keep(Record.refused(what, name, shape, dtype, "s", exceptions[name], method))
+            keep(Record.missing(what, name, shape, dtype, unit="s", reason=exceptions[name], method=method))
     return {name: exceptions[name] for name in ("eager", "gluprune") if name in exceptions}

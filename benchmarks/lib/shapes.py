@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from csrc_triton.layout import PAD
-from gluprune.measure.bench import PAPER_RATIOS
+from gluprune.measure.paper import RATIOS
 from gluprune.measure.random_models import CONFIGS
 
 # Hidden size and intermediate size.
@@ -16,7 +16,7 @@ MODELS = {name: (config.hidden_size, config.intermediate_size) for name, config 
 
 def paper_widths(dense: int) -> tuple[int, ...]:
     """Return the study's exact widths, wide to narrow: 8192 -> 7373, 6554, 5735, 4916, 4096, 3277."""
-    return tuple(dense - int(ratio * dense) for ratio in PAPER_RATIOS)
+    return tuple(dense - int(ratio * dense) for ratio in RATIOS)
 
 
 def aligned(width: int) -> int:

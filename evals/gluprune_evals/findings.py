@@ -1,4 +1,4 @@
-"""Which of the published findings hold in a study, and which its noise forbids to judge."""
+"""Which of the published findings hold in a study, and which are within its noise."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ CLAIMS = (
 
 
 def verdict(claim: Claim, series: Series) -> str:
-    """Whether a published finding holds in a study, in words."""
+    """Return in words whether a published finding holds in a study."""
     tasks = [task for task in claim.tasks if task in series.results]
     counts = mark_counts(series, tasks)
     total = sum(counts.values())
     if not total:
         return "not measured"
     agree, against = (counts[BETTER], counts[WORSE]) if claim.better else (counts[WORSE], counts[BETTER])
-    told = f"{agree} of {total} changes with it beyond the noise, {against} against it"
+    detail = f"{agree} of {total} changes with it beyond the noise, {against} against it"
     nothing = [task for task in tasks if has_nothing_to_lose(series.results[task].get(0.0))]
     if nothing and not claim.better:
-        return f"**cannot be told**: the dense model is not above chance on {', '.join(nothing)}"
+        return f"**cannot be judged**: the dense model is not above chance on {', '.join(nothing)}"
     holds, fails = is_beyond_chance(agree, total), is_beyond_chance(against, total)
     word = "mixed" if holds and fails else "holds" if holds else "does not hold" if fails else "within the noise"
-    return f"**{word}** ({told})"
+    return f"**{word}** ({detail})"
 
 
 def has_nothing_to_lose(dense: Result | None) -> bool:
@@ -56,7 +56,7 @@ def has_nothing_to_lose(dense: Result | None) -> bool:
 
 
 def published_verdict(claim: Claim, model: str) -> str:
-    """In how many of the published configurations the scores moved as the finding says."""
+    """Return in how many of the published configurations the scores moved as the finding says."""
     moves = []
     for task in claim.tasks:
         sign = -1 if TASKS[task].lower_is_better else 1

@@ -1,4 +1,4 @@
-"""One task on one model by lm-eval: models in memory or any lm-eval backend, results as plain data."""
+"""One task on one model in lm-eval: models in memory or any lm-eval backend, results as plain data."""
 
 from __future__ import annotations
 
@@ -48,15 +48,33 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """One task on one configuration, with what it hangs on. Written once, never changed.
+    """One task on one configuration, and everything it depends on. Written once, never changed.
 
-    model, revision, configuration: what was evaluated; see `gluprune_evals.study`.
-    versions of lm-eval's definition, shots, documents (run and available), limits: how.
-    metrics: every metric of lm-eval, by its name with the filter.
-    per_document: of the reported metric, one value a document in order; for perplexities of words, log-likelihood and
-        number of words. They make paired comparisons possible.
-    lengths: generated tokens of each document, for tasks that generate.
-    seconds: of evaluation, data and models already loaded.
+    Attributes:
+        model: Name of the model; see `gluprune_evals.study`.
+        revision: Fingerprint of the model.
+        configuration: How it was pruned.
+        task: A name in `TASKS`.
+        task_version: Version of lm-eval's definition.
+        shots: Number of examples in the prompt.
+        limits: Which documents were run.
+        generation_limit: Most generated tokens. None: the task's own.
+        data: "Hub" or "local files".
+        dtype: Of the weights.
+        documents: Number of documents run.
+        available: Number of documents available.
+        metric: The reported metric.
+        metrics: Every metric of lm-eval, by its name with the filter.
+        per_document: One value of the reported metric for each document, in order; for perplexities of words,
+            log-likelihood and number of words. They make paired comparisons possible.
+        lengths: Generated tokens of each document, for tasks that generate.
+        seconds: Of evaluation, without loading data and model.
+        patched: Whether the model was patched.
+        backend: Of lm-eval, or "in memory".
+        hardware: GPU, or CPU and threads.
+        driver: Version of the NVIDIA driver.
+        versions: Of the packages that the result depends on.
+        commit: Of the source tree.
     """
 
     model: str
@@ -85,28 +103,35 @@ class Result:
 
     @property
     def value(self) -> float:
+        """The reported figure."""
         return self.metrics[self.metric].value
 
     @property
     def stderr(self) -> float | None:
+        """Its standard error."""
         return self.metrics[self.metric].stderr
 
     def to_json(self) -> str:
+        """Return one line of JSON."""
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        """Raises ValueError: the text is no result of this version."""
+        """Read a result.
+
+        Raises:
+            ValueError: The text is not a result of this version.
+        """
         try:
             fields = json.loads(text)
             fields["metrics"] = {name: Metric(**metric) for name, metric in fields["metrics"].items()}
             return cls(**fields)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"no result of this version of gluprune: {error}") from None
+            raise ValueError(f"not a result of this version of gluprune: {error}") from None
 
 
 def model_in_memory(model: torch.nn.Module, tokenizer):
-    """The lm-eval model of a Hugging Face causal LM in memory, patched or not, on the device it is on."""
+    """Return the lm-eval model of a Hugging Face causal LM in memory, patched or not, on its device."""
     require_lm_eval()
     from lm_eval.models.huggingface import HFLM
 
@@ -118,15 +143,16 @@ def model_in_memory(model: torch.nn.Module, tokenizer):
 
 
 def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: str = ""):
-    """A checkpoint (folder or Hub id) in any backend of lm-eval.
+    """Return the lm-eval model of a checkpoint in any backend of lm-eval.
 
     Args:
         backend: lm-eval's name of it: hf, vllm, sglang, ...
-        dtype: of the weights; auto is the checkpoint's own.
+        path: Folder or Hub id.
+        dtype: Of the weights; auto is the checkpoint's own.
         model_args: lm-eval's `key=value,...` for it, such as `tensor_parallel_size=2`.
 
     Raises:
-        ValueError: lm-eval has no such backend, or the packages it needs are not there.
+        ValueError: lm-eval has no such backend, or packages that it needs are missing.
     """
     require_lm_eval()
     from lm_eval.api.registry import get_model
@@ -142,7 +168,7 @@ def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: s
 
 
 def _configure(tasks: dict, shots: int | None, limits: Limits) -> int | None:
-    """Shots, seeds and the cap on generation, as lm-eval's command line sets them; returns the cap, if there is one."""
+    """Set shots, seeds and the cap on generation as lm-eval's command line does; return the cap, if there is one."""
     random.seed(RANDOM_SEED)
     np.random.seed(OTHER_SEED)
     torch.manual_seed(OTHER_SEED)
@@ -165,17 +191,19 @@ def _per_document(sample: dict, metric: str):
 
 
 def _pooled(metrics: list[dict[str, Metric]], sizes: list[int]) -> dict[str, Metric]:
-    """Metrics of several leaves as one: means weighted by size, as lm-eval's groups are."""
+    """Metrics of several leaves as one: means weighted by size, as in lm-eval's groups."""
     if len(metrics) == 1:
         return metrics[0]
     total, pooled = sum(sizes), {}
     for name in metrics[0]:
-        value = sum(m[name].value * size for m, size in zip(metrics, sizes)) / total
+        value = sum(m[name].value * size for m, size in zip(metrics, sizes, strict=True)) / total
         parts = [m[name].stderr for m in metrics]
         if any(part is None for part in parts):
             pooled[name] = Metric(value, None)
         else:  # of a weighted sum of independent means
-            pooled[name] = Metric(value, math.sqrt(sum((e * size / total) ** 2 for e, size in zip(parts, sizes))))
+            pooled[name] = Metric(
+                value, math.sqrt(sum((e * size / total) ** 2 for e, size in zip(parts, sizes, strict=True)))
+            )
     return pooled
 
 
@@ -201,17 +229,19 @@ def evaluate(
     """Run one task of the study.
 
     Args:
-        lm: an lm-eval model.
-        name: one of `TASKS`.
-        data: local folder, None for the Hub.
-        samples_to: a file for every document's requests, answers and lengths, as JSON Lines; None writes none.
-        identity: the fields of `Result` that say what was evaluated.
+        lm: An lm-eval model.
+        name: One of `TASKS`.
+        limits: Which documents are run.
+        data: Local folder. None: the Hub.
+        samples_to: File for the requests, answers and lengths of every document, as JSON Lines. None: not written.
+        identity: The fields of `Result` that say what was evaluated.
 
     Returns:
         The result; None on all ranks but the first where lm-eval runs on several.
 
     Raises:
-        ValueError, RuntimeError: see `gluprune_evals.tasks.build`; or lm-eval cannot run the task on this model.
+        ValueError: See `gluprune_evals.tasks.build`; or lm-eval cannot run the task on this model.
+        RuntimeError: See `gluprune_evals.tasks.build`.
     """
     from lm_eval.evaluator import evaluate as lm_evaluate
 
@@ -226,7 +256,7 @@ def evaluate(
         found = lm_evaluate(
             lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True
         )
-    except AssertionError as error:  # lm-eval's way to say that a model and a task do not go together
+    except AssertionError as error:  # raised by lm-eval where a model and a task do not fit together
         raise ValueError(f"{name} cannot be run: {error}") from error
     seconds = time.perf_counter() - start
     if found is None:

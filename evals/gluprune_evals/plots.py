@@ -1,4 +1,4 @@
-"""The pictures of a study."""
+"""The pictures of a study. Every function writes one PNG file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _task_panels(own: list[Series]):
     """A figure, and a panel for each task."""
     tasks = list(dict.fromkeys(task for series in own for task in series.results))
     figure, panels = _panels(len(tasks), columns=4, width=3.4, height=2.6, margin=0.9)
-    return figure, dict(zip(tasks, panels))
+    return figure, dict(zip(tasks, panels, strict=True))
 
 
 def _titled(axes, task: str) -> None:
@@ -40,7 +40,7 @@ def _titled(axes, task: str) -> None:
 
 
 def capability(own: list[Series], path: Path) -> None:
-    """Every task's score against the expansion ratio, a line a recipe, bars of one standard error."""
+    """Draw each task's score against the expansion ratio: one line for each recipe, bars of one standard error."""
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         for index, series in enumerate(own):
@@ -49,7 +49,7 @@ def capability(own: list[Series], path: Path) -> None:
             errors = [result.stderr or 0.0 for result in found.values()]
             values = [result.value for result in found.values()]
             if TASKS[task].lower_is_better:  # the axis is logarithmic: keep bars above zero
-                errors = [[min(e, 0.9 * v) for e, v in zip(errors, values)], errors]
+                errors = [[min(e, 0.9 * v) for e, v in zip(errors, values, strict=True)], errors]
             line = {"color": f"C{index}", "marker": "o", "ms": 3.5, "lw": 1.2, "capsize": 2, "elinewidth": 0.8}
             axes.errorbar(x, values, yerr=errors, label=series.recipe, **line)
         if TASKS[task].lower_is_better:
@@ -61,8 +61,8 @@ def capability(own: list[Series], path: Path) -> None:
     _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bars: one standard error)", path)
 
 
-def beside_published(own: list[Series], path: Path) -> None:
-    """Every task's score over the dense model's against the share of neurons removed, with the published models."""
+def against_published(own: list[Series], path: Path) -> None:
+    """Draw each task's score over the dense model's against the share of neurons removed, with the published models."""
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         axes.axhline(1, color="black", lw=0.8)
@@ -72,7 +72,7 @@ def beside_published(own: list[Series], path: Path) -> None:
             if dense:
                 values = [result.value / dense for result in found.values()]
                 axes.plot(list(found), values, marker="o", ms=3.5, lw=1.6, color=f"C{index}", label=_label(series))
-        for model, style in zip(scores.MODELS, ("--", "-.", ":")):
+        for model, style in zip(scores.MODELS, ("--", "-.", ":"), strict=True):
             values = scores.series(model, task)
             if values:
                 shares = [value / values[0.0] for value in values.values()]
@@ -84,7 +84,11 @@ def beside_published(own: list[Series], path: Path) -> None:
 
 
 def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) -> bool:
-    """Every task's score against a cost measured at the same widths; False, and no file, where fewer than two are."""
+    """Draw each task's score against a cost measured at the same widths.
+
+    Returns:
+        False, without a file, where fewer than two widths were measured.
+    """
     points = {  # recipe -> task -> (cost, score)
         series.recipe: {
             task: sorted(
@@ -102,21 +106,22 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
     for task, axes in panels.items():
         for index, (recipe, of) in enumerate(points.items()):
             if of.get(task):
-                axes.plot(*zip(*of[task]), marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe)
+                axes.plot(*zip(*of[task], strict=True), marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe)
         if TASKS[task].lower_is_better:
             axes.set_yscale("log")
         _titled(axes, task)
     record = next(iter(costs.values()))
     how = ", ".join(f"{key} {value}" for key, value in record.shape.items() if key not in ("model", "I", "H"))
-    title = f"{own[0].model}: score against {words} ({record.unit}), by {record.provider}, {how or record.what}, {record.hardware}"
+    title = f"{own[0].model}: score against {words} ({record.unit}), by {record.provider}, {how or record.what},"
+    title += f" {record.hardware}"
     _finish(figure, panels, title, path)
     return True
 
 
 def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]], path: Path) -> None:
-    """A matrix of r for each series; pairs with p < 0.05 carry their figure."""
+    """Draw a matrix of r for each series; pairs with p < 0.05 have their figure printed."""
     figure, panels = _panels(len(table), columns=3, width=5.4, height=4.9, margin=0.0)
-    for axes, ((model, recipe), pairs) in zip(panels, table.items()):
+    for axes, ((model, recipe), pairs) in zip(panels, table.items(), strict=True):
         tasks = [task for task in TASKS if any(task in pair for pair in pairs)]
         grid = [[math.nan] * len(tasks) for _ in tasks]
         for (first, second), found in pairs.items():
@@ -143,7 +148,7 @@ def _label(series: Series) -> str:
 def _finish(figure, panels, title: str, path: Path) -> None:
     handles: dict[str, object] = {}
     for axes in panels.values():
-        for handle, label in zip(*axes.get_legend_handles_labels()):
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize="small"

@@ -1,10 +1,10 @@
-"""What pruning costs in quality: perplexity over dense, method by ratio, on two kinds of text.
+"""What pruning costs in quality: perplexity over dense, method by ratio, on several texts.
 
     python -m gluprune_evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
 
-lets the model write text of its own, calibrates, prunes by every method to every ratio, and writes records
-(`quality.jsonl`), a table (`quality.md`) and a picture (`quality.png`). What is in the records already, on the very same
-text, is not measured again, so an interrupted run goes on where it stopped. No gradient step is taken anywhere.
+samples text from the model, calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a
+table (`quality.md`) and a picture (`quality.png`). What the records hold already, on the same text, is not measured
+again, so an interrupted run can be continued. No gradient step is taken anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,65 +35,67 @@ from gluprune.measure.records import Record, append, read
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
-from gluprune_evals.study import Source, statistics_file
+from gluprune_evals.folder import StudyModel
+from gluprune_evals.study import statistics_file
 from gluprune_evals.text import digest, read_text
 
 
 @dataclass(frozen=True)
 class Method:
-    """Arguments of `prune`, windows of text to calibrate on (0: none), and whether the model's own text joins them.
+    """A recipe, and the text that it is given.
 
-    reconstruction: windows of each text that `reconstruct` is given afterwards (0: it does not follow).
+    Attributes:
+        recipe: How the model is pruned, at exact widths.
+        windows: Windows of the text to calibrate on. 0: none.
+        own_text: Whether the model's own text joins the calibration text.
+        reconstruction: Windows of each text that `reconstruct` is given. 0: it does not follow.
     """
 
-    score: str
-    compensate: bool = False
-    allocation: str = "uniform"
+    recipe: Recipe
     windows: int = 0
     own_text: bool = False
     reconstruction: int = 0
 
-    @property
-    def calibrated(self) -> tuple[int, bool, bool]:
-        """Windows, own text, and whether sensitivities are needed."""
-        return self.windows, self.own_text, Recipe(self.score, allocation=self.allocation).needs.sensitivity
+    @classmethod
+    def parse(cls, name: str, windows: int = 0, *, own_text: bool = False, reconstruction: int = 0) -> Method:
+        """Return the method of a recipe's name."""
+        return cls(Recipe.parse(name, multiple_of=1), windows, own_text, reconstruction)
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
+# The labels are the names in the records.
 METHODS = {
-    "surgeon by layer, reconstructed, + own text": Method(
-        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True, reconstruction=16
+    "surgeon by layer, reconstructed, + own text": Method.parse(
+        "surgeon+compensate+sensitivity+reconstruct", 128, own_text=True, reconstruction=16
     ),
-    "surgeon, reconstructed, + own text": Method(
-        "surgeon", compensate=True, windows=128, own_text=True, reconstruction=16
+    "surgeon, reconstructed, + own text": Method.parse(
+        "surgeon+compensate+reconstruct", 128, own_text=True, reconstruction=16
     ),
-    "surgeon by layer, reconstructed": Method(
-        "surgeon", compensate=True, allocation="sensitivity", windows=128, reconstruction=10
+    "surgeon by layer, reconstructed": Method.parse(
+        "surgeon+compensate+sensitivity+reconstruct", 128, reconstruction=10
     ),
-    "surgeon by layer, re-solved, + own text": Method(
-        "surgeon", compensate=True, allocation="sensitivity", windows=128, own_text=True
-    ),
-    "surgeon, re-solved, + own text": Method("surgeon", compensate=True, windows=128, own_text=True),
-    "surgeon, re-solved": Method("surgeon", compensate=True, windows=128),
-    "hybrid, re-solved, + own text": Method("hybrid", compensate=True, windows=128, own_text=True),
-    "hybrid, re-solved": Method("hybrid", compensate=True, windows=128),
-    "MAW": Method("maw"),
-    "hybrid": Method("hybrid", windows=128),
-    "MAW gate+up+down": Method("maw_gud"),
-    "activation, re-solved": Method("activation", compensate=True, windows=128),
-    "MAW, re-solved": Method("maw", compensate=True, windows=128),
+    "surgeon by layer, re-solved, + own text": Method.parse("surgeon+compensate+sensitivity", 128, own_text=True),
+    "surgeon, re-solved, + own text": Method.parse("surgeon+compensate", 128, own_text=True),
+    "surgeon, re-solved": Method.parse("surgeon+compensate", 128),
+    "hybrid, re-solved, + own text": Method.parse("hybrid+compensate", 128, own_text=True),
+    "hybrid, re-solved": Method.parse("hybrid+compensate", 128),
+    "MAW": Method.parse("maw"),
+    "hybrid": Method.parse("hybrid", 128),
+    "MAW gate+up+down": Method.parse("maw_gud"),
+    "activation, re-solved": Method.parse("activation+compensate", 128),
+    "MAW, re-solved": Method.parse("maw+compensate", 128),
 }
 WINDOW = 512  # tokens, of calibration and of evaluation
-OWN_WINDOWS = 64  # that the model writes
+OWN_WINDOWS = 64  # of the model's own text
 
 
 def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
-    """exp of the mean negative log-likelihood a token over windows `[1, WINDOW + 1]`; the first token is given."""
+    """Return exp of the mean negative log-likelihood per token over windows `[1, WINDOW + 1]`."""
     return math.exp(sum(math.log(perplexity(model, window[0], WINDOW)) for window in windows) / len(windows))
 
 
 class Measurements:
-    """A file of records that every figure is looked up in before it is measured."""
+    """A file of records in which every figure is looked up before it is measured."""
 
     def __init__(self, path: Path, dtype: torch.dtype):
         self._path, self._dtype = path, dtype
@@ -105,21 +106,22 @@ class Measurements:
     def _key(what: str, provider: str, shape: dict) -> tuple:
         return (what, provider, *sorted(shape.items()))
 
-    def has(self, what: str, provider: str, shape: dict) -> bool:
-        """Whether a figure is known; it then counts as one of `records`."""
+    def take(self, what: str, provider: str, shape: dict) -> bool:
+        """Add a known figure to `records`; return whether it is known."""
         record = self._known.get(self._key(what, provider, shape))
         self.records += [record] if record else []
         return record is not None
 
     def add(self, what: str, provider: str, shape: dict, unit: str, value: float) -> None:
-        record = Record.of(what, provider, shape, self._dtype, unit, [value])
+        """Add a new figure to `records` and to the file."""
+        record = Record.of(what, provider, shape, self._dtype, unit=unit, values=[value])
         self._known[self._key(what, provider, shape)] = record
         self.records.append(record)
         append(self._path, record)
 
 
-def own_text(model: nn.Module, tokenizer, source: Source) -> str:
-    """What the model writes, kept in the user's cache for later runs."""
+def own_text(model: nn.Module, tokenizer, source: StudyModel) -> str:
+    """Return text that the model writes, kept in the user's cache for later runs."""
     path = cache_folder() / f"quality-{source.name}-{source.revision}-own.txt"
     if not path.is_file():
         text = sample_text(copy.deepcopy(model).float(), tokenizer, OWN_WINDOWS, WINDOW)
@@ -127,94 +129,112 @@ def own_text(model: nn.Module, tokenizer, source: Source) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def measure(source: Source, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
+class Calibrations:
+    """Batches, statistics and what records say of them, for every choice of windows; each computed once.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        name: Of the model.
+        texts: The text to calibrate on, and the model's own.
+        measurements: Where the seconds of calibrations are recorded.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, texts: tuple[str, str], measurements: Measurements):
+        self._model, self._tokenizer, self._name = model, tokenizer, name
+        self._texts, self._measurements = texts, measurements
+        self._shape = {"model": name, "window": WINDOW}
+        self._batches: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._latest: tuple[tuple, Statistics] | None = None
+
+    def batches(self, windows: int, own_text: bool) -> list[torch.Tensor]:
+        """Return so many windows of the calibration text, and of the model's own if wanted."""
+        key = windows, own_text
+        if key not in self._batches:
+            texts = list(self._texts) if own_text else self._texts[0]
+            self._batches[key] = batches_from_text(self._tokenizer, texts, windows, WINDOW)
+        return self._batches[key]
+
+    def shape(self, method: Method) -> dict:
+        """Return what the shape of a record says of the calibration: nothing for methods without one."""
+        if not method.windows:
+            return {}
+        batches = self.batches(method.windows, method.own_text)
+        text = {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
+        return text | ({"sensitivity": True} if method.recipe.needs.sensitivity else {})
+
+    def reconstruction_shape(self, method: Method) -> dict:
+        """Return what the shape of a record says of the reconstruction."""
+        if not method.reconstruction:
+            return {}
+        batches = self.batches(method.reconstruction, method.own_text)
+        return {"reconstruction_windows": sum(map(len, batches)), "reconstruction_digest": digest(batches)}
+
+    def is_on_record(self, method: Method) -> bool:
+        """Whether the seconds of a method's calibration are known; they then belong to the records of this run."""
+        return self._measurements.take("calibrate", "gluprune", self._shape | self.shape(method))
+
+    def statistics(self, method: Method) -> Statistics:
+        """Return the statistics of a method: collected, or from the cache of an earlier run on the same text."""
+        key = method.windows, method.own_text, method.recipe.needs.sensitivity
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, self._collected(method)
+        return self._latest[1]
+
+    def _collected(self, method: Method) -> Statistics:
+        batches, sensitivity = self.batches(method.windows, method.own_text), method.recipe.needs.sensitivity
+        path = statistics_file(f"quality-{self._name}", batches, sensitivity)
+        if not (self.is_on_record(method) and path.is_file()):
+            start = time.perf_counter()
+            found = calibrate(self._model, batches, sensitivity=sensitivity)
+            seconds = time.perf_counter() - start
+            self._measurements.add("calibrate", "gluprune", self._shape | self.shape(method), "s", seconds)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+        return Statistics.load(path)
+
+
+def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
     """Measure every figure that is not in `out / "quality.jsonl"` yet.
 
     Args:
-        source: the model.
-        calibration: text to calibrate on.
-        texts: name -> text to measure perplexity on.
-        windows: how many windows of `WINDOW` tokens to measure on, spread evenly over each text.
+        source: The model.
+        calibration: Text to calibrate on.
+        texts: Name -> text to measure perplexity on.
+        windows: How many windows of `WINDOW` tokens to measure on, spread evenly over each text.
+        out: Folder of the records.
 
     Returns:
         The records of these settings, those of earlier runs included.
     """
     model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
     measurements = Measurements(out / "quality.jsonl", model.dtype)
-    settings = {"model": source.name, "window": WINDOW}
     held_out = {
         text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1)
         for text, content in texts.items()
     }
-    batches_from_text(tokenizer, calibration, 1, WINDOW)  # too short a text is told before the model writes for minutes
-    own = own_text(model, tokenizer, source)
-
-    @lru_cache
-    def calibrated_on(windows: int, with_own: bool, sensitivity: bool) -> dict:
-        """What the shape of a record says of the calibration."""
-        if not windows:
-            return {}
-        batches = calibration_batches(windows, with_own)
-        text = {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
-        return text | ({"sensitivity": True} if sensitivity else {})
-
-    def calibration_batches(windows: int, with_own: bool) -> list[torch.Tensor]:
-        return batches_from_text(tokenizer, [calibration, own] if with_own else calibration, windows, WINDOW)
-
-    @lru_cache
-    def reconstructed_on(windows: int, with_own: bool) -> dict:
-        """What the shape of a record says of the reconstruction."""
-        if not windows:
-            return {}
-        batches = calibration_batches(windows, with_own)
-        return {"reconstruction_windows": sum(map(len, batches)), "reconstruction_digest": digest(batches)}
-
-    @lru_cache(maxsize=1)
-    def statistics(windows: int, with_own: bool, sensitivity: bool) -> Statistics:
-        """Collected, or read from the cache of an earlier run on the same text."""
-        shape = settings | calibrated_on(windows, with_own, sensitivity)
-        batches = calibration_batches(windows, with_own)
-        path = statistics_file(f"quality-{source.name}", batches, sensitivity)
-        if not (measurements.has("calibrate", "gluprune", shape) and path.is_file()):
-            start = time.perf_counter()
-            found = calibrate(model, batches, sensitivity=sensitivity)
-            measurements.add("calibrate", "gluprune", shape, "s", time.perf_counter() - start)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found.save(path)
-        return Statistics.load(path)
-
-    rows = [(label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS]
-    rows.insert(0, ("dense", Method(""), 0.0))
+    batches_from_text(tokenizer, calibration, 1, WINDOW)  # raises for a short text before the model writes for minutes
+    both = calibration, own_text(model, tokenizer, source)
+    calibrations = Calibrations(model, tokenizer, source.name, both, measurements)
+    rows = [("dense", None, 0.0), *((label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS)]
     for label, method, ratio in tqdm(rows, unit="row"):
-        shape = settings | {"ratio": ratio} | calibrated_on(*method.calibrated)
-        shape |= reconstructed_on(method.reconstruction, method.own_text)
+        shape = {"model": source.name, "window": WINDOW, "ratio": ratio}
+        if method:
+            shape |= calibrations.shape(method) | calibrations.reconstruction_shape(method)
         shapes = {
             text: shape | {"text": text, "windows": len(held), "text_digest": digest(held)}
             for text, held in held_out.items()
         }
-        missing = [text for text in shapes if not measurements.has("perplexity", label, shapes[text])]
-        if method.windows:
-            measurements.has("calibrate", "gluprune", settings | calibrated_on(*method.calibrated))
+        missing = [text for text in shapes if not measurements.take("perplexity", label, shapes[text])]
+        if method and method.windows:
+            calibrations.is_on_record(method)
         if not missing:
-            measurements.has("prune", label, shape)
+            measurements.take("prune", label, shape)
             continue
         pruned = copy.deepcopy(model)
-        if ratio:
-            found = statistics(*method.calibrated) if method.windows else None
-            some = calibration_batches(method.reconstruction, method.own_text) if method.reconstruction else []
-            start = time.perf_counter()
-            prune(
-                pruned,
-                pruning_ratio=ratio,
-                multiple_of=1,
-                score=method.score,
-                calibration=found,
-                compensate=method.compensate,
-                allocation=method.allocation,
-            )
-            if some:
-                reconstruct(pruned, model, some)
-            measurements.add("prune", label, shape, "s", time.perf_counter() - start)
+        if method:
+            seconds = _prune(pruned, model, method, ratio, calibrations)
+            measurements.add("prune", label, shape, "s", seconds)
         pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
         for text in missing:
             value = windows_perplexity(pruned, held_out[text])
@@ -222,8 +242,19 @@ def measure(source: Source, calibration: str, texts: dict[str, str], windows: in
     return measurements.records
 
 
+def _prune(model: nn.Module, dense: nn.Module, method: Method, ratio: float, calibrations: Calibrations) -> float:
+    """Prune a model by a method; return the seconds without those of the calibration."""
+    statistics = calibrations.statistics(method) if method.windows else None
+    batches = calibrations.batches(method.reconstruction, method.own_text) if method.reconstruction else []
+    start = time.perf_counter()
+    prune(model, pruning_ratio=ratio, **method.recipe.options(), calibration=statistics)
+    if batches:
+        reconstruct(model, dense, batches)
+    return time.perf_counter() - start
+
+
 def table(records: list[Record]) -> str:
-    """Markdown: a table a text, perplexity and its ratio to dense, and the seconds that pruning took."""
+    """Return Markdown: one table for each text with perplexity, its ratio to dense, and the seconds of pruning."""
     settings = records[-1].shape
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r for r in records if r.what == "perplexity"}
     seconds = {(r.provider, r.shape["ratio"]): r.p50 for r in records if r.what == "prune"}
@@ -235,7 +266,7 @@ def table(records: list[Record]) -> str:
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
             ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
-            " `reconstruct`. + own text: calibrated on what the model wrote itself (`gluprune sample`), too. Windows: of"
+            " `reconstruct`. + own text: also calibrated on text of the model (`gluprune sample`). Windows: of"
             " calibration + of reconstruction. –: not measured."
         ),
     ]
@@ -265,7 +296,7 @@ def table(records: list[Record]) -> str:
         " Calibration, once for all ratios: "
         + ", ".join(
             f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
-            + ", sensitivities included" * r.shape.get("sensitivity", False)
+            + (", sensitivities included" if r.shape.get("sensitivity") else "")
             for r in times
         )
         + ".",
@@ -274,14 +305,14 @@ def table(records: list[Record]) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Perplexity over dense against the pruning ratio, a panel a text."""
+    """Draw perplexity over dense against the pruning ratio, one panel for each text."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r.p50 for r in records if r.what == "perplexity"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
     figure = Figure(figsize=(5.5 * len(texts), 5), layout="constrained")
-    for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts):
+    for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts, strict=True):
         axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for method in METHODS:
             points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
@@ -297,17 +328,22 @@ def plot(records: list[Record], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gluprune_evals.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="text to calibrate on")
+    """Measure, and write table and picture; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gluprune_evals.quality", description="Perplexity after pruning, method by ratio."
+    )
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="texts to calibrate on")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
-    parser.add_argument("--windows", type=int, default=24, help="evaluation windows a text (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=int, default=24, help="evaluation windows of each text (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
         texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}
         calibration = "\n\n".join(read_text(path) for path in given.calibration)
-        source = Source.find(given.model or smollm2_checkpoint())
+        source = StudyModel.find(given.model or smollm2_checkpoint())
         records = measure(source, calibration, texts, given.windows, given.out)
         result = table(records)
         (given.out / "quality.md").write_text(result, encoding="utf-8")

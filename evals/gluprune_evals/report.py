@@ -1,4 +1,4 @@
-"""The report of a study: tables, findings, correlations and plots, made from its results and nothing else."""
+"""The report of a study: tables, findings, correlations and plots from its results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gluprune.measure.records import Record
 from gluprune.reports.plots import number
 from gluprune_evals import plots
 from gluprune_evals.findings import CLAIMS, has_nothing_to_lose, published_verdict, verdict
+from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Result
 from gluprune_evals.paper import scores
 from gluprune_evals.series import (
@@ -29,7 +30,6 @@ from gluprune_evals.series import (
     series_correlation,
 )
 from gluprune_evals.significance import Correlation, is_beyond_chance
-from gluprune_evals.folder import Folder
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"
@@ -42,7 +42,7 @@ GROUPS = {
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The scores as text for a terminal."""
+    """Return the scores as text for a terminal."""
     lines = []
     for series in all_series(results):
         ratios = [0.0, *series.ratios]
@@ -55,7 +55,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 _LEGEND = (
-    f"± is one standard error of the score alone. The marks compare with the dense model on the same documents, at 95 %:"
+    f"± is one standard error of the score. The marks compare with the dense model on the same documents, at 95 %:"
     f" {BETTER} better, {WORSE} worse, {NOISE} **within the noise**."
 )
 
@@ -68,13 +68,18 @@ def _score(result: Result) -> str:
 
 
 def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Path:
-    """Write the report of a study and its plots into `out`; returns its path.
+    """Write the report of a study and its plots into a folder.
 
     Args:
-        records: of `gluprune bench`, where there are any: J/token and time per output token to set scores against.
+        folder: The study.
+        out: Where to write; created if it does not exist.
+        records: Of `gluprune bench`, if there are any: J/token and time per output token to plot scores against.
+
+    Returns:
+        The path of the report.
 
     Raises:
-        ValueError: the folder holds no study, or no result yet.
+        ValueError: The folder holds no study, or no result yet.
     """
     results = folder.results()
     if not results:
@@ -89,7 +94,7 @@ def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Pa
         *(_scores(series) for series in every),
         _groups(every),
         _findings(every),
-        _beside_published(every),
+        _against_published(every),
         _correlations(every, out),
         _lengths(every),
         _pictures(every, records, out),
@@ -98,11 +103,8 @@ def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Pa
     return out / NAME
 
 
-# --- sections ---
-
-
 def _conditions(results: Sequence[Result]) -> str:
-    """What was run, on what, with what."""
+    """What was run, and the machine and versions."""
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     machines = " and ".join(dict.fromkeys(result.hardware for result in results))
@@ -120,13 +122,13 @@ def _conditions(results: Sequence[Result]) -> str:
         ),
         f"- Machine: {machines}" + (f", driver {first.driver}" if first.driver else "") + ".",
         f"- {versions}; commits {commits}; model revisions {revisions}.",
-        f"- {len(seconds)} configurations, {spent[0]:.0f} to {spent[-1]:.0f} s of evaluation each, as the machine was.",
+        f"- {len(seconds)} configurations, {spent[0]:.0f} to {spent[-1]:.0f} s of evaluation each.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _in_short(every: list[Series]) -> str:
-    """What the results show, and what their noise forbids to say."""
+    """What the results show, and what is within their noise."""
     lines = ["## In short", ""]
     for series in every:
         if not series.ratios:
@@ -136,20 +138,19 @@ def _in_short(every: list[Series]) -> str:
             counts = mark_counts(series, [task])
             total = sum(counts.values())
             moved = ", ".join(f"{mark} {counts[mark]}" for mark in (WORSE, BETTER) if counts[mark])
-            told = f"{task} ({moved} of {total})" if moved else task
+            text = f"{task} ({moved} of {total})" if moved else task
             if has_nothing_to_lose(found.get(0.0)):
-                bare.append(told)
+                bare.append(text)
             elif any(is_beyond_chance(counts[mark], total) for mark in (WORSE, BETTER)):
-                shown.append(told)
+                shown.append(text)
             elif total:
-                hidden.append(told)
+                hidden.append(text)
         lines += [
             f"**{series.model}, {series.recipe}**",
             "",
             f"- Shown, beyond the noise of these documents: {', '.join(shown) or 'nothing'}.",
-            f"- Forbidden to say anything about, no more changes than chance gives: {', '.join(hidden) or 'nothing'}.",
-            "- No loss can show, the dense model itself is not above chance, or at zero:"
-            f" {', '.join(bare) or 'nowhere'}.",
+            f"- Undecided, no more changes than expected by chance: {', '.join(hidden) or 'nothing'}.",
+            f"- A loss cannot show, the dense model is not above chance, or at zero: {', '.join(bare) or 'nowhere'}.",
             "",
         ]
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -165,7 +166,7 @@ def _scores(series: Series) -> str:
     lines = [
         f"## {series.model}, {series.recipe}",
         "",
-        f"Columns: share of the neurons removed (expansion ratio). {_LEGEND} –: not measured.",
+        f"Columns: share of the neurons removed (expansion ratio). {_LEGEND} –: missing.",
         "",
         f"| task | metric | shots | documents | {' | '.join(heads)} |",
         "|---|---|--:|--:|" + "--:|" * len(heads),
@@ -185,8 +186,8 @@ def _groups(every: list[Series]) -> str:
         "## Fragile and robust",
         "",
         (
-            f"How many of the scores (tasks × ratios) are {BETTER} better and {WORSE} worse than dense, or {NOISE} within the"
-            " noise. Of scores that do not change one in twenty is marked all the same."
+            f"How many of the scores (tasks × ratios) are {BETTER} better and {WORSE} worse than dense, or {NOISE}"
+            " within the noise. One in twenty scores that do not change is marked by chance."
         ),
         "",
         f"| model | recipe | group | tasks | {BETTER} | {WORSE} | {NOISE} |",
@@ -209,11 +210,11 @@ def _findings(every: list[Series]) -> str:
     if not pruned:
         return ""
     lines = [
-        "## What holds here of the published findings",
+        "## Which of the published findings hold here",
         "",
         (
-            f"Published: in how many configurations the score moved so, noise not considered ({scores.SOURCE}). IFEval rises"
-            " there for the two base models; the published instruct model falls."
+            f"Published: in how many configurations the score moved in this direction, noise not considered"
+            f" ({scores.SOURCE}). IFEval rises there for the two base models and falls for the instruct model."
         ),
         "",
         f"| finding | {' | '.join(scores.MODELS)} | {' | '.join(f'{s.model}, {s.recipe}' for s in pruned)} |",
@@ -233,21 +234,21 @@ def _findings(every: list[Series]) -> str:
 
 def _correlation_cell(found: Correlation | None) -> str:
     if found is None:
-        return "cannot be told: fewer than four configurations, or a score that never changes"
-    word = "cannot be told" if found.low <= 0 <= found.high else "holds" if found.r < 0 else "does not hold"
+        return "cannot be judged: fewer than four configurations, or a constant score"
+    word = "cannot be judged" if found.low <= 0 <= found.high else "holds" if found.r < 0 else "does not hold"
     return f"{word}: {found}"
 
 
-def _beside_published(every: list[Series]) -> str:
+def _against_published(every: list[Series]) -> str:
     lines = []
     for series in every:
         if not series.ratios:
             continue
         heads = [series.recipe, *scores.MODELS]
         lines += [
-            f"## {series.model}, {series.recipe}, beside the published Llama-3.2",
+            f"## {series.model}, {series.recipe}, and the published Llama-3.2",
             "",
-            "Change against the dense model in per cent of its score; of perplexities too.",
+            "Change against the dense model in per cent of its score or perplexity.",
             "",
             "| task | removed | " + " | ".join(heads) + " |",
             "|---|--:|" + "--:|" * len(heads),
@@ -298,8 +299,9 @@ def _correlations(every: list[Series], out: Path) -> str:
             "## Correlations between tasks",
             "",
             (
-                "Pearson's r over the configurations of a series, dense included: two scores that both follow the width"
-                f" correlate whatever they measure. Perplexities count by their logarithm. Every pair with p and confidence interval: [{CORRELATIONS}]({CORRELATIONS})."
+                "Pearson's r over the configurations of a series, including dense: two scores that both follow the"
+                " width correlate whatever they measure. Perplexities enter as logarithms. Every pair with p and"
+                f" confidence interval: [{CORRELATIONS}]({CORRELATIONS})."
             ),
             "",
             *counts,
@@ -311,7 +313,7 @@ def _correlations(every: list[Series], out: Path) -> str:
 
 
 def _lengths(every: list[Series]) -> str:
-    rows = []
+    rows, own = [], "the task's own"
     for series in every:
         for task, found in series.results.items():
             for ratio, result in sorted(found.items()):
@@ -319,18 +321,18 @@ def _lengths(every: list[Series]) -> str:
                     full = sum(length >= 0.95 * (result.generation_limit or math.inf) for length in result.lengths)
                     rows.append(
                         f"| {series.model} | {series.recipe if ratio else DENSE} | {task} | {ratio:.0%} |"
-                        f" {statistics.mean(result.lengths):.0f} | {result.generation_limit or 'task’s own'} |"
+                        f" {statistics.mean(result.lengths):.0f} | {result.generation_limit or own} |"
                         f" {full} of {len(result.lengths)} |"
                     )
     if not rows:
         return ""
     return "\n".join(
         [
-            "## Length of what was generated",
+            "## Length of the generated text",
             "",
             (
-                "Tokens of the text until the model or a stop word ended it, tokenized again: garbled text comes out"
-                " shorter. The published latency followed this length, not the time a token took."
+                "Tokens of the text until the model or a stop word ended it, tokenized again: garbled text becomes"
+                " shorter. The published latency follows this length, not the time per token."
             ),
             "",
             "| model | recipe | task | removed | mean tokens | limit | at the limit |",
@@ -350,15 +352,15 @@ def _pictures(every: list[Series], records: Sequence[Record], out: Path) -> str:
         suffix = f"-{index + 1}" if index else ""
         own = [series for series in pruned if series.model == model]
         plots.capability(own, out / f"capability{suffix}.png")
-        plots.beside_published(own, out / f"published{suffix}.png")
+        plots.against_published(own, out / f"published{suffix}.png")
         lines.append(f"![capability of {model} against expansion ratio](capability{suffix}.png)\n")
-        lines.append(f"![change of {model} beside the published models](published{suffix}.png)\n")
+        lines.append(f"![change of {model} and the published models](published{suffix}.png)\n")
         for what, unit, words, name in COSTS:
             costs = costs_by_width([r for r in records if _is_cost(r, model, what, unit)])
             if plots.cost(own, costs, words, out / f"{name}{suffix}.png"):
                 lines.append(f"![capability of {model} against {words}]({name}{suffix}.png)\n")
             else:
-                lines.append(f"{model}: {words} was not measured at these widths; nothing is drawn against it.\n")
+                lines.append(f"{model}: {words} is missing at these widths; nothing is drawn against it.\n")
     return "\n".join(lines)
 
 
@@ -373,7 +375,7 @@ def _is_cost(record: Record, model: str, what: str, unit: str) -> bool:
 
 
 def costs_by_width(records: Sequence[Record]) -> dict[int, Record]:
-    """Intermediate size -> record, of the one provider and workload that was measured at most widths."""
+    """Return intermediate size -> record of the provider and workload that was measured at the most widths."""
     ways: dict[tuple, dict[int, Record]] = {}
     for record in records:
         rest = tuple(sorted((key, value) for key, value in record.shape.items() if key != "I"))

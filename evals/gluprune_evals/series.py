@@ -1,4 +1,4 @@
-"""The results of one model under one recipe, against its dense ones."""
+"""The results of one model under one recipe, compared with the dense model's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gluprune_evals.harness import Result
-from gluprune_evals.significance import Change, Correlation, paired_change, pearson
+from gluprune_evals.significance import Correlation, PairedChange, paired_change, pearson
 from gluprune_evals.tasks import TASKS
 
 DENSE = "dense"
@@ -16,7 +16,7 @@ BETTER, WORSE, NOISE = "▲", "▼", "≈"
 
 @dataclass(frozen=True)
 class Series:
-    """The results of one model under one recipe, the dense ones included: task -> pruning ratio -> result."""
+    """The results of one model under one recipe, including the dense ones: task -> pruning ratio -> result."""
 
     model: str
     recipe: str
@@ -24,16 +24,18 @@ class Series:
 
     @property
     def ratios(self) -> list[float]:
+        """The pruning ratios, without the dense model's."""
         return sorted({ratio for found in self.results.values() for ratio in found} - {0.0})
 
-    def change(self, task: str, ratio: float) -> Change | None:
-        """Against the dense model; None where either was not measured."""
+    def change(self, task: str, ratio: float) -> PairedChange | None:
+        """Return the change from the dense model; None where either result is missing."""
         found = self.results.get(task, {})
         if 0.0 not in found or ratio not in found:
             return None
         return paired_change(found[0.0].per_document, found[ratio].per_document, found[ratio].metric)
 
     def mark(self, task: str, ratio: float) -> str:
+        """Return the mark of a score; empty for the dense model and where a result is missing."""
         change = self.change(task, ratio) if ratio else None
         if change is None:
             return ""
@@ -42,11 +44,12 @@ class Series:
         return WORSE if (change.difference > 0) == TASKS[task].lower_is_better else BETTER
 
     def expansion_ratio(self, ratio: float) -> float:
+        """Return the expansion ratio at a pruning ratio."""
         return next(found[ratio] for found in self.results.values() if ratio in found).configuration["expansion_ratio"]
 
 
 def all_series(results: Sequence[Result]) -> list[Series]:
-    """One for each model and recipe; a model that was only measured dense has one, named so."""
+    """Return one series for each model and recipe; a model with only dense results has one named `dense`."""
     series = []
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
@@ -65,13 +68,13 @@ def _recipe(result: Result) -> str | None:
 
 
 def mark_counts(series: Series, tasks: Sequence[str]) -> dict[str, int]:
-    """How many of the scores of these tasks, at all ratios, have each mark."""
+    """Return how many scores of these tasks, at all ratios, have each mark."""
     marks = [series.mark(task, ratio) for task in tasks for ratio in series.ratios]
     return {mark: marks.count(mark) for mark in (BETTER, WORSE, NOISE)}
 
 
 def correlate(first: str, second: str, x: dict[float, float], y: dict[float, float]) -> Correlation | None:
-    """Of two tasks, over the ratios at which both have a score; perplexities count by their logarithm."""
+    """Correlate two tasks over the ratios at which both have a score, with the logarithms of perplexities."""
 
     def axis(task: str, values: dict[float, float]) -> list[float]:
         shared = sorted(x.keys() & y.keys())
@@ -81,6 +84,6 @@ def correlate(first: str, second: str, x: dict[float, float], y: dict[float, flo
 
 
 def series_correlation(series: Series, first: str, second: str) -> Correlation | None:
-    """Of two tasks, over the ratios of a series and the dense model."""
+    """Correlate two tasks over the ratios of a series and the dense model."""
     values = ({r: result.value for r, result in series.results.get(task, {}).items()} for task in (first, second))
     return correlate(first, second, *values)

@@ -1,4 +1,4 @@
-"""What the noise allows to say: paired changes between two scores, and correlations between two tasks."""
+"""Statistics of scores: paired changes between two models, and correlations between two tasks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Change:
-    """A score against the dense model's on the same documents.
+class PairedChange:
+    """A score compared with the dense model's on the same documents.
 
-    relative: of the score. low, high: the 95 % confidence interval of the change, in units of `difference`.
-    difference: of the means; of the logarithms for perplexities.
+    Attributes:
+        relative: Relative change of the score.
+        difference: Of the means; for perplexities of the logarithms.
+        low: Lower end of the 95 % confidence interval of `difference`.
+        high: Upper end.
     """
 
     relative: float
@@ -26,38 +29,39 @@ class Change:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval holds no change at all."""
+        """Whether the interval contains no change."""
         return self.low <= 0 <= self.high
 
 
-def paired_change(dense: Sequence, other: Sequence, metric: str) -> Change:
-    """The change from one model to another over the same documents, by Student's t on the differences.
+def paired_change(dense: Sequence, other: Sequence, metric: str) -> PairedChange:
+    """Return the change from one model to another over the same documents, by Student's t on the differences.
 
     Args:
-        dense, other: a value a document: scores; log-likelihoods where the metric is a perplexity; pairs
-            (log-likelihood, words) where it is one of words.
+        dense: One value for each document: scores; log-likelihoods if the metric is a perplexity; pairs
+            (log-likelihood, words) if it is a perplexity of words.
+        other: The same of the other model.
         metric: lm-eval's name.
 
     Raises:
-        ValueError: the documents are not as many.
+        ValueError: The numbers of documents differ.
     """
     if len(dense) != len(other):
         raise ValueError(f"{len(dense)} documents against {len(other)}: not the same ones")
     if "perplexity" not in metric:
         before, after = math.fsum(dense) / len(dense), math.fsum(other) / len(other)
-        low, high = _interval([b - a for a, b in zip(dense, other)], len(dense))
-        return Change(after / before - 1 if before else math.nan, after - before, low, high)
+        low, high = _interval([b - a for a, b in zip(dense, other, strict=True)], len(dense))
+        return PairedChange(after / before - 1 if before else math.nan, after - before, low, high)
     if isinstance(dense[0], (list, tuple)):
         words = [weight for _, weight in dense]
-        losses = [(-a, -b) for (a, _), (b, _) in zip(dense, other)]
+        losses = [(-a, -b) for (a, _), (b, _) in zip(dense, other, strict=True)]
     else:
-        words, losses = [1] * len(dense), [(-a, -b) for a, b in zip(dense, other)]
+        words, losses = [1] * len(dense), [(-a, -b) for a, b in zip(dense, other, strict=True)]
     total = sum(words)
     difference = math.fsum(b - a for a, b in losses) / total  # of the logarithms of the perplexities
-    # Linearised ratio of sums: what a document's loss changed beyond its share of the words.
-    residuals = [b - a - difference * weight for (a, b), weight in zip(losses, words)]
+    # Linearised ratio of sums: the change of a document's loss beyond its share of the words.
+    residuals = [b - a - difference * weight for (a, b), weight in zip(losses, words, strict=True)]
     low, high = _interval(residuals, total)
-    return Change(math.exp(difference) - 1, difference, low + difference, high + difference)
+    return PairedChange(math.exp(difference) - 1, difference, low + difference, high + difference)
 
 
 def _interval(values: list[float], total: float) -> tuple[float, float]:
@@ -73,9 +77,9 @@ def _interval(values: list[float], total: float) -> tuple[float, float]:
 
 
 def is_beyond_chance(marked: int, total: int) -> bool:
-    """Whether `marked` changes in one direction, of `total` tested at 95 %, are more than chance gives at that level.
+    """Whether `marked` of `total` changes tested at 95 % in one direction are more than expected by chance.
 
-    Binomial, as if the changes were independent; those of one model at several ratios are less than that.
+    Binomial, as if the changes were independent; those of one model at several ratios are not quite.
     """
     return marked > 0 and stats.binom.sf(marked - 1, total, (1 - LEVEL) / 2) < 1 - LEVEL
 
@@ -95,7 +99,7 @@ class Correlation:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
-    """None where fewer than four pairs or a constant leave nothing to say."""
+    """Return the correlation; None for fewer than four pairs or a constant."""
     if len(x) != len(y):
         raise ValueError(f"{len(x)} values against {len(y)}")
     if len(x) < 4 or len(set(x)) == 1 or len(set(y)) == 1:

@@ -1,8 +1,8 @@
 """The tasks of the study: lm-eval's official definitions, on the Hub's data or on local files of the same content.
 
-A local folder replaces the source of the documents and nothing else: prompts, shots, filters and metrics stay those of
-lm-eval. Its layout is `FILES`; every file is JSON Lines in the fields of the Hub's data set, gzipped where the name ends
-in `.gz`. For ifeval the folder also holds NLTK's `punkt_tab` tables under `nltk_data`.
+A local folder replaces only the source of the documents: prompts, shots, filters and metrics are those of lm-eval. Its
+layout is `FILES`; every file is JSON Lines with the fields of the Hub's data set, gzipped where the name ends in `.gz`.
+For ifeval the folder also holds NLTK's `punkt_tab` tables under `nltk_data`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ FRAGILE, ROBUST, OTHER = "fragile", "robust", "other"  # the groups of arXiv 251
 class TaskSpec:
     """One task of the study.
 
-    folder: where lm-eval defines it, below its `tasks`; leaves: the lm-eval tasks that it is made of, "*" for all there.
-    metric: the figure that is reported, as lm-eval names it with its filter; shots: None leaves lm-eval's own number.
-    group: how the published study found it to behave.
-    chance: what guessing scores, where that is known.
-    documents: of each leaf in `--budget small`; subjects: how many leaves then, None for all.
+    Attributes:
+        folder: Where lm-eval defines it, below its `tasks`.
+        leaves: The lm-eval tasks that it consists of; "*" for all in the folder.
+        metric: The reported figure, as lm-eval names it with its filter.
+        group: How the published study found it to behave.
+        documents: Of each leaf in `--budget small`.
+        shots: None: lm-eval's own number.
+        chance: The score of guessing, where it is known.
+        subjects: Number of leaves in `--budget small`. None: all.
     """
 
     folder: str
@@ -41,6 +45,7 @@ class TaskSpec:
 
     @property
     def lower_is_better(self) -> bool:
+        """Whether the metric is a perplexity."""
         return "perplexity" in self.metric
 
 
@@ -97,10 +102,14 @@ MMLU_FIELDS = ("question", "choices", "answer")
 
 @dataclass(frozen=True)
 class Limits:
-    """Which documents are taken, and how much may be generated: part of what a result is keyed by.
+    """Which documents are run, and how much may be generated: part of the identity of a result.
 
-    documents: at most so many of each leaf; None takes the small budget's number, or all.
-    small: the subset of `--budget small`: `TaskSpec.documents` and `subjects`, generation capped at `small_tokens`.
+    Attributes:
+        documents: At most this many of each leaf. None: the small budget's number, or all.
+        small: The subset of `--budget small`: `TaskSpec.documents` and `subjects`, generation capped at `small_tokens`.
+
+    Raises:
+        ValueError: `documents` is below 1, or given together with `small`.
     """
 
     documents: int | None = None
@@ -118,20 +127,20 @@ class Limits:
         return "budget small" if self.small else f"limit {self.documents}" if self.documents else "all documents"
 
     def subset(self) -> str:
-        """What tells this choice of documents from another version's of the same name."""
+        """Return a digest of this choice of documents, which another version may define differently."""
         chosen = [SEED, self.documents]
         if self.small:
             chosen += [self.small_tokens, *((name, spec.documents, spec.subjects) for name, spec in TASKS.items())]
         return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
 
     def leaves(self, spec: TaskSpec, names: list[str]) -> list[str]:
-        """The leaves to run: all, or a seeded choice of the small budget's number of them."""
+        """Return the leaves to run: all, or a seeded choice of the small budget's number of them."""
         if not self.small or spec.subjects is None or spec.subjects >= len(names):
             return names
         return sorted(random.Random(SEED).sample(names, spec.subjects))
 
     def samples(self, spec: TaskSpec, available: int) -> list[int]:
-        """Ascending indices of the documents to run, a seeded choice that depends on the number available alone."""
+        """Return ascending indices of the documents to run, a seeded choice for the number available."""
         wanted = spec.documents if self.small else self.documents
         if wanted is None or wanted >= available:
             return list(range(available))
@@ -139,10 +148,10 @@ class Limits:
 
 
 def check_tasks(names: Iterable[str]) -> list[str]:
-    """The names, in the order of `TASKS`.
+    """Return the names in the order of `TASKS`.
 
     Raises:
-        ValueError: a name that is no task of the study.
+        ValueError: A name is not a task of the study.
     """
     names = list(names)
     unknown = [name for name in names if name not in TASKS]
@@ -152,10 +161,10 @@ def check_tasks(names: Iterable[str]) -> list[str]:
 
 
 def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict]:
-    """The lines of a JSON Lines file, gzipped if its name says so.
+    """Read a JSON Lines file, gzipped if its name ends in `.gz`.
 
     Raises:
-        ValueError: the file is not there, a line is no JSON object or lacks a field: names file, line and field.
+        ValueError: The file is missing, a line is not a JSON object or lacks a field; the message names them.
     """
     rows = []
     try:
@@ -167,16 +176,16 @@ def read_jsonl(path: Path, fields: tuple[str, ...]) -> list[dict]:
                     raise ValueError(f"{path}, line {number} has no field {missing[0]!r}")
                 rows.append(row)
     except FileNotFoundError:
-        raise ValueError(f"{path} is not there") from None
+        raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, TypeError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1} is no JSON object: {error}") from None
+        raise ValueError(f"{path}, line {len(rows) + 1} is not a JSON object: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
 
 
 def local_files(leaf: str, folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Files by split, and the fields they must have, of one lm-eval task."""
+    """Return the files of one lm-eval task by split, and the fields they must have."""
     if leaf.startswith("mmlu_"):
         subject = leaf.removeprefix("mmlu_")
         names, fields = {split: f"mmlu/{split}/{subject}.jsonl" for split in ("test", "dev")}, MMLU_FIELDS
@@ -186,7 +195,7 @@ def local_files(leaf: str, folder: Path) -> tuple[dict[str, Path], tuple[str, ..
 
 
 def local_source(leaf: str, folder: Path) -> Callable[..., dict]:
-    """A stand-in for `datasets.load_dataset` that reads local files: split -> Dataset."""
+    """Return a replacement for `datasets.load_dataset` that reads local files: split -> Dataset."""
     import datasets
 
     paths, fields = local_files(leaf, folder)
@@ -199,20 +208,20 @@ def local_source(leaf: str, folder: Path) -> Callable[..., dict]:
 
 
 def build(name: str, limits: Limits, data: Path | None = None) -> dict:
-    """The lm-eval tasks that a task of the study is made of.
+    """Return the lm-eval tasks that a task of the study consists of.
 
     Args:
-        name: one of `TASKS`.
-        limits: chooses among the leaves.
-        data: a local folder; None takes the Hub's data. MuSR's object placements and team allocation are not part of
-            such a folder (only samples of them are freely to be had), so that MuSR is then murder mysteries alone.
+        name: One of `TASKS`.
+        limits: Chooses among the leaves.
+        data: A local folder. None: the Hub's data. MuSR's object placements and team allocation are not part of such a
+            folder (only samples of them are freely available), so that MuSR then has murder mysteries only.
 
     Returns:
         lm-eval task name -> lm-eval `Task`.
 
     Raises:
-        ValueError: a local file is missing or lacks a field.
-        RuntimeError: the Hub's data cannot be had.
+        ValueError: A local file is missing or lacks a field.
+        RuntimeError: The Hub's data is not available.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -242,7 +251,7 @@ def _local_overrides(manager, leaf: str, data: Path) -> dict:
 
     paths, _ = local_files(leaf, data)
     config = load_yaml(manager.task_index[leaf].yaml_path, resolve_func=False)
-    # A split that the task names but no score needs would be read when the task is built.
+    # Splits that the task names but no score needs would be read when the task is built.
     names = ("training_split", "validation_split", "test_split", "fewshot_split")
     absent = {split: None for split in names if config.get(split) is not None and config[split] not in paths}
     return {"custom_dataset": local_source(leaf, data), **absent}

@@ -1,4 +1,4 @@
-"""Text to calibrate and to measure on: running text from files, and what tells one text from another."""
+"""Running text from files, and digests of texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# The release of WikiText is split into tokens, and models read running text: what it did, undone in this order.
+# The release of WikiText is tokenised, and models read running text: its rules, undone in this order.
 _RULES = (
     (r" ?<unk>", ""),  # stands for a rare word
     (r" @([-,.])@ ", r"\1"),  # inside words and numbers: ` @-@ `
@@ -29,7 +29,7 @@ _RULES = (
 
 
 def detokenised(text: str) -> str:
-    """Running text from the tokenised release of WikiText; other text, which has none of its marks, comes back as it is."""
+    """Return running text from the tokenised release of WikiText; text without its marks is returned unchanged."""
     if not re.search(r" @[-,.]@ |<unk>", text):
         return text
     for pattern, replacement in _RULES:
@@ -38,12 +38,12 @@ def detokenised(text: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """Running text of a file: plain text, or JSON lines with `text`, `page`, or `question` and `answer`.
+    """Read running text from a file: plain text, or JSON Lines with `text`, `page`, or `question` and `answer`.
 
-    The tokenised release of WikiText is made running text again.
+    The tokenised release of WikiText is turned into running text.
 
     Raises:
-        ValueError: a JSON line without these fields.
+        ValueError: A JSON line has none of these fields.
     """
     text = Path(path).read_text(encoding="utf-8")
     if str(path).endswith(".jsonl"):
@@ -59,5 +59,5 @@ def read_text(path: str | Path) -> str:
 
 
 def digest(batches: Sequence[torch.Tensor]) -> str:
-    """What tells one text, as cut into windows of token ids, from another."""
+    """Return a digest of a text, cut into windows of token ids."""
     return hashlib.sha256(torch.cat(list(batches)).numpy().tobytes()).hexdigest()[:16]

@@ -33,47 +33,59 @@ class Decoding(str, Enum):
     GRAPH = "graph"
 
 
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Model folder or Hub id.", show_default=False)
+]
+Random = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Instead of MODEL: random weights in the shapes of llama-3.2-1b, llama-3.2-3b or llama-3.1-8b.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="By default cuda where there is one, otherwise cpu.")]
+PruningRatio = Annotated[
+    list[float] | None,
+    typer.Option(metavar="P...", help="Shares of the neurons to remove. By default 0.4."),
+]
+Decodings = Annotated[
+    list[Decoding] | None,
+    typer.Option(
+        metavar="NAME...",
+        help="generate: plain `generate`; compiled: a compiled decode step; graph: a CUDA graph of the step. By"
+        " default all that the device supports.",
+    ),
+]
+OptionalPreset = Annotated[
+    Preset | None, typer.Option(help="The paper's workloads, widths, seeds and idle calibration.")
+]
+Batch = Annotated[
+    list[int] | None,
+    typer.Option(metavar="B...", help="Batch sizes. By default 1 8.", rich_help_panel=_WORKLOADS),
+]
+Prompt = Annotated[
+    list[int] | None,
+    typer.Option(metavar="N...", help="Prompt lengths in tokens. By default 128 1024.", rich_help_panel=_WORKLOADS),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Forced output length. By default 64.", rich_help_panel=_WORKLOADS),
+]
+Out = Annotated[str, typer.Option(metavar="FOLDER", help="Records are appended in this folder.")]
+
+
 def run(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Model folder or Hub id.", show_default=False)
-    ] = None,
+    model: OptionalModel = None,
     *,
-    random: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Instead of MODEL: random weights in the shapes of llama-3.2-1b, llama-3.2-3b or llama-3.1-8b.",
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="By default cuda where there is one, otherwise cpu.")] = None,
-    pruning_ratio: Annotated[
-        list[float] | None,
-        typer.Option(metavar="P...", help="Shares of the neurons to remove. By default 0.4."),
-    ] = None,
-    decoding: Annotated[
-        list[Decoding] | None,
-        typer.Option(
-            metavar="NAME...",
-            help="generate: plain `generate`; compiled: a compiled decode step; graph: a CUDA graph of the step. By"
-            " default all that the device supports.",
-        ),
-    ] = None,
-    preset: Annotated[
-        Preset | None, typer.Option(help="The paper's workloads, widths, seeds and idle calibration.")
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(metavar="B...", help="Batch sizes. By default 1 8.", rich_help_panel=_WORKLOADS),
-    ] = None,
-    prompt: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N...", help="Prompt lengths in tokens. By default 128 1024.", rich_help_panel=_WORKLOADS),
-    ] = None,
-    new_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Forced output length. By default 64.", rich_help_panel=_WORKLOADS),
-    ] = None,
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="Records are appended in this folder.")] = "bench_output",
+    random: Random = None,
+    device: Device = None,
+    pruning_ratio: PruningRatio = None,
+    decoding: Decodings = None,
+    preset: OptionalPreset = None,
+    batch: Batch = None,
+    prompt: Prompt = None,
+    new_tokens: NewTokens = None,
+    out: Out = "bench_output",
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -97,9 +109,10 @@ def run(
     from gluprune.measure import bench, records
     from gluprune.measure.random_models import random_model
     from gluprune.reports import report
+    from gluprune.reports.terminal import bench_table
 
     target = _device(device)
-    plan = bench.plan_of(
+    plan = bench.bench_plan(
         preset and preset.value,
         target,
         ratios=pruning_ratio or None,
@@ -122,7 +135,7 @@ def run(
     if as_json:
         print(json.dumps([dataclasses.asdict(record) for record in measured]))
     else:
-        print(bench.table(measured), "", f"{path}: the records", f"{written}: tables and plots", sep="\n")
+        print(bench_table(measured), "", f"{path}: the records", f"{written}: tables and plots", sep="\n")
 
 
 def _device(name: str | None):

@@ -34,7 +34,8 @@ def run(
     checkpoint. Takes less than five minutes on two cores.
     """
     require("demo", "matplotlib", *(() if model else ("gguf",)))
-    from gluprune.demo.run import run, summary
+    from gluprune.demo.run import run
+    from gluprune.demo.table import summary
 
     record = run(model, out)
-    print(json.dumps(record) if as_json else summary(record, out))
+    print(json.dumps(record) if as_json else summary(record))

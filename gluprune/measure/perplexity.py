@@ -10,24 +10,24 @@ from torch.nn import functional as F
 
 
 def windows(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    """Cut token ids `[T]` into consecutive windows `[1, length]`; the last may be shorter, but of at least two tokens."""
+    """Yield consecutive windows `[1, length + 1]` of token ids `[T]`; the last has at least two tokens."""
     for start in range(0, ids.numel() - 1, length):
         yield ids[start : start + length + 1].unsqueeze(0)
 
 
 @torch.no_grad()
 def perplexity(model, ids: torch.Tensor, window: int = 512) -> float:
-    """exp of the mean negative log-likelihood a token, over consecutive windows without overlap.
+    """Return exp of the mean negative log-likelihood per token, over consecutive windows.
 
-    Every token but the first is predicted once; a window shares its last token with the next one's context start.
+    Every token but the first is predicted once; the last token of a window is the first of the next.
 
     Args:
-        model: a causal LM in eval mode.
+        model: A causal LM in eval mode.
         ids: int64 `[T]`, T >= 2.
-        window: tokens of context at the most.
+        window: The most tokens of context.
 
     Raises:
-        ValueError: fewer than two tokens.
+        ValueError: Fewer than two tokens.
     """
     if ids.numel() < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {ids.numel()}")

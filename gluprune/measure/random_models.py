@@ -1,4 +1,7 @@
-"""Random weights of real models' shapes, for measuring where no checkpoint can be had: time and energy do not ask for sense."""
+"""Random weights in the shapes of real models, for measuring without a checkpoint.
+
+Time and energy do not depend on the values of the weights.
+"""
 
 from __future__ import annotations
 
@@ -53,16 +56,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def random_model(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
-    """A causal LM in eval mode on the CPU, of the shapes of a real one.
+    """Return a causal LM in eval mode on the CPU, in the shapes of a real one.
 
-    Matrices are filled from one pool of 2**24 normal numbers (standard deviation 0.02), each from another place on, which
-    takes seconds where drawing every number takes minutes; vectors (of norms) are ones.
+    Matrices are filled from one pool of 2**24 normal numbers (standard deviation 0.02), each from a different offset,
+    which takes seconds instead of minutes; vectors (of norms) are ones.
+
+    Args:
+        name: A key of `CONFIGS`.
+        dtype: Of the weights.
+        seed: Of the random numbers.
 
     Raises:
-        ValueError: a name that is not in `CONFIGS`.
+        ValueError: The name is unknown.
     """
     if name not in CONFIGS:
-        raise ValueError(f"no shapes are known of {name!r}: allowed are {', '.join(CONFIGS)}")
+        raise ValueError(f"unknown model {name!r} for random weights: allowed are {', '.join(CONFIGS)}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
     model.to_empty(device="cpu").tie_weights()

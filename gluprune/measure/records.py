@@ -1,7 +1,8 @@
-"""One frozen record for every measured figure, kept as JSON lines. Tables and plots are made from records, never typed."""
+"""One frozen record for every measured figure, kept as JSON Lines. Tables and plots are computed from records."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -23,7 +24,7 @@ VERSIONED = (
 
 
 def hardware() -> str:
-    """The GPU, or the CPU as the system names it with the number of threads that torch uses."""
+    """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -37,25 +38,23 @@ def hardware() -> str:
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver; None where there is none."""
-    told = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", told.read_text()) if told.is_file() else None
+    """Return the version of the NVIDIA driver; None where there is none."""
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text()) if file.is_file() else None
     return found.group() if found else None
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that a figure depends on, and of Python."""
+    """Return the installed versions of the packages that a figure depends on, and of Python."""
     found = {"python": platform.python_version()}
     for package in VERSIONED:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return found
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with "+" where it has uncommitted changes; None outside a checkout."""
+    """Return the commit of the source tree, with "+" where it has uncommitted changes; None outside a checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -71,14 +70,28 @@ def commit() -> str | None:
 
 @dataclass(frozen=True)
 class Record:
-    """One figure: what was measured, on what, by whom, and its spread.
+    """One measured figure: what was measured, on what, by whom, and its spread.
 
-    what: name of the measurement; shape: its sizes; provider: who did the work.
-    unit: of p20, p50, p80 and floor. The percentiles are None where the provider refused the shape.
-    nbytes, flops: bytes that must be moved and operations that must be done, at the least.
-    floor: the least p50 that the ceilings measured in the same run allow for them.
-    method: how it was measured, where there is more than one way (energy, above all).
-    refusal: the words in which the provider refused the shape.
+    Attributes:
+        what: Name of the measurement.
+        provider: Who did the work.
+        shape: Its sizes.
+        dtype: Of the weights.
+        unit: Of p20, p50, p80 and floor.
+        p20: 20th percentile. The percentiles are None where the figure is missing.
+        p50: Median.
+        p80: 80th percentile.
+        repeats: Number of values.
+        nbytes: Fewest bytes that must be moved.
+        flops: Fewest operations that must be done.
+        floor: Smallest p50 that the ceilings measured in the same run allow for them.
+        method: How it was measured, where there is more than one way (for energy above all).
+        refusal: Why the figure is missing, in the words of the provider.
+        hardware: GPU, or CPU and threads.
+        driver: Version of the NVIDIA driver.
+        versions: Of the packages that the figure depends on.
+        commit: Of the source tree.
+        time: Of the measurement, in UTC.
     """
 
     what: str
@@ -103,17 +116,17 @@ class Record:
 
     @property
     def share_of_floor(self) -> float | None:
-        """How near the figure comes to the least that is possible: 1 is there; None where either is not known."""
+        """Floor over median: 1 is the best possible; None where either is not known."""
         return self.floor / self.p50 if self.floor and self.p50 else None
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether more of it is better: rates are, as their unit tells ("tokens/s"); times, joules and bytes are not."""
+        """Whether higher is better: true of rates ("tokens/s"), not of times, joules and bytes."""
         return self.unit.endswith("/s")
 
     @property
     def key(self) -> tuple:
-        """What two measurements of the same figure have in common."""
+        """Equal for two measurements of the same figure."""
         shape = tuple(sorted(self.shape.items()))
         return self.what, self.provider, shape, self.dtype, self.unit, self.method, self.hardware
 
@@ -124,34 +137,49 @@ class Record:
         provider: str,
         shape: dict,
         dtype: torch.dtype,
+        *,
         unit: str,
         values: Sequence[float],
         **details: int | float | str | None,
     ) -> Record:
-        """The record of repeated measurements; `details` are the optional fields.
+        """Return the record of repeated measurements; `details` are the optional fields.
 
         Raises:
-            ValueError: no value.
+            ValueError: There is no value.
         """
         if not values:
             raise ValueError(f"{what} by {provider}: nothing was measured")
         deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [*values] * 9
         p20, p50, p80 = deciles[1], deciles[4], deciles[7]
-        return cls(what, provider, dict(shape), _name(dtype), unit, p20, p50, p80, len(values), **details)
+        record = cls(what, provider, dict(shape), _name(dtype), unit, p20, p50, p80, len(values))
+        return dataclasses.replace(record, **details)
 
     @classmethod
-    def refused(
+    def missing(
         cls,
         what: str,
         provider: str,
         shape: dict,
         dtype: torch.dtype,
+        *,
         unit: str,
-        words: str,
+        reason: str,
         method: str | None = None,
     ) -> Record:
-        """The record of a provider that does not take the shape, in its own words."""
-        return cls(what, provider, dict(shape), _name(dtype), unit, None, None, None, 0, method=method, refusal=words)
+        """Return the record of a figure that could not be measured: an unsupported shape, no memory, no counter."""
+        return cls(
+            what=what,
+            provider=provider,
+            shape=dict(shape),
+            dtype=_name(dtype),
+            unit=unit,
+            p20=None,
+            p50=None,
+            p80=None,
+            repeats=0,
+            method=method,
+            refusal=reason,
+        )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -159,7 +187,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def append(path: str | Path, record: Record) -> None:
-    """Add one line to a file of records, which is made if need be."""
+    """Append one line to a file of records; create the file if it does not exist."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as lines:
@@ -167,15 +195,15 @@ def append(path: str | Path, record: Record) -> None:
 
 
 def read(path: str | Path) -> list[Record]:
-    """The records of a file.
+    """Return the records of a file.
 
     Raises:
-        ValueError: a line that is no record; the message names it.
+        ValueError: A line is not a record; the message names it.
     """
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             records.append(Record(**json.loads(line)))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is no record: {error}") from error
+            raise ValueError(f"{path}, line {number} is not a record: {error}") from error
     return records

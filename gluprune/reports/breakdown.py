@@ -1,11 +1,11 @@
-"""Why one run takes more time or energy than another: longer output, prefill, what a token costs, or launching its kernels.
+"""Why one run takes more time or energy than another: output length, prefill, cost per token, or kernel launches.
 
-A generation costs `first + (tokens - 1) * each`. Between two generations the difference splits, without a rest, into
+A generation costs `first + (tokens - 1) * each`. The difference of two generations splits exactly into
 
-- output length: the tokens more, at what a token cost before;
-- prefill: what the prompt and the first token cost more;
-- per token: what each later token costs more in work, and
-- launches: what it costs more in launching (the time or energy of a token beyond its CUDA graph's).
+- output length: the additional tokens, at the previous cost of a token;
+- prefill: the additional cost of the prompt and the first token;
+- per token: the additional cost of each later token in work;
+- launches: its additional cost in launches (time or energy of a token beyond that of its CUDA graph).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from gluprune.measure.records import Record
 class Cost:
     """Seconds or joules of one generation.
 
-    tokens: generated.
-    each: cost of a token after the first; of any token, if `first` is not known.
-    first: cost up to the first token, the prefill included; None: not told apart from the other tokens.
-    launch: the part of `each` that launching takes; None: not told apart from the work.
+    Attributes:
+        tokens: Generated tokens.
+        each: Cost of a token after the first; of any token, if `first` is not known.
+        first: Cost up to the first token, including the prefill. None: not separated from the other tokens.
+        launch: The part of `each` that launches take. None: not separated from the work.
     """
 
     tokens: float
@@ -34,16 +35,18 @@ class Cost:
 
     @property
     def later_tokens(self) -> float:
+        """Tokens that cost `each`."""
         return self.tokens if self.first is None else self.tokens - 1
 
     @property
     def total(self) -> float:
+        """Cost of the whole generation."""
         return (self.first or 0.0) + self.later_tokens * self.each
 
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of a difference, in its unit. None: not told apart, and contained in `per_token`."""
+    """The parts of a difference, in its unit. None: not separated, and contained in `per_token`."""
 
     output_length: float
     prefill: float | None
@@ -52,6 +55,7 @@ class Split:
 
     @property
     def total(self) -> float:
+        """The difference."""
         return self.output_length + (self.prefill or 0.0) + self.per_token + (self.launches or 0.0)
 
 
@@ -59,24 +63,27 @@ def split(before: Cost, after: Cost) -> Split:
     """Split `after.total - before.total` into its parts.
 
     Raises:
-        ValueError: the first token is told apart in one of the two alone.
+        ValueError: The first token is separated in only one of the two.
     """
-    if (before.first is None) != (after.first is None):
-        raise ValueError("one cost tells the first token apart and the other does not: they cannot be compared")
+    prefill = None
+    if before.first is not None and after.first is not None:
+        prefill = after.first - before.first
+    elif before.first is not after.first:
+        raise ValueError("the first token is separated in only one of the two costs: they cannot be compared")
     more_each = after.later_tokens * (after.each - before.each)
     launches = None
     if before.launch is not None and after.launch is not None:
         launches = after.later_tokens * (after.launch - before.launch)
     return Split(
         output_length=(after.tokens - before.tokens) * before.each,
-        prefill=None if before.first is None else after.first - before.first,
+        prefill=prefill,
         per_token=more_each - (launches or 0.0),
         launches=launches,
     )
 
 
 def section(records: Sequence[Record], out: Path) -> str:
-    """The records of `gluprune bench` explained as Markdown: every run against the dense model's plain `generate`."""
+    """Explain the records of `gluprune bench` in Markdown: every run against the dense model's plain `generate`."""
     tables = []
     for what, unit, costs in (("TTLT", "ms", _seconds(records)), ("Energy of a generation", "J", _joules(records))):
         lines = []
@@ -100,23 +107,23 @@ def section(records: Sequence[Record], out: Path) -> str:
                 f"| {_title(conditions)} | {width} | {provider} | {decoding} | {' | '.join(map(_cell, cells))} |"
             )
         if lines:
-            head = "run | neurons | provider | decoding | dense, plain generate | this | difference | output length | prefill"
+            head = "run | neurons | provider | decoding | dense, plain generate | this | difference"
             tables += [
                 f"### {what}, {unit}",
                 "",
-                f"| {head} | work per token | launches |",
+                f"| {head} | output length | prefill | work per token | launches |",
                 "|---|--:|---|---|" + "--:|" * 7,
                 *lines,
                 "",
             ]
     if tables:
-        note = "A dash under launches: no CUDA graph was measured beside, so that launching is in the work per token."
+        note = "A dash under launches: no CUDA graph was measured, so launches are part of the work per token."
         tables = ["## Where the difference comes from", "", note, "", *tables]
     return "\n".join(tables + _against_bytes(records))
 
 
 def _against_bytes(records: Sequence[Record]) -> list[str]:
-    """Markdown lines: how much of what the bytes of the weights promise each width reaches."""
+    """Markdown lines: how close each width comes to the speed-up that the bytes of the weights allow."""
     lines = []
     for what in ("TTFT", "TPOT"):
         figures = _figures(records, what)
@@ -125,14 +132,13 @@ def _against_bytes(records: Sequence[Record]) -> list[str]:
             dense = figures[conditions, widest, provider, decoding]
             if dense is record or not (dense.nbytes and record.nbytes):
                 continue
-            gain, promise = dense.p50 / record.p50, dense.nbytes / record.nbytes
-            cells = (
-                f"{1e3 * dense.p50:.4g} | {1e3 * record.p50:.4g} | {gain:.3f} | {promise:.3f} | {gain / promise:.1%}"
-            )
+            gain, limit = dense.p50 / record.p50, dense.nbytes / record.nbytes
+            cells = f"{1e3 * dense.p50:.4g} | {1e3 * record.p50:.4g} | {gain:.3f} | {limit:.3f} | {gain / limit:.1%}"
             lines.append(f"| {_title(conditions)} | {provider} | {decoding} | {what} | {width} | {cells} |")
     if not lines:
         return []
-    head = "run | provider | decoding | figure | neurons | dense, ms | this, ms | times as fast | ratio of the bytes | reached"
+    head = "run | provider | decoding | figure | neurons | dense, ms | this, ms"
+    head += " | times as fast | ratio of the bytes | reached"
     return ["## How close to the ratio of the bytes", "", f"| {head} |", "|---|---|---|---|" + "--:|" * 6, *lines, ""]
 
 
@@ -150,13 +156,13 @@ def _figures(records: Sequence[Record], what: str) -> dict[_Key, Record]:
 
 
 def _with_launches(costs: dict[_Key, Cost]) -> dict[_Key, Cost]:
-    """Tell launching apart wherever the same model was measured as a CUDA graph."""
-    told = {}
+    """Separate launches wherever the same model was measured as a CUDA graph."""
+    found = {}
     for (*model, decoding), cost in costs.items():
         graph = costs.get((*model, "graph"))
         launch = None if graph is None else cost.each - graph.each
-        told[(*model, decoding)] = Cost(cost.tokens, cost.each, cost.first, launch)
-    return told
+        found[(*model, decoding)] = Cost(cost.tokens, cost.each, cost.first, launch)
+    return found
 
 
 def _seconds(records: Sequence[Record]) -> dict[_Key, Cost]:

@@ -1,4 +1,4 @@
-"""The pictures of a report. Every function takes records, and writes one PNG file."""
+"""The pictures of a report. Every function takes records and writes one PNG file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SCALES = {
 
 
 def readable(values: Sequence[float], unit: str) -> tuple[float, str]:
-    """A factor and a unit in which the smallest of `values` is at least one, where the unit has such forms."""
+    """Return a factor and a unit in which the smallest of `values` is at least one, if the unit has such prefixes."""
     scales = _SCALES.get(unit, ((1.0, unit),))
     smallest = min((value for value in values if value > 0), default=1.0)
     return next((scale for scale in scales if smallest * scale[0] >= 1), scales[-1])
 
 
 def number(value: float) -> str:
-    """Four significant digits, never as a power of ten."""
+    """Return four significant digits, never as a power of ten."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -33,7 +33,11 @@ def _save(figure, path: Path) -> None:
 
 
 def roofline(records: Sequence[Record], path: Path) -> bool:
-    """FLOP/s against FLOPs a byte, one hardware and dtype; False, and no file, without ceilings or points below them."""
+    """Draw FLOP/s against FLOPs per byte, for one hardware and dtype.
+
+    Returns:
+        False, without a file, where ceilings or points below them are missing.
+    """
     from matplotlib.figure import Figure
 
     ceilings = {record.what: record for record in records if record.what.startswith("ceiling: ") and record.p50}
@@ -56,7 +60,7 @@ def roofline(records: Sequence[Record], path: Path) -> bool:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="operations that must be done for each byte that must be moved",
+        xlabel="operations per byte moved, at least",
         ylabel="FLOP/s",
         title=f"{points[0].hardware}, {points[0].dtype}\nceilings as measured: copy {bandwidth / 1e9:.4g} GB/s,"
         f" GEMM {peak / 1e12:.4g} TFLOP/s",
@@ -68,42 +72,21 @@ def roofline(records: Sequence[Record], path: Path) -> bool:
 
 
 def against_width(records: Sequence[Record], path: Path) -> None:
-    """The figure itself and its improvement over the first provider's dense model, against the intermediate size.
+    """Draw a figure and its improvement over the first provider's dense model, against the intermediate size.
 
-    A row of two panels for each shape apart from the width. Lines join the widths that are multiples of 128, crosses are
+    One row of two panels for each shape without the width. Lines join the widths that are multiples of 128, crosses are
     the others, bars reach from p20 to p80. The dotted line is the ratio of the bytes that must be moved.
     """
     from matplotlib.figure import Figure
 
-    def cell(record: Record) -> str:
-        return ", ".join(f"{k} {v}" for k, v in record.shape.items() if k not in ("I", "H", "model"))
-
-    cells = list(dict.fromkeys(map(cell, records)))
+    cells = list(dict.fromkeys(map(_cell, records)))
+    colors = {provider: f"C{index}" for index, provider in enumerate(dict.fromkeys(r.provider for r in records))}
     figure = Figure(figsize=(11, 0.8 + 3.2 * len(cells)), layout="constrained")
-    for name, (value, gain) in zip(cells, figure.subplots(len(cells), 2, squeeze=False)):
-        here = [record for record in records if cell(record) == name]
-        dense = max(here, key=lambda r: r.shape["I"])
-        scale, unit = readable([record.p50 for record in here], dense.unit)
-        dense = next(r for r in here if r.shape["I"] == dense.shape["I"])
-        for index, provider in enumerate(dict.fromkeys(r.provider for r in records)):
-            own = sorted((r for r in here if r.provider == provider), key=lambda r: r.shape["I"])
-            for aligned, style in ((True, {"marker": "o", "ms": 4}), (False, {"marker": "x", "linestyle": "none"})):
-                part = [r for r in own if (r.shape["I"] % ALIGNMENT == 0) == aligned]
-                if not part:
-                    continue
-                widths = [r.shape["I"] for r in part]
-                label = provider if aligned or all(r.shape["I"] % ALIGNMENT for r in own) else None
-                spread = [[(r.p50 - r.p20) * scale for r in part], [(r.p80 - r.p50) * scale for r in part]]
-                line = {"color": f"C{index}", "label": label, **style}
-                value.errorbar(widths, [r.p50 * scale for r in part], yerr=spread, lw=1, elinewidth=1, **line)
-                gain.plot(widths, [_gain(dense, r) for r in part], lw=1, **line)
-        bytes_of = {r.shape["I"]: r.nbytes for r in here if r.nbytes}
-        if dense.nbytes and len(bytes_of) > 1:
-            widths = sorted(bytes_of)
-            gain.plot(
-                widths, [dense.nbytes / bytes_of[w] for w in widths], ":", color="black", label="ratio of the bytes"
-            )
-        value.set(ylabel=f"{unit}", title=name, ylim=(0, None))
+    for name, (value, gain) in zip(cells, figure.subplots(len(cells), 2, squeeze=False), strict=True):
+        here = [record for record in records if _cell(record) == name]
+        dense = _first_of_the_widest(here)
+        unit = _draw_cell(value, gain, here, dense, colors)
+        value.set(ylabel=unit, title=name, ylim=(0, None))
         gain.set(ylabel=f"times better than\n{dense.provider} at {dense.shape['I']}", title=name)
         for axes in (value, gain):
             axes.set_xlabel("intermediate size")
@@ -113,9 +96,42 @@ def against_width(records: Sequence[Record], path: Path) -> None:
     model = records[0].shape.get("model", f"H {records[0].shape['H']}" if "H" in records[0].shape else "")
     title = f"{records[0].what}, {model}, {records[0].dtype}\n{records[0].hardware}"
     if any(r.shape["I"] % ALIGNMENT for r in records):
-        title += f"; crosses: widths that are no multiple of {ALIGNMENT}"
+        title += f"; crosses: unaligned widths (not a multiple of {ALIGNMENT})"
     figure.suptitle(title, fontsize="medium")
     _save(figure, path)
+
+
+def _cell(record: Record) -> str:
+    """The shape without the width and what all records of the picture have in common."""
+    return ", ".join(f"{k} {v}" for k, v in record.shape.items() if k not in ("I", "H", "model"))
+
+
+def _first_of_the_widest(records: Sequence[Record]) -> Record:
+    widest = max(record.shape["I"] for record in records)
+    return next(record for record in records if record.shape["I"] == widest)
+
+
+def _draw_cell(value, gain, records: Sequence[Record], dense: Record, colors: dict[str, str]) -> str:
+    """Draw the curves of one cell into its two panels; return the unit."""
+    scale, unit = readable([record.p50 for record in records if record.p50 is not None], dense.unit)
+    for provider, color in colors.items():
+        own = sorted((r for r in records if r.provider == provider), key=lambda r: r.shape["I"])
+        for aligned, style in ((True, {"marker": "o", "ms": 4}), (False, {"marker": "x", "linestyle": "none"})):
+            part = [r for r in own if (r.shape["I"] % ALIGNMENT == 0) == aligned]
+            if not part:
+                continue
+            widths = [r.shape["I"] for r in part]
+            label = provider if aligned or all(r.shape["I"] % ALIGNMENT for r in own) else None
+            spread = [[(r.p50 - r.p20) * scale for r in part], [(r.p80 - r.p50) * scale for r in part]]
+            line = {"color": color, "label": label, **style}
+            value.errorbar(widths, [r.p50 * scale for r in part], yerr=spread, lw=1, elinewidth=1, **line)
+            gain.plot(widths, [_gain(dense, r) for r in part], lw=1, **line)
+    bytes_of = {r.shape["I"]: r.nbytes for r in records if r.nbytes}
+    if dense.nbytes and len(bytes_of) > 1:
+        widths = sorted(bytes_of)
+        ratios = [dense.nbytes / bytes_of[width] for width in widths]
+        gain.plot(widths, ratios, ":", color="black", label="ratio of the bytes")
+    return unit
 
 
 def _gain(dense: Record, record: Record) -> float:
@@ -123,7 +139,13 @@ def _gain(dense: Record, record: Record) -> float:
 
 
 def heat_map(wins: dict[tuple[tuple[str, int], int], float], title: str, path: Path) -> None:
-    """Advantage by (model, intermediate size) and number of tokens: blue wins, red loses, white is as fast."""
+    """Draw the advantage by (model, intermediate size) and number of tokens: blue wins, red loses, white is equal.
+
+    Args:
+        wins: ((model, intermediate size), tokens) -> how many times better.
+        title: Of the picture.
+        path: The file.
+    """
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
-"""`gluprune report`: Markdown tables and plots made from records.
+"""`gluprune report`: Markdown tables and plots from records.
 
-A report is a sequence of sections. Each is a function of the records and the output folder: it writes its plots there and
-returns its Markdown, or "" where no record concerns it. What a record's shape means here: `I` is the intermediate size that
-latency, energy and speed-up are drawn against, `M` the number of tokens; `model` or `H` tell models apart.
+A report is a sequence of sections. Each is a function of the records and the output folder: it writes its plots there
+and returns its Markdown, or "" where it has no records. In the shape of a record `I` is the intermediate size that
+latency, energy and speed-up are drawn against, `M` the number of tokens; `model` or `H` distinguishes models.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from gluprune.measure.compare import Change
 from gluprune.measure.records import Record, read
 from gluprune.reports import breakdown, plots
 
-OURS = "gluprune"  # the provider whose wins and losses are counted; "gluprune, ..." are forced paths of it
+OURS = "gluprune"  # the provider whose wins and losses are counted; "gluprune, ..." are its forced paths
 NAME = "report.md"
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Record]:
-    """The records of files and of the `*.jsonl` files of folders; of several of one figure the last.
+    """Return the records of files and of the `*.jsonl` files in folders; the last one of each figure.
 
     Raises:
-        ValueError: no path, a folder without record files, no record at all, or a line that is no record.
-        FileNotFoundError: a path that does not exist.
+        ValueError: No path, a folder without record files, no record at all, or a line that is not a record.
+        FileNotFoundError: A path does not exist.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -42,7 +42,15 @@ def read_all(paths: Iterable[str | Path]) -> list[Record]:
 
 
 def write(records: Sequence[Record], out: str | Path) -> Path:
-    """Write the report of `records` and its plots into the folder `out`, which is made if need be; returns its path."""
+    """Write the report and its plots into a folder.
+
+    Args:
+        records: What was measured.
+        out: The folder; created if it does not exist.
+
+    Returns:
+        The path of the report.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Report\n", *(section(records, out) for section in SECTIONS)]
@@ -51,7 +59,7 @@ def write(records: Sequence[Record], out: str | Path) -> Path:
 
 
 def groups(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:
-    """Records with equal keys together, in the order in which the keys first appear."""
+    """Return groups of records with equal keys, in the order in which the keys first appear."""
     found: dict[object, list[Record]] = {}
     for record in records:
         found.setdefault(key(record), []).append(record)
@@ -59,15 +67,12 @@ def groups(records: Iterable[Record], key: Callable[[Record], object]) -> list[l
 
 
 def is_peer(record: Record) -> bool:
-    """Whether a record is of somebody else's work."""
+    """Whether a record is of another library."""
     return record.provider.partition(",")[0] != OURS
 
 
-# --- sections ---
-
-
 def _conditions(records: Sequence[Record], out: Path) -> str:
-    """On what, with what and when it was measured."""
+    """Hardware, versions and times."""
     lines = ["| hardware | driver | versions | commits | from | to | records |", "|---|---|---|---|---|---|--:|"]
     for group in groups(records, lambda r: (r.hardware, r.driver, tuple(sorted(r.versions.items())))):
         first = group[0]
@@ -75,54 +80,39 @@ def _conditions(records: Sequence[Record], out: Path) -> str:
         commits = ", ".join(dict.fromkeys(record.commit or "–" for record in group))
         times = sorted(record.time for record in group)
         lines.append(
-            f"| {first.hardware} | {first.driver or '–'} | {versions} | {commits} | {times[0]} | {times[-1]} | {len(group)} |"
+            f"| {first.hardware} | {first.driver or '–'} | {versions} | {commits} | {times[0]} | {times[-1]} |"
+            f" {len(group)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _measurements(records: Sequence[Record], out: Path) -> str:
-    """A table for each measurement: a row a shape, a column a provider."""
+    """One table for each measurement: a row for each shape, a column for each provider."""
     titles = groups(records, lambda r: (r.what, r.dtype, r.hardware, r.method, r.unit))
     return "\n".join(table(group) for group in titles)
 
 
 def table(records: Sequence[Record]) -> str:
-    """One measurement as Markdown: medians, the best of a row in bold, refusals in the providers' words below."""
+    """Return one measurement as Markdown: medians, the best of a row in bold, why figures are missing below."""
     first = records[0]
     providers = list(dict.fromkeys(record.provider for record in records))
     keys = list(dict.fromkeys(key for record in records for key in record.shape))
-    scale, unit = plots.readable([r.p50 for r in records if r.p50 is not None], first.unit)
-    rows = groups(records, lambda r: tuple(r.shape.items()))
     has_floor = any(record.floor for record in records)
     compared = OURS in providers and any(map(is_peer, records))
-    extra = ["best, share of floor"] * has_floor + [f"{OURS} over best peer"] * compared
-    words: list[str] = []
+    extra = (["best, share of floor"] if has_floor else []) + ([f"{OURS} over best peer"] if compared else [])
+    scale, unit = plots.readable([r.p50 for r in records if r.p50 is not None], first.unit)
+    method = f", {first.method}" if first.method else ""
+    reasons: list[str] = []
     lines = [
         f"## {first.what}",
         "",
-        f"{unit}, {first.dtype}, {first.hardware}"
-        + (f", {first.method}" if first.method else "")
-        + f". {_spread(records)}",
+        f"{unit}, {first.dtype}, {first.hardware}{method}. {_spread(records)}",
         "",
         f"| {' | '.join([*keys, *providers, *extra])} |",
         "|" + "--:|" * (len(keys) + len(providers) + len(extra)),
     ]
-    higher = first.higher_is_better
-    for row in rows:
-        of = {record.provider: record for record in row}
-        values = {name: record.p50 for name, record in of.items() if record.p50 is not None}
-        best = (max if higher else min)(values.values(), default=None)
-        cells = [str(row[0].shape.get(key, "–")) for key in keys]
-        for name in providers:
-            if name not in of:
-                cells.append("–")
-            elif name not in values:
-                if of[name].refusal not in words:
-                    words.append(of[name].refusal)
-                cells.append(f"refused [{words.index(of[name].refusal) + 1}]")
-            else:
-                text = plots.number(values[name] * scale)
-                cells.append(f"**{text}**" if len(values) > 1 and values[name] == best else text)
+    for row in groups(records, lambda r: tuple(r.shape.items())):
+        cells = [str(row[0].shape.get(key, "–")) for key in keys] + _row_cells(row, providers, scale, reasons)
         if has_floor:
             shares = [record.share_of_floor for record in row if record.share_of_floor]
             cells.append(f"{max(shares):.0%}" if shares else "–")
@@ -130,12 +120,32 @@ def table(records: Sequence[Record]) -> str:
             advantage = win(row)
             cells.append(f"{advantage:.2f}×" if advantage else "–")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [""] + [f"[{number}] {' '.join(text.split())}  " for number, text in enumerate(words, 1)]
+    lines += [""] + [f"[{number}] {' '.join(text.split())}  " for number, text in enumerate(reasons, 1)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _row_cells(row: Sequence[Record], providers: Sequence[str], scale: float, reasons: list[str]) -> list[str]:
+    """One cell for each provider; new reasons for missing figures are appended to `reasons`."""
+    of = {record.provider: record for record in row}
+    values = {name: record.p50 for name, record in of.items() if record.p50 is not None}
+    best = (max if row[0].higher_is_better else min)(values.values(), default=None)
+    cells = []
+    for name in providers:
+        if name not in of:
+            cells.append("–")
+        elif name not in values:
+            reason = of[name].refusal or ""
+            if reason not in reasons:
+                reasons.append(reason)
+            cells.append(f"missing [{reasons.index(reason) + 1}]")
+        else:
+            text = plots.number(values[name] * scale)
+            cells.append(f"**{text}**" if len(values) > 1 and values[name] == best else text)
+    return cells
+
+
 def rivals(records: Iterable[Record]) -> tuple[Record, Record] | None:
-    """Our record of one shape and the best peer's; None where either was not measured."""
+    """Return gluprune's record of one shape and the best peer's; None where either is missing."""
     records = [record for record in records if record.p50]
     ours = next((record for record in records if record.provider == OURS), None)
     peers = [record for record in records if is_peer(record)]
@@ -145,7 +155,7 @@ def rivals(records: Iterable[Record]) -> tuple[Record, Record] | None:
 
 
 def win(records: Iterable[Record]) -> float | None:
-    """How many times better our figure of one shape is than the best peer's; None where either was not measured."""
+    """Return how many times better gluprune is than the best peer on one shape; None where one is missing."""
     pair = rivals(records)
     if pair is None:
         return None
@@ -161,13 +171,13 @@ def _spread(records: Iterable[Record]) -> str:
     counts = sorted({record.repeats for record in repeated})
     times = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"Medians of {times} repeats; half the distance from p20 to p80 is {statistics.median(widths):.1%} of the median in"
-        f" the middle of the cells, {max(widths):.1%} at most."
+        f"Medians of {times} repeats; half the p20–p80 range is {statistics.median(widths):.1%} of the median in the"
+        f" typical cell, {max(widths):.1%} at most."
     )
 
 
 def _rooflines(records: Sequence[Record], out: Path) -> str:
-    """Rate against operations a byte, below the ceilings measured in the same run."""
+    """FLOP/s against FLOPs per byte, below the ceilings measured in the same run."""
     pictures = []
     for group in groups(records, lambda r: (r.hardware, r.dtype)):
         path = out / f"roofline{_suffix(len(pictures))}.png"
@@ -177,7 +187,7 @@ def _rooflines(records: Sequence[Record], out: Path) -> str:
 
 
 def _widths(records: Sequence[Record], out: Path) -> str:
-    """Latency, energy and their improvement over the dense model against the width."""
+    """Latency, energy and their improvement over the dense model, against the width."""
     pictures = []
     measured = [record for record in records if record.p50 and "I" in record.shape]
     for group in groups(measured, lambda r: (r.what, r.unit, r.dtype, r.hardware, r.method, _model(r))):
@@ -205,8 +215,8 @@ def _wins(records: Sequence[Record], out: Path) -> str:
         plots.heat_map(wins, title, path)
         mean = statistics.geometric_mean(wins.values())
         lines.append(
-            f"- {group[0].what}: behind the best peer by more than the spread in {lost} of {len(wins)} cells; geometric mean"
-            f" {mean:.2f}×."
+            f"- {group[0].what}: worse than the best peer by more than the spread in {lost} of {len(wins)} cells;"
+            f" geometric mean {mean:.2f}×."
         )
         pictures.append(f"![{group[0].what}: wins and losses]({path.name})\n")
     return "\n".join(["## Wins and losses\n", *lines, "", *pictures]) if pictures else ""

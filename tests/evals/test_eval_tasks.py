@@ -41,7 +41,7 @@ def test_local_files_are_the_hubs_data(hub, tmp_path, name):
     assert list(there[name].eval_docs) == list(here[name].eval_docs) and len(here[name].eval_docs) == 6
     assert there[name].VERSION == here[name].VERSION
     models, found = [OracleLM(), OracleLM()], []
-    for model, source in zip(models, (None, data)):
+    for model, source in zip(models, (None, data), strict=True):
         found.append(evaluate(model, name, Limits(), data=source, **IDENTITY))
     assert models[0].seen == models[1].seen and models[0].seen
     assert found[0].metrics == found[1].metrics and TASKS[name].metric in found[0].metrics
@@ -137,8 +137,8 @@ def test_small_budget_caps_generation(tmp_path):
     "line, message",
     [
         ('{"question": "a", "choices": {}}', "test.jsonl, line 2 has no field 'answerKey'"),
-        ("{broken", "test.jsonl, line 2 is no JSON object"),
-        ("3", "test.jsonl, line 2 is no JSON object"),
+        ("{broken", "test.jsonl, line 2 is not a JSON object"),
+        ("3", "test.jsonl, line 2 is not a JSON object"),
     ],
 )
 def test_wrong_data_names_file_line_and_field(tmp_path, line, message):
@@ -150,11 +150,11 @@ def test_wrong_data_names_file_line_and_field(tmp_path, line, message):
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(ValueError, match=r"validation\.jsonl\.gz is not there"):
+    with pytest.raises(ValueError, match=r"validation\.jsonl\.gz does not exist"):
         build("hellaswag", Limits(), tmp_path)
     path = write_data(tmp_path) / "hellaswag" / "validation.jsonl.gz"
     path.write_bytes(b"plain text")
-    with pytest.raises(ValueError, match="line 1 is no JSON object: Not a gzipped file"):
+    with pytest.raises(ValueError, match="line 1 is not a JSON object: Not a gzipped file"):
         build("hellaswag", Limits(), tmp_path)
     (tmp_path / "arc_challenge" / "test.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
@@ -167,6 +167,6 @@ def test_no_network(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        RuntimeError, match="the data of arc_challenge cannot be read from the Hub .*: give local files with --data"
+        RuntimeError, match=r"the data of arc_challenge cannot be read from the Hub .*: give local files with --data"
     ):
         build("arc_challenge", Limits())

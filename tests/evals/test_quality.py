@@ -25,11 +25,11 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "WINDOW", 8)
     monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
     methods = {
-        "MAW": quality.Method("maw"),
-        "hybrid": quality.Method("hybrid", compensate=True, windows=6),
-        "own": quality.Method("hybrid", compensate=True, windows=6, own_text=True),
-        "by layer": quality.Method("surgeon", allocation="sensitivity", windows=6, own_text=True),
-        "reconstructed": quality.Method("hybrid", compensate=True, windows=6, reconstruction=3),
+        "MAW": quality.Method.parse("maw"),
+        "hybrid": quality.Method.parse("hybrid+compensate", 6),
+        "own": quality.Method.parse("hybrid+compensate", 6, own_text=True),
+        "by layer": quality.Method.parse("surgeon+sensitivity", 6, own_text=True),
+        "reconstructed": quality.Method.parse("hybrid+compensate+reconstruct", 6, reconstruction=3),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
     make_tiny_model(seed=1).save_pretrained(tmp_path / "model")

@@ -61,7 +61,7 @@ def test_log_likelihoods(loaded, monkeypatch, packed, related):
     found = lm._loglikelihood_tokens(made, disable_tqdm=True)
     others = stock._loglikelihood_tokens(made, disable_tqdm=True)
     expected = reference(model, made, lm.max_length)
-    for (value, greedy), (other, _), (target, is_greedy) in zip(found, others, expected):
+    for (value, greedy), (other, _), (target, is_greedy) in zip(found, others, expected, strict=True):
         assert value == pytest.approx(target, abs=2e-4, rel=1e-5)
         assert value == pytest.approx(other, abs=2e-4, rel=1e-5)
         assert greedy == is_greedy

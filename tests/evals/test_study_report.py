@@ -42,7 +42,7 @@ SUMMARY = {
 def test_published_percentages(task):
     found = scores.changes("Llama-3.2-1B", task)
     assert list(found) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    for value, printed in zip(found.values(), SUMMARY[task]):
+    for value, printed in zip(found.values(), SUMMARY[task], strict=True):
         assert 100 * value == pytest.approx(printed, abs=0.0501)
 
 
@@ -56,7 +56,7 @@ def test_published_correlation():
 
 
 def test_published_tasks_and_ratios():
-    for model, tasks, count in zip(scores.MODELS, (BASE_TASKS, BASE_TASKS, INSTRUCT_TASKS), (7, 7, 4)):
+    for model, tasks, count in zip(scores.MODELS, (BASE_TASKS, BASE_TASKS, INSTRUCT_TASKS), (7, 7, 4), strict=True):
         found = scores.scores(model)
         assert {score.task for score in found} == set(tasks) and len(found) == count * len(tasks)
     ratios = {score.pruning: score.expansion_ratio for score in scores.scores("Llama-3.2-3B")}
@@ -115,7 +115,7 @@ def test_paired_change_of_perplexities():
     half = (found.high - found.low) / 2 / stats.t.ppf(0.975, 11)
     assert half == pytest.approx(jackknife, rel=0.15) and not found.is_noise
     plain = paired_change([v for v, _ in dense], [v for v, _ in other], "perplexity,none")
-    assert plain.difference == pytest.approx(np.mean([d[0] - o[0] for d, o in zip(dense, other)]))
+    assert plain.difference == pytest.approx(np.mean([d[0] - o[0] for d, o in zip(dense, other, strict=True)]))
 
 
 def made(task, ratio, values, recipe="maw", model="m", **more):
@@ -197,7 +197,7 @@ def test_marks_and_verdicts(folder):
     words = {claim.tasks[0]: verdict(claim, series) for claim in CLAIMS}
     assert words["mmlu"].startswith("**holds** (4 of 4")
     assert words["truthfulqa_mc2"].startswith("**holds**")
-    assert words["gsm8k"] == "**cannot be told**: the dense model is not above chance on gsm8k"
+    assert words["gsm8k"] == "**cannot be judged**: the dense model is not above chance on gsm8k"
     assert words["ifeval"] == "not measured"
     # The other way round.
     turned = [made("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
@@ -219,7 +219,7 @@ def test_one_mark_of_six_is_no_finding():
     twice = series_of("mmlu", [0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.5])
     assert verdict(claims["mmlu"], twice).startswith("**holds** (2 of 6")
     low = series_of("mmlu", [0.25, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05])
-    assert verdict(claims["mmlu"], low) == "**cannot be told**: the dense model is not above chance on mmlu"
+    assert verdict(claims["mmlu"], low) == "**cannot be judged**: the dense model is not above chance on mmlu"
     both = series_of("ifeval", [0.5, 0.9, 0.9, 0.5, 0.5, 0.1, 0.1])
     assert verdict(claims["ifeval"], both).startswith("**mixed** (2 of 6 changes with it beyond the noise, 2 against")
     short = report._in_short([once, twice, low])
@@ -247,7 +247,7 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     records = tmp_path / "bench.jsonl"
     for width, seconds in ((1000, 0.02), (800, 0.017), (600, 0.015)):
         shape = {"model": "m", "H": 250, "I": width}
-        append(records, Record.of("generation: TPOT", "stock", shape, torch.float32, "s", [seconds]))
+        append(records, Record.of("generation: TPOT", "stock", shape, torch.float32, unit="s", values=[seconds]))
     out = tmp_path / "report"
     assert main(["report", str(folder.path), str(records), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "study.md")

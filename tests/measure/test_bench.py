@@ -10,19 +10,24 @@ import gluprune
 from gluprune.checkpoints.load_save import build_empty
 from gluprune.cli import main
 from gluprune.measure import bench
-from gluprune.measure.bench import Plan, Workload
+from gluprune.measure.bench import BenchPlan, Workload
 from gluprune.measure.energy import Energy, Meter, Unmetered
 from gluprune.measure.random_models import CONFIGS, random_model
 from gluprune.measure.records import read
 from gluprune.models.glu import model_glus
 
-TINY = Plan((Workload(2, 5, 4),), ("generate",), ratios=(0.4,), repeats=3)
+TINY = BenchPlan((Workload(2, 5, 4),), ("generate",), ratios=(0.4,), repeats=3)
 
 
 def run(model, plan=TINY):
     made = []
     bench.bench(model, "tiny", plan, torch.device("cpu"), made.append)
     return made
+
+
+def measured(model, workload, meter, idle, decoding="generate", plan=TINY):
+    common = bench.described(model, "tiny", "transformers", decoding, workload)
+    return list(bench.measure(model, common, workload, plan=plan, meter=meter, idle=idle))
 
 
 def test_records_of_every_width(tiny_model):
@@ -75,16 +80,7 @@ class ScriptedMeter(Meter):
 
 def test_joules(tiny_model):
     model = tiny_model(seed=1)
-    made = bench.measure(
-        model,
-        "tiny",
-        "transformers",
-        "generate",
-        Workload(2, 5, 4),
-        TINY,
-        ScriptedMeter(),
-        Energy(9.0, 3.0, "scripted"),
-    )
+    made = measured(model, Workload(2, 5, 4), ScriptedMeter(), Energy(9.0, 3.0, "scripted"))
     by = {record.what: record for record in made}
     assert by["generation: energy"].p50 == (10 + 6 * 4) / (2 * 4)
     assert by["generation: energy"].method == "scripted"
@@ -95,24 +91,22 @@ def test_joules(tiny_model):
 
 def test_energy_that_was_not_measured_has_words_and_no_figure(tiny_model):
     meter = Meter(Unmetered("no counter"))
-    made = bench.measure(tiny_model(), "tiny", "transformers", "generate", Workload(1, 5, 2), TINY, meter, meter.idle())
+    made = measured(tiny_model(), Workload(1, 5, 2), meter, meter.idle())
     energy = [record for record in made if "energy" in record.what]
     assert [(record.p50, record.refusal) for record in energy] == [(None, "not measured: no counter")]
 
 
 def test_energy_that_nobody_asked_for_has_no_record(tiny_model):
     plan = dataclasses.replace(TINY, energy_seconds=None)
-    arguments = ("tiny", "transformers", "generate", Workload(1, 5, 2), plan, ScriptedMeter(), Energy(9.0, 3.0, ""))
-    made = [record.what for record in bench.measure(tiny_model(), *arguments)]
+    records = measured(tiny_model(), Workload(1, 5, 2), ScriptedMeter(), Energy(9.0, 3.0, ""), plan=plan)
+    made = [record.what for record in records]
     assert "generation: TTLT" in made and not any("energy" in what for what in made)
 
 
-def test_what_a_decoding_refuses_is_recorded(tiny_model):
+def test_a_decoding_that_the_model_does_not_support_is_recorded(tiny_model):
     meter = Meter(Unmetered("no counter"))
-    (refused,) = bench.measure(
-        tiny_model("gemma2"), "tiny", "transformers", "compiled", Workload(1, 5, 2), TINY, meter, meter.idle()
-    )
-    assert (refused.what, refused.p50) == ("generation: TTLT", None) and "sliding window" in refused.refusal
+    (missing,) = measured(tiny_model("gemma2"), Workload(1, 5, 2), meter, meter.idle(), decoding="compiled")
+    assert (missing.what, missing.p50) == ("generation: TTLT", None) and "sliding window" in missing.refusal
 
 
 def test_prompts_are_those_of_the_seeds(tiny_model):
@@ -124,7 +118,7 @@ def test_prompts_are_those_of_the_seeds(tiny_model):
 
 def test_the_papers_preset():
     """Six workloads, three seeds, six widths beside the dense one, half a minute at rest."""
-    plan = bench.plan_of("paper", torch.device("cpu"))
+    plan = bench.bench_plan("paper", torch.device("cpu"))
     lengths = {(w.batch, w.new_tokens) for w in plan.workloads}
     assert len(plan.workloads) == 6 and lengths == {(batch, new) for batch in (1, 8) for new in (20, 50, 150)}
     assert (plan.seeds, plan.idle_seconds, plan.decodings) == ((42, 123, 456), 30, ("generate",))
@@ -134,7 +128,7 @@ def test_the_papers_preset():
 
 
 def test_default_plans_by_device():
-    cuda, cpu = (bench.plan_of(None, torch.device(name)) for name in ("cuda", "cpu"))
+    cuda, cpu = (bench.bench_plan(None, torch.device(name)) for name in ("cuda", "cpu"))
     assert cuda.decodings == ("generate", "compiled", "graph") and cpu.decodings == ("generate", "compiled")
     assert {(w.batch, w.prompt) for w in cuda.workloads} == {(1, 128), (1, 1024), (8, 128), (8, 1024)}
 
@@ -200,7 +194,7 @@ def test_command_with_random_weights_says_so(monkeypatch, tiny_model, tmp_path, 
         (["somewhere", "--random", "llama-3.2-1b"], "give exactly one of MODEL and --random NAME"),
         (
             ["--random", "llama-9"],
-            "no shapes are known of 'llama-9': allowed are llama-3.2-1b, llama-3.2-3b, llama-3.1-8b",
+            "unknown model 'llama-9' for random weights: allowed are llama-3.2-1b, llama-3.2-3b, llama-3.1-8b",
         ),
         (["absent"], "absent is neither a model folder nor a reachable Hub id"),
         (["absent", "--decoding", "graph"], "decoding 'graph' needs a CUDA device, the device is cpu"),
@@ -228,7 +222,9 @@ def test_no_cuda(tmp_path, capsys):
 @pytest.mark.cuda
 def test_patched_and_not_through_every_decoding_on_a_gpu(tiny_model):
     model = tiny_model(dtype=torch.bfloat16, intermediate_size=256, seed=1)
-    plan = Plan((Workload(1, 5, 4),), ("generate", "compiled", "graph"), repeats=2, energy_seconds=1, idle_seconds=1)
+    plan = BenchPlan(
+        (Workload(1, 5, 4),), ("generate", "compiled", "graph"), repeats=2, energy_seconds=1, idle_seconds=1
+    )
     made = []
     bench.bench(model, "tiny", plan, torch.device("cuda"), made.append)
     cells = {(r.shape["I"], r.provider, r.shape["decoding"]) for r in made if r.what == "generation: TPOT" and r.p50}

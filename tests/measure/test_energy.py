@@ -79,8 +79,8 @@ def test_counter():
         ([5_000_000, 5_000_000], "the energy counter stood still"),
         ([None, None], "NVML has no energy counter here"),
         ([5_000_000, None], "NVML has no energy counter here"),
-        ([5_000_000, 1_000], "the energy counter told"),  # loaded anew: read as a wrapped counter it would be 4 MJ
-        ([5_000_000, 5_000_100], "the energy counter told 0.1 J"),  # stopped after the first tick
+        ([5_000_000, 1_000], "the energy counter reported"),  # reloaded: read as a wrapped counter it would be 4 MJ
+        ([5_000_000, 5_000_100], "the energy counter reported 0.1 J"),  # stopped after the first tick
     ],
 )
 def test_a_counter_that_fails_leaves_the_sampled_power(readings, complaint):
@@ -106,7 +106,7 @@ def test_a_counter_of_32_bits_that_wraps():
 def test_neither_counter_nor_power_is_not_measured(readings, complaint):
     used = measured(ScriptedNVML(None, {"first": readings}))
     assert used.joules is None
-    assert used.method.startswith(f"not measured: {complaint}, and NVML gives no power (")
+    assert used.method.startswith(f"not measured: {complaint}, and NVML reports no power (")
 
 
 def test_power_that_is_lost_in_the_window_is_no_power():
@@ -167,7 +167,7 @@ def test_a_gpu_that_nvml_does_not_know_is_not_measured(monkeypatch, nvml, uuid):
     visible(monkeypatch, uuid)
     used, runs = Meter(energy._nvml_source(torch.device("cuda"), nvml)).repeat(lambda: None)
     assert (used.joules, runs) == (None, 0)
-    assert used.method.startswith(f"not measured: NVML cannot be asked about GPU {uuid}: ")
+    assert used.method.startswith(f"not measured: NVML does not find GPU {uuid}: ")
 
 
 # --- RAPL ---

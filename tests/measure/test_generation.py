@@ -59,7 +59,7 @@ def test_end_of_sequence_does_not_stop_it(tiny_model, monkeypatch):
 
 
 def test_one_new_token_is_too_few(tiny_model):
-    with pytest.raises(ValueError, match="at least 2 .*, got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 .*, got 1"):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=1)
 
 

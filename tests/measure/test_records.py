@@ -10,39 +10,39 @@ from gluprune.measure import records
 
 
 def test_percentiles():
-    record = records.Record.of("copy", "torch", {"M": 1}, torch.bfloat16, "s", [5.0, 1.0, 4.0, 2.0, 3.0])
+    record = records.Record.of("copy", "torch", {"M": 1}, torch.bfloat16, unit="s", values=[5.0, 1.0, 4.0, 2.0, 3.0])
     assert (record.p20, record.p50, record.p80, record.repeats) == pytest.approx((1.8, 3.0, 4.2, 5))
     assert record.dtype == "bfloat16" and record.versions["torch"] == torch.__version__
-    single = records.Record.of("copy", "torch", {}, torch.float32, "s", [2.5])
+    single = records.Record.of("copy", "torch", {}, torch.float32, unit="s", values=[2.5])
     assert (single.p20, single.p50, single.p80, single.repeats) == (2.5, 2.5, 2.5, 1)
 
 
 def test_nothing_measured_is_an_error():
     with pytest.raises(ValueError, match="copy by torch: nothing was measured"):
-        records.Record.of("copy", "torch", {}, torch.float32, "s", [])
+        records.Record.of("copy", "torch", {}, torch.float32, unit="s", values=[])
 
 
 def test_append_and_read(tmp_path):
     path = tmp_path / "new" / "records.jsonl"
-    written = [records.Record.of("copy", "torch", {"M": m}, torch.float32, "s", [float(m)]) for m in (1, 2)]
+    written = [records.Record.of("copy", "torch", {"M": m}, torch.float32, unit="s", values=[float(m)]) for m in (1, 2)]
     for record in written:
         records.append(path, record)
     assert len(path.read_text().splitlines()) == 2
     assert records.read(path) == written
 
 
-def test_floor_and_refusal(tmp_path):
-    """Half of the floor's speed is a share of one half; a refusal has words and no figure; both survive the file."""
+def test_floor_and_missing_figure(tmp_path):
+    """Half of the floor's speed is a share of one half; a missing figure has a reason; both survive the file."""
     slow = records.Record.of(
-        "copy", "torch", {}, torch.float32, "s", [4.0], nbytes=10, flops=20, floor=2.0, method="clock"
+        "copy", "torch", {}, torch.float32, unit="s", values=[4.0], nbytes=10, flops=20, floor=2.0, method="clock"
     )
     assert slow.share_of_floor == 0.5
-    refused = records.Record.refused("mlp", "peer", {"I": 7373}, torch.bfloat16, "s", "not a multiple of 8")
-    assert (refused.p20, refused.p50, refused.p80, refused.repeats) == (None, None, None, 0)
-    assert refused.share_of_floor is None and refused.dtype == "bfloat16"
-    for record in (slow, refused):
+    missing = records.Record.missing("mlp", "peer", {"I": 7373}, torch.bfloat16, unit="s", reason="not a multiple of 8")
+    assert (missing.p20, missing.p50, missing.p80, missing.repeats) == (None, None, None, 0)
+    assert missing.share_of_floor is None and missing.dtype == "bfloat16"
+    for record in (slow, missing):
         records.append(tmp_path / "records.jsonl", record)
-    assert records.read(tmp_path / "records.jsonl") == [slow, refused]
+    assert records.read(tmp_path / "records.jsonl") == [slow, missing]
 
 
 def test_committed_records_can_be_read():
@@ -54,11 +54,11 @@ def test_committed_records_can_be_read():
 
 
 @pytest.mark.parametrize("line", ["{", '{"what": "copy"}', "[1]"])
-def test_a_line_that_is_no_record(tmp_path, line):
+def test_a_line_that_is_not_a_record(tmp_path, line):
     path = tmp_path / "records.jsonl"
-    records.append(path, records.Record.of("copy", "torch", {}, torch.float32, "s", [1.0]))
+    records.append(path, records.Record.of("copy", "torch", {}, torch.float32, unit="s", values=[1.0]))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match="records.jsonl, line 2 is no record"):
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 2 is not a record"):
         records.read(path)
 
 

@@ -53,7 +53,7 @@ def test_nothing_is_left_over(has_first, has_launch):
 
 
 def test_unlike_costs_are_refused():
-    with pytest.raises(ValueError, match="tells the first token apart and the other does not"):
+    with pytest.raises(ValueError, match="the first token is separated in only one of the two costs"):
         split(Cost(3, 1.0), Cost(3, 1.0, 2.0))
 
 
@@ -91,7 +91,7 @@ def run(width, provider, decoding, ttft, tpot, joules=None, prefill=None):
         ("energy of the prefill", "J", prefill),
     ]:
         if value is not None:
-            yield Record.of(f"generation: {what}", provider, shape, torch.bfloat16, unit, [value])
+            yield Record.of(f"generation: {what}", provider, shape, torch.bfloat16, unit=unit, values=[value])
 
 
 def table_rows(markdown, title):
@@ -129,7 +129,7 @@ def test_gains_beside_the_ratio_of_the_bytes(tmp_path):
     """Half of the bytes in 1 / 1.6 of the time: 80 % of what the bytes promise."""
     shape = {"model": "m", "H": 8, "batch": 1, "prompt": 5, "new tokens": 11, "decoding": "generate"}
     records = [
-        Record.of("generation: TPOT", "p", {**shape, "I": I}, torch.float32, "s", [seconds], nbytes=nbytes)
+        Record.of("generation: TPOT", "p", {**shape, "I": I}, torch.float32, unit="s", values=[seconds], nbytes=nbytes)
         for I, seconds, nbytes in [(128, 0.016, 1000), (64, 0.010, 500)]
     ]
     row = breakdown.section(records, tmp_path).strip().splitlines()[-1]
@@ -137,7 +137,9 @@ def test_gains_beside_the_ratio_of_the_bytes(tmp_path):
 
 
 def test_no_records_of_generation_no_section(tmp_path):
-    assert breakdown.section([Record.of("copy", "torch", {"M": 1}, torch.float32, "s", [1.0])], tmp_path) == ""
+    assert (
+        breakdown.section([Record.of("copy", "torch", {"M": 1}, torch.float32, unit="s", values=[1.0])], tmp_path) == ""
+    )
 
 
 # --- the published figures ---
@@ -152,7 +154,7 @@ def test_the_published_latency_is_output_length():
 def test_predictions_by_hand_from_the_raw_rows():
     """1B, HellaSwag at batch 1, half of the neurons: the three runs of both models, read here."""
     document = json.loads((files("gluprune_evals.paper") / "data" / "published_inference.json").read_text())
-    rows = [dict(zip(document["columns"], row)) for row in document["rows"]]
+    rows = [dict(zip(document["columns"], row, strict=True)) for row in document["rows"]]
     assert len(rows) == 2 * 7 * 6 * 3
 
     def runs(percent):
@@ -163,7 +165,9 @@ def test_predictions_by_hand_from_the_raw_rows():
     seconds = sum(95 * row["ttlt_ms"] / 1e3 for row in dense)  # 95 prompts in each run
     predicted = seconds / sum(row["tokens"] for row in dense) * sum(row["tokens"] for row in half) / (3 * 95)
     found = next(
-        c for c in latency.configurations() if (c.model, c.workload, c.percent) == ("Llama-3.2-1B", "hellaswag b1", 50)
+        c
+        for c in latency.published_results()
+        if (c.model, c.workload, c.percent) == ("Llama-3.2-1B", "hellaswag b1", 50)
     )
     assert latency.predicted_ttlt(found) == pytest.approx(predicted, rel=1e-4)
     assert found.ttlt == pytest.approx(statistics.mean(row["ttlt_ms"] for row in half) / 1e3)

@@ -19,15 +19,17 @@ def measured(provider, seconds, I=8192, M=1, what="mlp: forward", unit="s", repe
     values = (
         [seconds * (1 + spread * (step / (repeats - 1) - 0.5)) for step in range(repeats)] if repeats > 1 else [seconds]
     )
-    return Record.of(what, provider, {"model": "1b", "H": 2048, "I": I, "M": M}, BF16, unit, values, **details)
+    return Record.of(
+        what, provider, {"model": "1b", "H": 2048, "I": I, "M": M}, BF16, unit=unit, values=values, **details
+    )
 
 
 @pytest.fixture
 def run():
-    """Two widths by two numbers of tokens, a ceiling of 1 TB/s and 100 TFLOP/s; the peer refuses the odd width."""
+    """Two widths by two numbers of tokens, ceilings of 1 TB/s and 100 TFLOP/s; the peer takes no unaligned width."""
     records = [
-        Record.of("ceiling: copy", "torch", {"bytes": 10**9}, BF16, "s", [2e-3], nbytes=2 * 10**9),
-        Record.of("ceiling: gemm", "torch", {"n": 8192}, BF16, "s", [0.01], flops=10**12),
+        Record.of("ceiling: copy", "torch", {"bytes": 10**9}, BF16, unit="s", values=[2e-3], nbytes=2 * 10**9),
+        Record.of("ceiling: gemm", "torch", {"n": 8192}, BF16, unit="s", values=[0.01], flops=10**12),
     ]
     for I in (8192, 4915):
         for M in (1, 512):
@@ -38,7 +40,7 @@ def run():
             records.append(measured("gluprune", floor * (2 if M == 1 else 5), **cell))
             if I % 8:
                 shape = records[-1].shape
-                records.append(Record.refused("mlp: forward", "peer", shape, BF16, "s", WORDS))
+                records.append(Record.missing("mlp: forward", "peer", shape, BF16, unit="s", reason=WORDS))
             else:
                 records.append(measured("peer", floor * 3, **cell))
     return records
@@ -63,9 +65,9 @@ def test_table(run):
     wide = ["1b", "2048", "8192", "1", "402.7", "**201.3**", "302", "50%", "1.50×"]
     assert cells(markdown, "| 1b | 2048 | 8192 | 1 ") == wide
     odd = cells(markdown, "| 1b | 2048 | 4915 | 512 ")
-    assert odd[6:] == ["refused [1]", "25%", "0.80×"]
+    assert odd[6:] == ["missing [1]", "25%", "0.80×"]
     assert f"[1] {WORDS}" in markdown and "µs, bfloat16" in markdown
-    assert "Medians of 5 repeats; half the distance from p20 to p80 is 0.3%" in markdown
+    assert "Medians of 5 repeats; half the p20–p80 range is 0.3%" in markdown
 
 
 def test_higher_is_better_for_rates():
@@ -95,7 +97,7 @@ def test_report_of_a_folder(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "records"), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(out / "report.md"), "records": len(run)}
     markdown = (out / "report.md").read_text()
-    assert "behind the best peer by more than the spread in 2 of 4 cells; geometric mean 1.10×" in markdown
+    assert "worse than the best peer by more than the spread in 2 of 4 cells; geometric mean 1.10×" in markdown
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"roofline.png", "width.png", "wins.png"}
     assert all(f"({name})" in markdown for name in pictures)
@@ -125,12 +127,12 @@ def test_points_of_the_plots(run, tmp_path, monkeypatch):
     )
     assert all(y <= roof.lines[0].get_ydata()[1] for dots in roof.collections for _, y in dots.get_offsets())
     gain = drawn["width.png"].axes[1]
-    lines = {line.get_label(): dict(zip(line.get_xdata(), line.get_ydata())) for line in gain.lines}
+    lines = {line.get_label(): dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in gain.lines}
     assert lines["eager"][8192] == 1 and lines["gluprune"][8192] == pytest.approx(2)
     assert lines["ratio of the bytes"][4915] == pytest.approx(8192 / 4915)
     odd = [line for line in gain.lines if list(line.get_xdata()) == [4915] and line.get_marker() == "x"]
     assert [line.get_ydata()[0] for line in odd] == pytest.approx([8192 / 4915, 2 * 8192 / 4915])
-    assert drawn["width.png"].get_suptitle().endswith("; crosses: widths that are no multiple of 128")
+    assert drawn["width.png"].get_suptitle().endswith("; crosses: unaligned widths (not a multiple of 128)")
     heat = drawn["wins.png"].axes[0].images[0].get_array()
     assert heat.flatten().tolist() == pytest.approx([0.585, -0.737, 1, -0.322], abs=1e-3)
 
@@ -183,11 +185,11 @@ def test_what_cannot_be_compared():
         compare([once], [dataclasses.replace(once, hardware="another")])
 
 
-def test_a_new_refusal_is_a_regression():
+def test_a_figure_that_is_now_missing_is_a_regression():
     old = measured("peer", 1.0)
-    new = Record.refused(old.what, old.provider, old.shape, BF16, "s", WORDS)
-    assert [change.verdict for change in compare([old], [new]).regressions] == ["refused"]
-    assert [change.verdict for change in compare([new], [old]).changes] == ["no longer refused"]
+    new = Record.missing(old.what, old.provider, old.shape, BF16, unit="s", reason=WORDS)
+    assert [change.verdict for change in compare([old], [new]).regressions] == ["missing"]
+    assert [change.verdict for change in compare([new], [old]).changes] == ["no longer missing"]
     assert not compare([new], [new]).regressions
 
 
@@ -210,7 +212,7 @@ def test_compare_on_the_command_line(tmp_path, capsys):
         ([], "give a file of records, or a folder of such files"),
         (["absent.jsonl"], "absent.jsonl"),
         (["."], "holds no file of records"),
-        (["bad.jsonl"], "bad.jsonl, line 1 is no record"),
+        (["bad.jsonl"], "bad.jsonl, line 1 is not a record"),
         (["empty.jsonl"], "no record in empty.jsonl"),
         (["--compare", "bad.jsonl", "bad.jsonl", "--out", "x"], "--compare takes only OLD and NEW"),
     ],

@@ -1,8 +1,8 @@
-"""The published latencies and energies of the width-pruning study (arXiv 2512.22671), explained: `gluprune report --published`.
+"""`gluprune report --published`: the published latencies and energies of arXiv 2512.22671, explained.
 
-The figures are in `data/published_inference.json`, which names their source. All runs are used; the published means leave
-out runs of some configurations. What is called time to first token there is the time of the whole `generate()` call, with a
-length of output that the model chooses.
+The figures are in `data/published_inference.json`, which names their source. All runs are used; the published means
+omit runs of some configurations. What is called time to first token there is the time of the whole `generate()` call,
+with an output length that the model chooses.
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ TABLE, PICTURE = "published.md", "published.png"
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """One model and workload: the sums over its runs, a prompt.
+class PublishedResult:
+    """One model, width and workload: means over all prompts of all runs.
 
-    tokens, seconds, joules: of a prompt (with batches, its share); ttlt: published seconds, None with batches.
+    Attributes:
+        model: Name of the model.
+        percent: Share of the neurons removed.
+        width: Intermediate size.
+        workload: Data set and batch.
+        batch: Prompts at a time.
+        tokens: Generated tokens for each prompt.
+        seconds: For each prompt (in a batch, its share).
+        joules: For each prompt (in a batch, its share).
+        ttlt: Published seconds to the last token. None with batches.
     """
 
     model: str
@@ -39,14 +48,17 @@ class Configuration:
 
     @property
     def latency(self) -> Cost:
+        """Seconds of a prompt."""
         return Cost(self.tokens, self.seconds / self.tokens)
 
     @property
     def energy(self) -> Cost:
+        """Joules of a prompt."""
         return Cost(self.tokens, self.joules / self.tokens)
 
     @property
     def is_odd(self) -> bool:
+        """Whether the width is an odd number."""
         return self.width % 2 == 1
 
 
@@ -57,11 +69,11 @@ def _document() -> dict:
 
 def _runs() -> list[dict]:
     document = _document()
-    return [dict(zip(document["columns"], row)) for row in document["rows"]]
+    return [dict(zip(document["columns"], row, strict=True)) for row in document["rows"]]
 
 
-def configurations() -> list[Configuration]:
-    """All configurations of the study, of each model and workload the dense one first."""
+def published_results() -> list[PublishedResult]:
+    """Return all results of the paper, for each model and workload the dense one first."""
     document = _document()
     grouped: dict[tuple, list[dict]] = {}
     for run in _runs():
@@ -74,7 +86,7 @@ def configurations() -> list[Configuration]:
         dense = document["intermediate_size"]
         count = prompts * len(runs)
         found.append(
-            Configuration(
+            PublishedResult(
                 model,
                 percent,
                 dense - int(percent / 100 * dense),
@@ -89,39 +101,41 @@ def configurations() -> list[Configuration]:
     return found
 
 
-def dense_of(configuration: Configuration) -> Configuration:
-    """The dense model of the same workload."""
-    same = (configuration.model, configuration.workload)
-    return next(c for c in configurations() if (c.model, c.workload) == same and c.percent == 0)
+def dense_of(result: PublishedResult) -> PublishedResult:
+    """Return the result of the dense model on the same workload."""
+    return next(r for r in _of(result.model, result.workload) if r.percent == 0)
 
 
-def predicted_ttlt(configuration: Configuration) -> float:
-    """Seconds to the last token, from the dense model's time per token and the number of tokens alone."""
-    return configuration.tokens * dense_of(configuration).latency.each
+def _of(model: str, workload: str) -> list[PublishedResult]:
+    return [r for r in published_results() if (r.model, r.workload) == (model, workload)]
+
+
+def predicted_ttlt(result: PublishedResult) -> float:
+    """Return seconds to the last token, from only the dense model's time per token and the number of tokens."""
+    return result.tokens * dense_of(result).latency.each
 
 
 def prediction_errors() -> list[float]:
-    """Relative error of `predicted_ttlt` against the published TTLT, of every pruned configuration that has one."""
-    pruned = [c for c in configurations() if c.percent and c.ttlt is not None]
-    return [predicted_ttlt(c) / c.ttlt - 1 for c in pruned]
+    """Return the relative error of `predicted_ttlt` for every pruned model with a published TTLT."""
+    return [predicted_ttlt(r) / r.ttlt - 1 for r in published_results() if r.percent and r.ttlt is not None]
 
 
 def odd_excess(model: str, workload: str) -> dict[int, float]:
-    """By odd width, the energy of a token over that on the straight line through the even widths, less 1."""
-    own = [c for c in configurations() if (c.model, c.workload) == (model, workload)]
+    """Return odd width -> energy of a token over that on the straight line through the even widths, less 1."""
+    own = _of(model, workload)
     even = [c for c in own if not c.is_odd]
     slope, start = statistics.linear_regression([c.width for c in even], [c.energy.each for c in even])
     return {c.width: c.energy.each / (start + slope * c.width) - 1 for c in own if c.is_odd}
 
 
 def carbon_share() -> tuple[float, float]:
-    """Least and largest ratio of the published kWh to those that CodeCarbon counted, over the runs that have both."""
+    """Return the smallest and largest ratio of the published kWh to CodeCarbon's, over the runs that have both."""
     ratios = [run["energy_raw_kwh"] / run["codecarbon_kwh"] for run in _runs() if run["codecarbon_kwh"]]
     return min(ratios), max(ratios)
 
 
 def write(out: str | Path) -> Path:
-    """Write the table and the picture into a folder, which is made if need be; returns the table's path."""
+    """Write the table and the picture into a folder, created if it does not exist; return the table's path."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _plot(out / PICTURE)
@@ -135,7 +149,7 @@ def _percent(value: float) -> str:
 
 def _groups(is_batched: bool) -> list[tuple[str, str]]:
     """Models and workloads with batches, or without."""
-    return list(dict.fromkeys((c.model, c.workload) for c in configurations() if (c.batch > 1) == is_batched))
+    return list(dict.fromkeys((c.model, c.workload) for c in published_results() if (c.batch > 1) == is_batched))
 
 
 def _range(is_batched: bool) -> str:
@@ -144,12 +158,16 @@ def _range(is_batched: bool) -> str:
 
 
 def _models() -> list[str]:
-    return list(dict.fromkeys(c.model for c in configurations()))
+    return list(dict.fromkeys(c.model for c in published_results()))
+
+
+def _percents() -> list[int]:
+    return sorted({r.percent for r in published_results()} - {0})
 
 
 def _average(model: str, percent: int) -> tuple[float, float, float]:
-    """Mean published TTLT of the workloads at batch 1 over the dense model's, less 1: all, by output length, per token."""
-    own = [c for c in configurations() if (c.model, c.percent) == (model, percent) and c.ttlt is not None]
+    """Mean published TTLT at batch 1 over the dense model's, less 1: total, by output length, per token."""
+    own = [c for c in published_results() if (c.model, c.percent) == (model, percent) and c.ttlt is not None]
     base = sum(dense_of(c).latency.total for c in own)
     parts = [split(dense_of(c).latency, c.latency) for c in own]
     lengths, tokens = (sum(getattr(part, name) for part in parts) / base for name in ("output_length", "per_token"))
@@ -157,32 +175,41 @@ def _average(model: str, percent: int) -> tuple[float, float, float]:
 
 
 def _markdown() -> str:
-    source, errors = _document()["source"], prediction_errors()
-    absolute = [abs(error) for error in errors]
-    low, high = carbon_share()
+    source = _document()["source"]
     lines = [
         "# The published latencies and energies, explained",
         "",
         f"{source['paper']}; measured there on {source['hardware']}. Figures from {source['repository']}, commit"
         f" {source['commit'][:10]} ({source['licence']}). This page and its picture: `gluprune report --published`.",
         "",
-        f"![what the published differences are made of]({PICTURE})",
+        f"![what the published differences consist of]({PICTURE})",
         "",
+        *_latency_section(),
+        "",
+        *_energy_section(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latency_section() -> list[str]:
+    errors = prediction_errors()
+    absolute = [abs(error) for error in errors]
+    lines = [
         "## Latency: the models write more, not slower",
         "",
-        "What was published as latency is the time of the whole `generate()` call (TTLT), and the pruned models stop later."
-        " **TTLT predicted from the dense model's time per token and the number of tokens alone, against the published TTLT of"
-        f" every pruned configuration: median error {statistics.median(absolute):.1%}, largest {max(absolute):.1%}**"
-        f" ({len(errors)} configurations). The first token cannot be told apart in these data; it is in the time per token.",
+        "What was published as latency is the time of the whole `generate()` call (TTLT), and the pruned models stop"
+        " later. **TTLT predicted from only the dense model's time per token and the number of tokens, against the"
+        f" published TTLT of every pruned configuration: median error {statistics.median(absolute):.1%}, largest"
+        f" {max(absolute):.1%}** ({len(errors)} configurations). The first token cannot be separated in these data; it"
+        " is part of the time per token.",
         "",
         "Mean of the three workloads at batch 1, against the dense model:",
         "",
         "| model | pruned | TTLT | by output length | by time per token |",
         "|---|--:|--:|--:|--:|",
     ]
-    percents = sorted({c.percent for c in configurations()} - {0})
     for model in _models():
-        for percent in percents:
+        for percent in _percents():
             lines.append(f"| {model} | {percent} % | {' | '.join(map(_percent, _average(model, percent)))} |")
     lines += [
         "",
@@ -192,52 +219,56 @@ def _markdown() -> str:
         " by output length | by time per token | J a prompt against dense | by output length | by J per token |",
         "|---|---|--:|" + "--:|" * 10,
     ]
-    for c in configurations():
-        if c.ttlt is None or not c.percent:
-            continue
-        dense = dense_of(c)
-        time, energy = split(dense.latency, c.latency), split(dense.energy, c.energy)
-        cells = [
-            f"{c.tokens:.1f}",
-            f"{1e3 * c.ttlt:.0f}",
-            f"{1e3 * predicted_ttlt(c):.0f}",
-            _percent(predicted_ttlt(c) / c.ttlt - 1),
-            *(_percent(part / dense.latency.total) for part in (time.total, time.output_length, time.per_token)),
-            *(_percent(part / dense.energy.total) for part in (energy.total, energy.output_length, energy.per_token)),
-        ]
-        lines.append(f"| {c.model} | {c.workload} | {c.percent} % | {' | '.join(cells)} |")
-    lines += [
+    for result in published_results():
+        if result.ttlt is not None and result.percent:
+            cells = " | ".join(_latency_cells(result, result.ttlt))
+            lines.append(f"| {result.model} | {result.workload} | {result.percent} % | {cells} |")
+    return lines
+
+
+def _latency_cells(result: PublishedResult, ttlt: float) -> list[str]:
+    dense, predicted = dense_of(result), predicted_ttlt(result)
+    time, energy = split(dense.latency, result.latency), split(dense.energy, result.energy)
+    return [
+        f"{result.tokens:.1f}",
+        f"{1e3 * ttlt:.0f}",
+        f"{1e3 * predicted:.0f}",
+        _percent(predicted / ttlt - 1),
+        *(_percent(part / dense.latency.total) for part in (time.total, time.output_length, time.per_token)),
+        *(_percent(part / dense.energy.total) for part in (energy.total, energy.output_length, energy.per_token)),
+    ]
+
+
+def _energy_section() -> list[str]:
+    low, high = carbon_share()
+    shown = {result.percent: result.width for result in published_results()}
+    lines = [
+        "## Energy: odd widths cost more at batch 8",
         "",
-        "## Energy: odd widths pay at batch 8",
-        "",
-        "Joules per token as published, idle subtracted. Odd widths in bold; behind them, what they take beyond the straight line"
+        "Joules per token as published, idle subtracted. Odd widths in bold, with their excess over the straight line"
         " through the even widths.",
         "",
-    ]
-    shown = {c.percent: c.width for c in configurations()}
-    lines += [
         "| model | workload | " + " | ".join(f"{width}" for width in shown.values()) + " |",
         "|---|---|" + "--:|" * len(shown),
     ]
     for model, workload in _groups(is_batched=True):
-        own = [c for c in configurations() if (c.model, c.workload) == (model, workload)]
         excess = odd_excess(model, workload)
         cells = [
-            f"**{c.energy.each:.4f}** ({_percent(excess[c.width])})" if c.is_odd else f"{c.energy.each:.4f}"
-            for c in own
+            f"**{r.energy.each:.4f}** ({_percent(excess[r.width])})" if r.is_odd else f"{r.energy.each:.4f}"
+            for r in _of(model, workload)
         ]
         lines.append(f"| {model} | {workload} | {' | '.join(cells)} |")
-    lines += [
+    return [
+        *lines,
         "",
-        f"Excess of the odd widths at batch 8: {_range(True)}. The same at batch 1, where launches bound the decoding:"
-        f" {_range(False)}.",
+        f"Excess of the odd widths at batch 8: {_range(True)}. The same at batch 1, where decoding is bound by"
+        f" launches: {_range(False)}.",
         "",
-        "**Units.** What is published as kWh (and from it as joules) is what CodeCarbon's `stop()` returns, and that is kilograms"
-        " of CO2. Where the repository holds CodeCarbon's own kWh beside it (the runs of the 1B model), the published figure is"
-        f" {low:.4f} to {high:.4f} of it in every run. Ratios between configurations are not touched by that; joules there"
-        f" are to be multiplied by {1 / high:.2f}. For the 3B model the factor is not known.",
+        "**Units.** What is published as kWh (and from it as joules) is the return value of CodeCarbon's `stop()`,"
+        " which is kilograms of CO2. Where the repository has CodeCarbon's own kWh as well (the runs of the 1B model),"
+        f" the published figure is {low:.4f} to {high:.4f} of it in every run. Ratios between configurations are not"
+        f" affected; joules there must be multiplied by {1 / high:.2f}. For the 3B model the factor is not known.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _plot(path: Path) -> None:
@@ -245,7 +276,7 @@ def _plot(path: Path) -> None:
 
     models = _models()
     figure = Figure(figsize=(11.5, 7.6), layout="constrained")
-    for model, (latency, energy) in zip(models, figure.subplots(len(models), 2, squeeze=False)):
+    for model, (latency, energy) in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
         _plot_latency(latency, model)
         _plot_energy(energy, model)
     source = _document()["source"]
@@ -254,7 +285,7 @@ def _plot(path: Path) -> None:
 
 
 def _plot_latency(axes, model: str) -> None:
-    percents = sorted({c.percent for c in configurations()} - {0})
+    percents = _percents()
     averages = [_average(model, percent) for percent in percents]
     places = range(len(percents))
     axes.bar(places, [100 * length for _, length, _ in averages], 0.6, color="C0", label="by output length")
@@ -279,7 +310,7 @@ def _plot_latency(axes, model: str) -> None:
 def _plot_energy(axes, model: str) -> None:
     workloads = [workload for owner, workload in _groups(is_batched=True) if owner == model]
     for index, workload in enumerate(workloads):
-        own = [c for c in configurations() if (c.model, c.workload) == (model, workload)]
+        own = _of(model, workload)
         for is_odd, style in (
             (False, {"marker": "o", "ms": 5}),
             (True, {"marker": "x", "ms": 7, "mew": 2, "ls": "none"}),

@@ -1,4 +1,4 @@
-"""The published scores of Llama-3.2 (arXiv 2512.22671), from the package's data file, whose README tells the source."""
+"""The published scores of Llama-3.2 (arXiv 2512.22671), from the package's data file; its README names the source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Score:
 
 
 def scores(model: str) -> list[Score]:
-    """All published scores of a model, the dense ones first."""
+    """Return all published scores of a model, the dense ones first."""
     text = (files("gluprune_evals.paper") / "data" / "published.csv").read_text(encoding="utf-8")
     return [
         Score(
@@ -40,11 +40,11 @@ def scores(model: str) -> list[Score]:
 
 
 def series(model: str, task: str) -> dict[float, float]:
-    """Pruning -> score of one task, dense first."""
+    """Return pruning -> score of one task, dense first."""
     return {score.pruning: score.value for score in scores(model) if score.task == task}
 
 
 def changes(model: str, task: str) -> dict[float, float]:
-    """Pruning -> relative change against the dense model, 0.1 being +10 %."""
+    """Return pruning -> relative change against the dense model; 0.1 is +10 %."""
     values = series(model, task)
     return {pruning: value / values[0.0] - 1 for pruning, value in values.items() if pruning}

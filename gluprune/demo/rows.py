@@ -1,0 +1,42 @@
+"""What the demonstration shows: its recipes, and one row for each configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAPER, DEFAULT, RECOMMENDED = "maw", "maw_gud", "surgeon+compensate+reconstruct"
+RECIPES = {
+    PAPER: "the paper's criterion (MAW of gate and up)",
+    DEFAULT: "gluprune's default, needs no text (MAW of gate, up and down)",
+    RECOMMENDED: "recommended, needs a text (surgeon, compensated, reconstructed)",
+}
+QUESTION = "Name three things that live in the sea."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        recipe: Name of the recipe, or "dense".
+        ratio: Share of the neurons to remove, before the width is rounded to a multiple of 128.
+        intermediate_size: Neurons of each MLP.
+        expansion_ratio: Intermediate size over hidden size.
+        parameters: Of the whole model.
+        bytes: Of all weights.
+        perplexity: On the demo's text.
+        sample: The beginning of the answer to `QUESTION`.
+        prefill_tokens_per_second: Best of several rounds at batch 1; depends on the width only.
+        decode_tokens_per_second: As above.
+    """
+
+    recipe: str
+    ratio: float
+    intermediate_size: int
+    expansion_ratio: float
+    parameters: int
+    bytes: int
+    perplexity: float
+    sample: str
+    prefill_tokens_per_second: float = 0.0
+    decode_tokens_per_second: float = 0.0

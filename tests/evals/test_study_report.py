@@ -180,7 +180,7 @@ def test_results_survive_the_disk(folder):
     for result in folder.results():
         assert Result.from_json(result.to_json()) == result
         assert dataclasses.asdict(result)["hardware"]
-    with pytest.raises(ValueError, match="no result of this version"):
+    with pytest.raises(ValueError, match="not a result of this version"):
         Result.from_json('{"model": "m"}')
     path = next(folder.path.glob("*/*/*.json"))
     path.write_text("{")
@@ -224,7 +224,7 @@ def test_one_mark_of_six_is_no_finding():
     assert verdict(claims["ifeval"], both).startswith("**mixed** (2 of 6 changes with it beyond the noise, 2 against")
     short = report._in_short([once, twice, low])
     assert short.count("Shown, beyond the noise of these documents: nothing") == 2 and f"mmlu ({WORSE} 2 of 6)" in short
-    assert f"no more changes than chance gives: mmlu ({WORSE} 1 of 6)" in short
+    assert f"no more changes than expected by chance: mmlu ({WORSE} 1 of 6)" in short
     assert f"at zero: mmlu ({WORSE} 6 of 6)" in short
 
 
@@ -256,7 +256,7 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     assert (
         "the noise of these documents: lambada_openai (▼ 4 of 4), mmlu (▼ 4 of 4), truthfulqa_mc2 (▲ 4 of 4)." in text
     )
-    assert "no more changes than chance gives: winogrande." in text and "or at zero: gsm8k." in text
+    assert "no more changes than expected by chance: winogrande." in text and "or at zero: gsm8k." in text
     assert "| mmlu | 40% | -66.7 % ▼ | -13.6 % | " in text
     assert "does not hold: 0 of 3" in text and "r = -0.864, p = 0.012" in text
     assert "| m | maw | gsm8k | 40% | 84 | 128 | 0 of 8 |" in text

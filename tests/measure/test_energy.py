@@ -229,7 +229,7 @@ def test_no_counter_at_all(monkeypatch, tmp_path):
     meter = find_meter("cpu")
     used, idle = meter.repeat(lambda: pytest.fail("run for nothing"))[0], meter.idle(seconds=100)
     assert used.joules is None and used.above(idle) is None
-    assert used.method == "not measured: this machine shows no RAPL counter of a processor package"
+    assert used.method == "not measured: this machine has no RAPL counter of a processor package"
     assert "meta devices" in find_meter("meta").repeat(lambda: None)[0].method
 
 

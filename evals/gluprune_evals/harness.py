@@ -11,6 +11,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def model_in_memory(model: torch.nn.Module, tokenizer):
     from gluprune_evals.shared_context import SharedContextLM, can_share
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    chosen = SharedContextLM if on_cpu and can_share(model) else HFLM
+    chosen: Any = SharedContextLM if on_cpu and can_share(model) else HFLM
     return chosen(pretrained=model.eval(), tokenizer=tokenizer, batch_size=CPU_BATCH if on_cpu else "auto")
 
 
@@ -197,7 +198,7 @@ def _pooled(metrics: list[dict[str, Metric]], sizes: list[int]) -> dict[str, Met
     total, pooled = sum(sizes), {}
     for name in metrics[0]:
         value = sum(m[name].value * size for m, size in zip(metrics, sizes, strict=True)) / total
-        parts = [m[name].stderr for m in metrics]
+        parts: list[Any] = [m[name].stderr for m in metrics]
         if any(part is None for part in parts):
             pooled[name] = Metric(value, None)
         else:  # of a weighted sum of independent means
@@ -253,7 +254,7 @@ def evaluate(
     cap = _configure(tasks, spec.shots, limits)
     start = time.perf_counter()
     try:
-        found = lm_evaluate(
+        found: Any = lm_evaluate(
             lm, {"tasks": tasks, "groups": {}}, samples=samples, bootstrap_iters=BOOTSTRAPS, log_samples=True
         )
     except AssertionError as error:  # raised by lm-eval where a model and a task do not fit together

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.collect import calibrate
@@ -89,7 +88,7 @@ WINDOW = 512  # tokens, of calibration and of evaluation
 OWN_WINDOWS = 64  # of the model's own text
 
 
-def windows_perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
+def windows_perplexity(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> float:
     """Return exp of the mean negative log-likelihood per token over windows `[1, WINDOW + 1]`."""
     return math.exp(sum(math.log(perplexity(model, window[0], WINDOW)) for window in windows) / len(windows))
 
@@ -120,7 +119,7 @@ class Measurements:
         append(self._path, record)
 
 
-def own_text(model: nn.Module, tokenizer, source: StudyModel) -> str:
+def own_text(model: PreTrainedModel, tokenizer, source: StudyModel) -> str:
     """Return text that the model writes, kept in the user's cache for later runs."""
     path = cache_folder() / f"quality-{source.name}-{source.revision}-own.txt"
     if not path.is_file():
@@ -140,7 +139,9 @@ class Calibrations:
         measurements: Where the seconds of calibrations are recorded.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, texts: tuple[str, str], measurements: Measurements):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, name: str, texts: tuple[str, str], measurements: Measurements
+    ):
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._texts, self._measurements = texts, measurements
         self._shape = {"model": name, "window": WINDOW}
@@ -242,7 +243,9 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
     return measurements.records
 
 
-def _prune(model: nn.Module, dense: nn.Module, method: Method, ratio: float, calibrations: Calibrations) -> float:
+def _prune(
+    model: PreTrainedModel, dense: PreTrainedModel, method: Method, ratio: float, calibrations: Calibrations
+) -> float:
     """Prune a model by a method; return the seconds without those of the calibration."""
     statistics = calibrations.statistics(method) if method.windows else None
     batches = calibrations.batches(method.reconstruction, method.own_text) if method.reconstruction else []
@@ -313,7 +316,7 @@ def plot(records: list[Record], path: Path) -> None:
     texts = list(dict.fromkeys(text for _, text, _ in found))
     figure = Figure(figsize=(5.5 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts, strict=True):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        axes.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(20)])
         for method in METHODS:
             points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
             if points:

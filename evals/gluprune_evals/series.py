@@ -53,7 +53,8 @@ def all_series(results: Sequence[Result]) -> list[Series]:
     series = []
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
-        for recipe in list(dict.fromkeys(_recipe(r) for r in own if _recipe(r))) or [DENSE]:
+        names = [name for result in own if (name := _recipe(result))]
+        for recipe in list(dict.fromkeys(names)) or [DENSE]:
             chosen: dict[str, dict[float, Result]] = {}
             for result in own:
                 if _recipe(result) in (None, recipe):

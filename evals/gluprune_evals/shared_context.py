@@ -20,7 +20,7 @@ PACKED, RELATED, SHARED = 512, 2048, 32
 _LOGIT_ROWS = 256  # rows of logits turned to float32 at a time
 
 
-def can_share(model: torch.nn.Module) -> bool:
+def can_share(model) -> bool:
     """Whether the model's attention takes a mask of any form: plain full attention, no sliding window."""
     config = model.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -72,7 +73,7 @@ def _interval(values: list[float], total: float) -> tuple[float, float]:
         return -math.inf, math.inf
     mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * deviation * math.sqrt(count) / total
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * deviation * math.sqrt(count) / total
     return centre - half, centre + half
 
 
@@ -81,7 +82,7 @@ def is_beyond_chance(marked: int, total: int) -> bool:
 
     Binomial, as if the changes were independent; those of one model at several ratios are not quite.
     """
-    return marked > 0 and stats.binom.sf(marked - 1, total, (1 - LEVEL) / 2) < 1 - LEVEL
+    return marked > 0 and float(stats.binom.sf(marked - 1, total, (1 - LEVEL) / 2)) < 1 - LEVEL
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,6 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
         raise ValueError(f"{len(x)} values against {len(y)}")
     if len(x) < 4 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    found = stats.pearsonr(x, y)
+    found: Any = stats.pearsonr(x, y)
     interval = found.confidence_interval(LEVEL)
     return Correlation(len(x), float(found.statistic), float(found.pvalue), float(interval.low), float(interval.high))

@@ -265,7 +265,7 @@ def _statistics(model: StudyModel, recipe: Recipe, settings: Settings) -> Statis
     return Statistics.load(path)
 
 
-def _shape(model: torch.nn.Module) -> dict:
+def _shape(model) -> dict:
     """Widths and parameters of a model, on the meta device or not."""
     glus = model_glus(model)
     width = sum(glu.intermediate_size for glu in glus) / len(glus)

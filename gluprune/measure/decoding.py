@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
@@ -126,7 +126,8 @@ class StaticGenerator:
     def __init__(self, model, prompt: torch.Tensor, new_tokens: int, prepare: Callable[[Callable[[], None]], Callable]):
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
-        if any(layer.is_sliding for layer in self.cache.layers):
+        layers: Any = self.cache.layers
+        if any(layer.is_sliding for layer in layers):
             raise ValueError("decoding over a static cache needs full attention: this model has a sliding window")
         self.token = prompt.new_zeros(prompt.shape[0], 1)  # [B, 1]
         self.position = prompt.new_zeros(1)

@@ -138,8 +138,8 @@ def _repeat_for(work: Callable[[], object], seconds: float) -> int:
 class Unmetered:
     """A source for devices without a counter."""
 
-    shortest_window = None
-    settling = 0.0
+    shortest_window: float | None = None
+    settling: float = 0.0
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -155,8 +155,8 @@ class Unmetered:
 class RaplPackages:
     """The energy counters of processor packages in Linux' powercap, each of which wraps at its own range."""
 
-    shortest_window = 0.05
-    settling = 0.0
+    shortest_window: float | None = 0.05
+    settling: float = 0.0
 
     def __init__(self, domains: Sequence[Path]):
         self.domains = domains
@@ -182,8 +182,8 @@ class RaplPackages:
 class NvmlDevice:
     """One GPU: its total-energy counter, and sampled power where the counter fails."""
 
-    shortest_window = 1.0
-    settling = 1.0
+    shortest_window: float | None = 1.0
+    settling: float = 1.0
 
     def __init__(self, nvml, handle, note: str = ""):
         """Args: `nvml`: the module `pynvml` or an equivalent; `note`: added to the method."""

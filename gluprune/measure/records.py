@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +69,10 @@ def commit() -> str | None:
         return None
 
 
+# A float, or None where the figure is missing. Any: whoever computes with percentiles has left out the missing ones.
+Percentile = Any
+
+
 @dataclass(frozen=True)
 class Record:
     """One measured figure: what was measured, on what, by whom, and its spread.
@@ -96,12 +101,12 @@ class Record:
 
     what: str
     provider: str
-    shape: dict[str, int | float | str]
+    shape: dict[str, Any]
     dtype: str
     unit: str
-    p20: float | None
-    p50: float | None
-    p80: float | None
+    p20: Percentile
+    p50: Percentile
+    p80: Percentile
     repeats: int
     nbytes: int | None = None
     flops: int | None = None

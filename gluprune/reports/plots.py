@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gluprune.measure.records import Record
 from gluprune.runtime.aligned import ALIGNMENT
@@ -42,10 +43,10 @@ def roofline(records: Sequence[Record], path: Path) -> bool:
 
     ceilings = {record.what: record for record in records if record.what.startswith("ceiling: ") and record.p50}
     copy, gemm = ceilings.get("ceiling: copy"), ceilings.get("ceiling: gemm")
-    points = [r for r in records if r.floor and r.p50 and r.nbytes and r.flops]
+    points: list[Any] = [r for r in records if r.floor and r.p50 and r.nbytes and r.flops]
     if not (copy and gemm and points):
         return False
-    bandwidth, peak = copy.nbytes / copy.p50, gemm.flops / gemm.p50
+    bandwidth, peak = (copy.nbytes or 0) / copy.p50, (gemm.flops or 0) / gemm.p50
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     intensities = [r.flops / r.nbytes for r in points]
@@ -162,7 +163,7 @@ def heat_map(wins: dict[tuple[tuple[str, int], int], float], title: str, path: P
                 dark = abs(grid[y][x]) > 0.7 * limit
                 text = f"{wins[row, column]:.2f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), list(map(str, columns)))
     axes.set_yticks(range(len(rows)), [f"{model}, I {width}" for model, width in rows])
     axes.set(xlabel="M tokens")
     axes.set_title(title, fontsize="medium")

@@ -260,7 +260,7 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     assert "| mmlu | 40% | -66.7 % ▼ | -13.6 % | " in text
     assert "does not hold: 0 of 3" in text and "r = -0.864, p = 0.012" in text
     assert "| m | maw | gsm8k | 40% | 84 | 128 | 0 of 8 |" in text
-    assert "J/token was not measured at these widths" in text and "(tpot.png)" in text
+    assert "J/token is missing at these widths" in text and "(tpot.png)" in text
     for name in ("capability", "published", "correlations", "tpot"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     assert not (out / "energy.png").exists()

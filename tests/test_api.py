@@ -84,3 +84,8 @@ def test_docstrings_name_every_argument(name):
     assert inspect.Parameter.empty not in annotations - {
         p.annotation for p in named.values() if p.kind is inspect.Parameter.VAR_KEYWORD
     }, f"{name} has an argument without a type"
+
+
+def test_the_default_score_uses_all_three_projections():
+    for function in (gluprune.prune, gluprune.prune_checkpoint, gluprune.Recipe):
+        assert inspect.signature(function).parameters["score"].default == "maw_gud"

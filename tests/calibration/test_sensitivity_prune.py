@@ -152,7 +152,7 @@ BAD = {
     ),
     "too narrow": (
         {"allocation": "sensitivity", "intermediate_size": 8},
-        "layers with less than 13 of their 101 neurons",
+        "layers with fewer than 13 of their 101 neurons",
     ),
     "no sensitivities": ({"score": "surgeon"}, r"calibrate\(\.\.\., sensitivity=True\)"),
     "no sensitivities to allocate by": ({"allocation": "sensitivity"}, r"calibrate\(\.\.\., sensitivity=True\)"),

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test check lint docs kernels gpu clean
 
@@ -9,11 +10,11 @@ demo: $(VENV)/installed-demo
 	$(BIN)/gluprune demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # The tests that are not marked slow.
 check: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 lint: $(VENV)/installed-dev $(VENV)/installed-test
 	$(BIN)/ruff check

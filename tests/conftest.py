@@ -12,6 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# With several workers (pytest -n), each works with its share of the cores. Processes that tests start are no workers.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT")))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,7 @@
 """The recommended recipe end to end: `python examples/best_recipe.py [MODEL] [--ratio 0.2] [--text FILE...]`.
 
-The model writes calibration text, neurons are ranked by how much the loss rises without them, the down projections
-are refitted, and the layers are corrected in order against the dense model. Without MODEL it takes
+Neurons are ranked by how much the loss rises without them on calibration text, the down projections are refitted, and
+the layers are corrected in order against the dense model. Without MODEL it takes
 SmolLM2-135M-Instruct from its PyPI wheel. `--windows` is small so that the example runs in two minutes on two cores:
 use 128 of 512 tokens, and text of your own. With so little text the model loses more than it has to.
 """
@@ -10,6 +10,7 @@ import argparse
 import copy
 from importlib.resources import files
 from pathlib import Path
+from pydoc_data import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ from gluprune.measure.perplexity import perplexity
 
 
 def main() -> None:
-    """Sample, calibrate, prune, reconstruct, save."""
+    """Calibrate, prune, reconstruct, save."""
     parser = argparse.ArgumentParser(description="The recommended recipe end to end.")
     parser.add_argument("model", nargs="?", help="folder or Hub id")
     parser.add_argument(
@@ -39,8 +40,9 @@ def main() -> None:
     where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
 
-    texts = [gluprune.sample_text(dense, tokenizer, windows=options.windows + 1, length=128)]
-    texts += [Path(file).read_text(encoding="utf-8") for file in options.text]
+    # Text of the kind that matters to you, or that the model writes: gluprune.sample_text(dense, tokenizer).
+    # Without it, the topics of Python's help(), which every Python has.
+    texts = [Path(file).read_text(encoding="utf-8") for file in options.text] or ["\n".join(topics.topics.values())]
     batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=128)
     statistics = gluprune.calibrate(dense, batches, sensitivity=True)
 

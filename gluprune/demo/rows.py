@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAPER, DEFAULT, RECOMMENDED = "maw", "maw_gud", "surgeon+compensate+reconstruct"
+# Scored by hybrid: `surgeon` is slightly better, but its sensitivities would take half of the demo's time.
+PAPER, DEFAULT, RECOMMENDED = "maw", "maw_gud", "hybrid+compensate+reconstruct"
 RECIPES = {
     PAPER: "the paper's criterion (MAW of gate and up)",
     DEFAULT: "gluprune's default, needs no text (MAW of gate, up and down)",
-    RECOMMENDED: "recommended, needs a text (surgeon, compensated, reconstructed)",
+    RECOMMENDED: "recommended, needs a text (hybrid, compensated, reconstructed)",
 }
 QUESTION = "Name three things that live in the sea."
 

@@ -54,7 +54,7 @@ class Settings:
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
     saved_ratio: float = 0.2
-    calibration_windows: int = 24
+    calibration_windows: int = 32
     reconstruction_windows: int = 6
     window: int = 512
     prompt_tokens: int = 256
@@ -130,7 +130,8 @@ def _measure_quality(dense, tokenizer, ids: torch.Tensor, settings: Settings) ->
     with tqdm(total=2 + len(steps), unit="configuration", desc="calibration") as progress:
         text = calibration_text()
         batches = batches_from_text(tokenizer, text, settings.calibration_windows, settings.window)
-        statistics = calibrate(dense, batches, sensitivity=True)  # one pass serves every width
+        sensitivity = any(Recipe.parse(name).needs.sensitivity for name in RECIPES)
+        statistics = calibrate(dense, batches, sensitivity=sensitivity)  # one pass serves every width
         few = batches_from_text(tokenizer, text, settings.reconstruction_windows, settings.window)
         progress.update()
         progress.set_description("dense")

@@ -56,7 +56,7 @@ def summary(record: dict) -> str:
         f"{output / 'demo.md'}: the table, with an answer of each model",
         f"{output / 'demo.png'}: the picture",
         "",
-        "The recommended recipe, with more of the text (use your own model and text):",
+        "The same with the score surgeon, the best that loads everywhere (use your own model and text):",
         *(f"  {command}" for command in next_steps(record)),
     ]
     return "\n".join(lines)

@@ -36,7 +36,7 @@ def plot(record: dict, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{record['model']} pruned without training — {record['hardware']}, {record['dtype']},"
+        f"{record['model']} pruned without training — {record['hardware']}, {record['computed_in']},"
         f" dense perplexity {dense['perplexity']:.1f}",
         fontsize="medium",
     )

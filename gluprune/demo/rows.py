@@ -24,7 +24,7 @@ class Row:
         intermediate_size: Neurons of each MLP.
         expansion_ratio: Intermediate size over hidden size.
         parameters: Of the whole model.
-        bytes: Of all weights.
+        bytes: Of all weights of the checkpoint.
         perplexity: On the demo's text.
         sample: The beginning of the answer to `QUESTION`.
         prefill_tokens_per_second: Best of several rounds at batch 1; depends on the width only.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -81,14 +82,12 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
     settings, output = settings or Settings(), Path(output)
     path, name = (smollm2_checkpoint(), NAME) if model_name is None else (model_name, Path(model_name).name)
     dense, tokenizer = load(path).eval(), AutoTokenizer.from_pretrained(path)
+    dtype, dense = dense.dtype, _widened(dense)
     ids = tokenizer(_demo_text(), return_tensors="pt").input_ids[0]
     output.mkdir(parents=True, exist_ok=True)
     (output / "calibration.txt").write_text(calibration_text(), encoding="utf-8")
 
-    rows, models = _measure_quality(dense, tokenizer, ids, settings)
-    saved = models[
-        next(r.intermediate_size for r in rows if (r.recipe, r.ratio) == (RECOMMENDED, settings.saved_ratio))
-    ]
+    rows, models, saved = _measure_quality(dense, tokenizer, ids, dtype, settings)
     _save_and_reload(saved, tokenizer, ids, output / "checkpoint")
     prompt = ids[None, : settings.prompt_tokens]
     speeds = timing.time_in_turns(models, prompt, settings.new_tokens, settings.rounds)
@@ -98,7 +97,8 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
         "model": name,
         "path": str(path),
         "hardware": records.hardware(),
-        "dtype": str(dense.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "computed_in": str(dense.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         **dataclasses.asdict(settings),
         "checkpoint": str(output / "checkpoint"),
@@ -120,11 +120,13 @@ def _demo_text() -> str:
     return (files("gluprune.demo") / "data" / "demo_text.txt").read_text(encoding="utf-8")
 
 
-def _measure_quality(dense, tokenizer, ids: torch.Tensor, settings: Settings) -> tuple[list[Row], dict]:
+def _measure_quality(
+    dense, tokenizer, ids: torch.Tensor, dtype: torch.dtype, settings: Settings
+) -> tuple[list[Row], dict, Any]:
     """Measure every configuration.
 
     Returns:
-        The rows without speeds, and intermediate size -> model: the dense one and the recommended ones.
+        The rows without speeds; intermediate size -> model, dense and recommended; the model to save.
     """
     steps = [(recipe, ratio) for recipe in RECIPES for ratio in settings.ratios]
     with tqdm(total=2 + len(steps), unit="configuration", desc="calibration") as progress:
@@ -135,18 +137,45 @@ def _measure_quality(dense, tokenizer, ids: torch.Tensor, settings: Settings) ->
         few = batches_from_text(tokenizer, text, settings.reconstruction_windows, settings.window)
         progress.update()
         progress.set_description("dense")
-        rows = [_measure(dense, tokenizer, ids, recipe="dense", ratio=0.0, sample_tokens=settings.sample_tokens)]
-        models = {rows[0].intermediate_size: dense}
+        rows = [
+            _measure(
+                dense,
+                tokenizer,
+                ids,
+                recipe="dense",
+                ratio=0.0,
+                settings=settings,
+                element_size=dtype.itemsize,
+            )
+        ]
+        models, saved = {rows[0].intermediate_size: dense}, None
         progress.update()
         for name, ratio in steps:
             progress.set_description(f"{name} {ratio:.0%}")
             model = _pruned(dense, Recipe.parse(name), ratio, statistics, few)
-            row = _measure(model, tokenizer, ids, recipe=name, ratio=ratio, sample_tokens=settings.sample_tokens)
+            _round(model, dtype)
+            if (name, ratio) == (RECOMMENDED, settings.saved_ratio):
+                saved = copy.deepcopy(model)
+            _widened(model)
+            row = _measure(
+                model, tokenizer, ids, recipe=name, ratio=ratio, settings=settings, element_size=dtype.itemsize
+            )
             rows.append(row)
             if name == RECOMMENDED:
                 models[row.intermediate_size] = model
             progress.update()
-    return rows, models
+    return rows, models, saved
+
+
+def _round(model, dtype: torch.dtype) -> None:
+    """Round the weights to those of a checkpoint. Buffers stay: rotary frequencies are never stored."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _widened(model):
+    """Turn the weights to float32 on a CPU, most of which are slow in half precision; return the model."""
+    return model.float() if model.device.type == "cpu" else model
 
 
 def _pruned(dense, recipe: Recipe, ratio: float, statistics: Statistics, batches: list[torch.Tensor]):
@@ -159,7 +188,9 @@ def _pruned(dense, recipe: Recipe, ratio: float, statistics: Statistics, batches
     return model
 
 
-def _measure(model, tokenizer, ids: torch.Tensor, *, recipe: str, ratio: float, sample_tokens: int) -> Row:
+def _measure(
+    model, tokenizer, ids: torch.Tensor, *, recipe: str, ratio: float, settings: Settings, element_size: int
+) -> Row:
     glu = model_glus(model)[0]
     return Row(
         recipe=recipe,
@@ -167,9 +198,9 @@ def _measure(model, tokenizer, ids: torch.Tensor, *, recipe: str, ratio: float, 
         intermediate_size=glu.intermediate_size,
         expansion_ratio=glu.intermediate_size / glu.hidden_size,
         parameters=count_parameters(model),
-        bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        bytes=count_parameters(model) * element_size,
         perplexity=perplexity(model, ids),
-        sample=_sample(model, tokenizer, sample_tokens),
+        sample=_sample(model, tokenizer, settings.sample_tokens),
     )
 
 

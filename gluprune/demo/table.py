@@ -13,7 +13,8 @@ def markdown(record: dict) -> str:
     lines = [
         f"# {record['model']}, pruned",
         "",
-        f"Measured on {record['hardware']}: {record['prompt_tokens']} prompt tokens,"
+        f"Measured on {record['hardware']}, weights in {record['dtype']} computed in {record['computed_in']}:"
+        f" {record['prompt_tokens']} prompt tokens,"
         f" {record['new_tokens']} forced new tokens, batch 1. Each width is timed {record['rounds']} times, in turns"
         " with the others; the fastest run counts. Speed depends on the width only, not on the recipe. Perplexity is on"
         " a short text that comes with gluprune: only its ratios mean anything.",

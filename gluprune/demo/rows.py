@@ -9,7 +9,7 @@ PAPER, DEFAULT, RECOMMENDED = "maw", "maw_gud", "hybrid+compensate+reconstruct"
 RECIPES = {
     PAPER: "the paper's criterion (MAW of gate and up)",
     DEFAULT: "gluprune's default, needs no text (MAW of gate, up and down)",
-    RECOMMENDED: "recommended, needs a text (hybrid, compensated, reconstructed)",
+    RECOMMENDED: "the best with a short calibration (hybrid, compensated, reconstructed)",
 }
 QUESTION = "Name three things that live in the sea."
 

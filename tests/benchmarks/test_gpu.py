@@ -79,6 +79,7 @@ def go(todo, out, seconds=600.0, **options):
     return state, lines
 
 
+@pytest.mark.slow
 def test_a_second_call_continues(tmp_path):
     """Finished steps are not run again; failed and stopped ones are."""
     mark = tmp_path / "mark"
@@ -96,6 +97,7 @@ def test_a_second_call_continues(tmp_path):
     assert json.loads((tmp_path / "state.json").read_text())["slow"]["code"] == 0
 
 
+@pytest.mark.slow
 def test_failed_steps_wait_for_steps_without_a_chance(tmp_path, monkeypatch):
     """A failing test must not take the time of every call; a step that ran out of time is first."""
     slow = python("slow", "import time; time.sleep(60)")
@@ -114,6 +116,7 @@ def test_no_step_starts_without_time(tmp_path):
     assert lines[-1] == "[2/2] two: no time left; call again to continue"
 
 
+@pytest.mark.slow
 def test_children_of_a_stopped_step_are_stopped(tmp_path):
     """No process of a step survives to disturb the next one's timing."""
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
@@ -156,6 +159,7 @@ def test_missing_packages(tmp_path, monkeypatch, capsys):
     assert "not installed: liger_kernel; both of Liger's MLPs are on record as unsupported" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups and the interpreter need Linux")
 def test_rehearsal(tmp_path):
     """A complete step of benchmarks on a CPU, with the report and the summary of its records."""

@@ -151,6 +151,7 @@ def test_every_provider_of_the_benchmark_is_named():
     }
 
 
+@pytest.mark.slow
 def test_a_provider_left_out_has_no_record(tmp_path):
     left_out = [name for name in PROVIDERS if name not in ("eager", "eager, padded")]
     options = [part for name in left_out for part in ("--without", name)]

@@ -70,6 +70,7 @@ def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
                 assert torch.equal(found, expected), (width, score, name)
 
 
+@pytest.mark.slow
 def test_same_neurons_as_optipfair(smollm2, smollm2_tokenizer):
     """All 30 layers of the real model, 20 % pruned, on the same DataLoader."""
     optipfair = pytest.importorskip("optipfair")

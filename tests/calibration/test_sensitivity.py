@@ -141,6 +141,7 @@ def last_logits(model, token):
     return logits
 
 
+@pytest.mark.slow
 def test_gradients_foretell_the_divergence():
     """On a text of one token over and over all tokens are independent: the mean over the sample is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
@@ -297,6 +298,7 @@ def test_dropout_is_off():
         assert torch.equal(found.layers[index].saliency, layer.saliency)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "fused layers around"])
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_patched_model(backend, layers):

@@ -143,6 +143,7 @@ def test_other_statistics_do_not_resume(llama, tmp_path, monkeypatch):
     assert report.kept[0].tolist() != json.loads(saved.read_text())["0"]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=st.sampled_from(list(FAMILIES)),

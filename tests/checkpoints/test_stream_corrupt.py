@@ -193,6 +193,7 @@ def prune_damaged(case, what):
     return (case / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_corrupt_files_are_refused_or_pruned(source, tmp_path, monkeypatch):
     """Whatever is in the files, a checkpoint comes out or one clear error that names the file, in little memory."""

@@ -126,6 +126,7 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "llama"]
 
 
+@pytest.mark.slow
 def test_transformers_is_not_imported(llama, tmp_path):
     """It takes longer than pruning a small checkpoint."""
     script = """
@@ -152,6 +153,7 @@ def test_entries_that_the_config_leaves_to_transformers(llama, tmp_path, layers)
     assert_same_config(tmp_path / "out", tmp_path / "expected")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_one_layer_and_a_few_blocks(tmp_path):
     """Peak resident memory of a process that prunes 380 MB, above what the imports take."""

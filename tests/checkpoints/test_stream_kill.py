@@ -79,6 +79,7 @@ KILL_SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_at_any_moment(source, tmp_path):
     seed = random.randrange(10**6)

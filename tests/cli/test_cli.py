@@ -79,6 +79,7 @@ def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys):
     assert described["tensor_parallel"] == {"2": False, "4": False, "8": False}
 
 
+@pytest.mark.slow
 def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsys):
     """The command line does what the library does with the same text."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
@@ -120,6 +121,7 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert f"{text} is no complete safetensors file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     """Statistics with sensitivities, and layers of the widths that the library gives them."""
     source, text, statistics, out = (tmp_path / name for name in ("source", "text.txt", "statistics", "out"))
@@ -258,6 +260,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys, arg
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_bad_paths(checkpoint, tmp_path):
     for arguments, message in [
         (["info", tmp_path / "absent"], "absent is neither a model folder nor a reachable Hub id"),

@@ -23,6 +23,7 @@ SHORT = run.Settings(
 )
 
 
+@pytest.mark.slow
 def test_demo(smollm2_path, tmp_path, monkeypatch):
     output = tmp_path / "demo"
     (output / "checkpoint").mkdir(parents=True)
@@ -76,6 +77,7 @@ def test_models_are_timed_in_turns_and_the_fastest_run_counts(monkeypatch, tiny_
     assert speeds[64] == timing.Speed(8 / 0.5, pytest.approx(1 / 0.2))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_reload_equal_is_an_error(smollm2, smollm2_tokenizer, tmp_path, monkeypatch):
     def spoiled(model, path, tokenizer):
         model.save_pretrained(path)

@@ -45,6 +45,7 @@ def command(tmp_path, monkeypatch):
     return [*fixed, *texts, "--out", f"{tmp_path / 'out'}"]
 
 
+@pytest.mark.slow
 def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     """A run that stops half-way and goes on gives the records of one run, and nothing is measured twice."""
     out, measured, reconstructed = tmp_path / "out", [], []

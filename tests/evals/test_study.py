@@ -62,6 +62,7 @@ def contents(folder):
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(inputs, tmp_path, capsys):
     """`kill -9` in the middle: the same results and table as an undisturbed run, and no task is run twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -88,6 +89,7 @@ def test_killed_and_started_again(inputs, tmp_path, capsys):
     assert tables[0] == tables[1] and len(tables[0]) > 12
 
 
+@pytest.mark.slow
 def test_nothing_is_made_twice(inputs, tmp_path, monkeypatch):
     """A second run evaluates nothing; more ratios and tasks only what is new."""
     out, ran, evaluate = tmp_path / "out", [], study.evaluate
@@ -160,6 +162,7 @@ def test_processes_share_a_study(inputs, tmp_path):
     assert len(run(folder, [source], configurations, ["wikitext"], settings)) == 3
 
 
+@pytest.mark.slow
 def test_full_disk(inputs, tmp_path, monkeypatch, capsys):
     """One line, what was finished stays, and the study goes on when there is room again."""
     out, write = tmp_path / "out", atomic.write
@@ -201,6 +204,7 @@ def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
     assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["hybrid", "surgeon"])
 def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score):
     """The model that is scored is the one that `prune` makes of the same texts; statistics are collected once."""
@@ -229,6 +233,7 @@ def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score
     assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-5), ("bfloat16", 0.1)])
 def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
     """The checkpoint of a configuration in lm-eval's own hf backend scores as the model in memory does."""
@@ -245,6 +250,7 @@ def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
             assert other["per_document"] != pytest.approx(result["per_document"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_and_lengths(inputs, tmp_path):
     out = tmp_path / "out"
     command = ["eval", inputs / "tiny", "--data", inputs / "data", "--out", out, "--tasks", "gsm8k", "--limit", 2]
@@ -258,6 +264,7 @@ def test_samples_and_lengths(inputs, tmp_path):
         assert "exact_match" in line and line["doc"]["question"] in line["arguments"][0][0]
 
 
+@pytest.mark.slow
 def test_patched_is_unpatched(smollm2_path, tmp_path):
     """SmolLM2, patched and not: the same accuracies, perplexity within 0.1 %."""
     data = write_data(tmp_path / "data", count=2)

@@ -243,6 +243,7 @@ def test_published_findings_are_told_plainly(folder):
     assert told == ["holds: 6 of 6", "holds: 6 of 6", "does not hold: 0 of 3"]
 
 
+@pytest.mark.slow
 def test_report_of_a_study(folder, tmp_path, capsys):
     records = tmp_path / "bench.jsonl"
     for width, seconds in ((1000, 0.02), (800, 0.017), (600, 0.015)):

@@ -164,6 +164,7 @@ def test_random_weights(monkeypatch, tiny_model):
 FAST = ["--batch", "1", "--prompt", "5", "--new-tokens", "3", "--decoding", "generate", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_command(tiny_model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     gluprune.save(tiny_model(dtype=torch.bfloat16, intermediate_size=256), tmp_path / "tiny")
@@ -177,6 +178,7 @@ def test_command(tiny_model, tmp_path, capsys):
     assert "Where the difference comes from" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_command_with_random_weights_says_so(monkeypatch, tiny_model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(CONFIGS, "tiny", tiny_model().config)

@@ -123,6 +123,7 @@ def test_end_of_sequence_is_never_chosen(tiny_model):
     assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_tokens_of_generate(tiny_model):
     model = gluprune.patch(tiny_model(seed=3, num_hidden_layers=1))
     prompt = torch.randint(3, 64, (2, 9))

@@ -148,6 +148,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("score", ["maw", "vow"])
 def test_memory_above_the_model_stays_under_two_layers(score):

@@ -60,6 +60,7 @@ def test_rows_beyond_one_block():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PPM", "VOW", "PON", "L2"])
 def test_same_neurons_and_weights_as_optipfair(smollm2, name):
     """10 ... 60 % in all 30 layers: kept neurons equal, pruned weights bit-equal."""
@@ -82,6 +83,7 @@ def test_same_neurons_and_weights_as_optipfair(smollm2, name):
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 def test_kernel_on_the_real_model(smollm2, monkeypatch):
     """The kernel's statistics in all 30 layers: peak-to-peak magnitudes equal torch bit for bit, scores within 2e-6."""
     if operator.INTERPRETED:  # fewer, larger programs: the interpreter's time is a matter of their number

@@ -100,6 +100,7 @@ def table_rows(markdown, title):
     return {tuple(row[1:4]): [None if cell == "–" else float(cell) for cell in row[4:]] for row in rows}
 
 
+@pytest.mark.slow
 def test_records_are_split_against_the_dense_models_plain_generate(tmp_path):
     """Launches take 6 ms of the dense model's 10, 7 ms of the narrow one's 9 and none of a graph's."""
     records = [

@@ -18,6 +18,7 @@ from tests.helpers.interop import assert_same, reasons
 from tests.helpers.tiny_models import DEVICE, assert_unchanged, gradients, logits, mlps, snapshot, tiny_model, token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, options", [("auto", {"fullgraph": True}), ("triton", {"fullgraph": True, "mode": "reduce-overhead"})]
 )
@@ -31,6 +32,7 @@ def test_compile(ids, backend, options):
     assert_same(logits(compiled, ids), expected)
 
 
+@pytest.mark.slow
 def test_compile_with_a_changing_number_of_tokens():
     torch.compiler.reset()
     model = tiny_model(device=DEVICE, num_hidden_layers=1)
@@ -41,6 +43,7 @@ def test_compile_with_a_changing_number_of_tokens():
         assert_same(logits(compiled, ids), logits(model, ids))
 
 
+@pytest.mark.slow
 def test_compiled_training(ids):
     torch.compiler.reset()
     model = tiny_model(width=128, device=DEVICE).train()
@@ -53,6 +56,7 @@ def test_compiled_training(ids):
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_operator_copes_with_weights_that_left_their_storage(model, ids):
     torch.compiler.reset()
     patch(model, "triton")
@@ -87,6 +91,7 @@ def test_biases_that_do_not_fit_go_through_the_modules(spoil, kernel_calls):
     assert len(kernel_calls) == 1 and "biases" in fusion_status(model)[0].reason
 
 
+@pytest.mark.slow
 def test_patching_what_is_compiled_from_outside_compiles_anew(model, ids, kernel_calls):
     torch.compiler.reset()
     compiled = torch.compile(lambda ids: model(ids).logits, backend="aot_eager", fullgraph=True)
@@ -100,6 +105,7 @@ def test_patching_what_is_compiled_from_outside_compiles_anew(model, ids, kernel
         assert len(kernel_calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(model, ids, backend, strict, tmp_path):
@@ -159,6 +165,7 @@ def test_smollm2_on_the_cpu_answers_the_same(smollm2_path, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not operator.INTERPRETED, reason="float32 of another summation order may choose other tokens")
 @pytest.mark.parametrize("ratio, width", [(None, 1536), (0.4, 922)])
 def test_smollm2_fused_answers_the_same(smollm2_path, tmp_path, ratio, width):
@@ -180,6 +187,7 @@ def test_smollm2_fused_answers_the_same(smollm2_path, tmp_path, ratio, width):
     assert all(torch.equal(weight, reloaded[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not operator.INTERPRETED, reason="takes the interpreter's path")
 def test_one_smollm2_layer_fused(smollm2_path):
     """Real weights of real size: the first layer's MLP in float32."""

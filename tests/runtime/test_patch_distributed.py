@@ -91,6 +91,7 @@ def check_all(path):
     check_fsdp()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_and_fsdp(tmp_path):
     tiny_model(width=78).save_pretrained(tmp_path)
     run_on_two_ranks(check_all, tmp_path)  # one start of two processes takes longer than either check

@@ -19,6 +19,7 @@ def greedy(model, ids, **kwargs):
     return model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids), **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_family_fused(family, dtype, kernel_calls):

@@ -47,6 +47,7 @@ RANDOM = settings(
 )
 
 
+@pytest.mark.slow
 @settings(RANDOM, max_examples=150)
 @given(M=st.one_of(st.integers(0, 3), st.integers(0, 200)), path=st.sampled_from((None, *PATHS)), **CASES)
 def test_shipped_configurations(M, path, **shape):
@@ -91,6 +92,7 @@ def decisions(draw, M: int, IP: int) -> Launch:
     return Launch(path, GateUpSwap(**tile, pdl=pdl), down)
 
 
+@pytest.mark.slow
 @interpreted
 @settings(RANDOM, max_examples=200)
 @given(data=st.data(), M=st.one_of(st.just(1), st.integers(1, 70)), **CASES)
@@ -116,6 +118,7 @@ def test_aligned_sizes(path, H, packed):
     assert error(glu_mlp(case.x, case.weights, path=path), case) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("I", WIDTHS)
 def test_pruned_widths(I):

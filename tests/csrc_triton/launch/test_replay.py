@@ -4,6 +4,7 @@ from tests.helpers.processes import run_without_interpreter
 
 SCRIPT = '''
 import itertools
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -128,6 +129,7 @@ print("replays:", count())
 '''
 
 
+@pytest.mark.slow
 def test_replays_launch_what_the_plan_launches(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -98,6 +98,7 @@ def test_matches_torch(dtype, I, H, pitches):
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=2e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     I=st.integers(1, 200),
@@ -195,6 +196,7 @@ for I, H, pitch in [(67, 65, 67), (67, 65, 128), (5, 1030, 5), (1, 1, 1)]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="a page of host memory is protected")
 def test_nothing_is_read_past_the_weights():
     run = subprocess.run(

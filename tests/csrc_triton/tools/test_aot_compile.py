@@ -154,6 +154,7 @@ def test_running_maximum_of_the_statistics_keeps_nan(compiled):
     assert ptx.count("max.NaN.f32") >= 80 and ptx.count("min.NaN.f32") >= 80  # one for each weight of the column loop
 
 
+@pytest.mark.slow
 def test_every_shipped_kernel_compiles_clean():
     run = run_without_interpreter("-m", "csrc_triton.tools.aot")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -120,6 +120,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_precompiled_kernels_are_those_of_the_launches(tmp_path):
     script, cache = tmp_path / "script.py", tmp_path / "cache"
     script.write_text(PRECOMPILE)
@@ -222,6 +223,7 @@ def test_paths_only_tries_only_the_heuristics():
 ARGUMENTS = ["--device", "cpu", "--paths-only", "--hidden", "64", "--intermediate", "100", "--dtype", "float16"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
 def test_rehearsal_in_the_interpreter(tmp_path, capsys):
     """Everything without a GPU: every path runs, is checked and is written."""
@@ -235,6 +237,7 @@ def test_rehearsal_in_the_interpreter(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --device cpu needs TRITON_INTERPRET=1 and --out\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
 def test_widths_of_one_padding_are_tuned_once(tmp_path, capsys):
     arguments = [

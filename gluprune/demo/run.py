@@ -55,8 +55,8 @@ class Settings:
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
     saved_ratio: float = 0.2
-    calibration_windows: int = 32
-    reconstruction_windows: int = 6
+    calibration_windows: int = 16
+    reconstruction_windows: int = 4
     window: int = 512
     prompt_tokens: int = 256
     new_tokens: int = 16

@@ -1,5 +1,7 @@
 """Replays launch what the plan would launch, with other tensors. The launcher of the test only records its calls."""
 
+import pytest
+
 from tests.helpers.processes import run_without_interpreter
 
 SCRIPT = '''

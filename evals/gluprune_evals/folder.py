@@ -45,7 +45,7 @@ class Folder:
         for name, value in (settings | pinned).items():
             if merged[name] != value:
                 raise ValueError(
-                    f"{self.path} holds a study with {name} {merged[name]!r}, this one has {value!r}:"
+                    f"{self.path} holds a study with {name} {merged[name]!r}, but this one has {value!r}:"
                     " use another folder"
                 )
         if merged != known:

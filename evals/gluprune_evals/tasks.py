@@ -156,7 +156,7 @@ def check_tasks(names: Iterable[str]) -> list[str]:
     names = list(names)
     unknown = [name for name in names if name not in TASKS]
     if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}: allowed are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {unknown[0]!r}; allowed: {', '.join(TASKS)}")
     return [name for name in TASKS if name in names]
 
 

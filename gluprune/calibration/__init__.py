@@ -1,1 +1,1 @@
-"""What the neurons do on text, and how sensitive the loss is to their removal."""
+"""Neuron activations on text, and the sensitivity of the loss to removing neurons."""

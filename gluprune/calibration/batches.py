@@ -25,7 +25,7 @@ def batches_from_text(
 
     Args:
         tokenizer: A Hugging Face tokenizer; no special tokens are added.
-        text: One text or several. A text too short for so many windows yields as many as it has.
+        text: One text or several. A text that is too short for this number yields fewer windows.
         windows: Number of windows per text.
         length: Tokens per window.
         batch_size: Windows per batch.
@@ -56,22 +56,22 @@ def batches_from_text(
         available = ids.numel() // length
         if not available:
             label = "the calibration text" if len(texts) == 1 else f"calibration text {number} of {len(texts)}"
-            raise ValueError(f"{label} has {ids.numel()} tokens: one window takes {length}")
+            raise ValueError(f"{label} has {ids.numel()} tokens: one window needs {length}")
         chosen = torch.arange(min(windows, available)) * available // min(windows, available)
         rows.append(ids[: available * length].view(available, length)[chosen])
     return list(torch.cat(rows).split(batch_size))
 
 
 def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
-    """Return all batches as token ids and masks, checked; batches of padding only are left out.
+    """Return all batches as token ids and masks, checked; batches with only padding are skipped.
 
     Args:
-        model: A causal LM; it has the vocabulary.
+        model: A causal LM, whose vocabulary is checked.
         calibration: See `gluprune.calibrate`.
 
     Raises:
-        TypeError: `calibration` or a batch is of another kind.
-        ValueError: A batch has another shape or dtype, a token id is outside the vocabulary, or there are no tokens.
+        TypeError: `calibration` or a batch has the wrong type.
+        ValueError: A batch has the wrong shape or dtype, a token id is outside the vocabulary, or there are no tokens.
     """
     if not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
@@ -83,7 +83,7 @@ def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"calibration batch {number} has token ids from {int(ids.min())} to {int(ids.max())};"
-                f" the model's vocabulary is 0 to {vocabulary - 1}"
+                f" the model's vocabulary goes from 0 to {vocabulary - 1}"
             )
         if ids.numel() if mask is None else mask.any():
             batches.append((ids, mask))
@@ -95,7 +95,9 @@ def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
 def _read_batch(batch: object, label: str) -> Batch:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
-            raise ValueError(f"{label} is a dict without input_ids: it has {', '.join(map(str, batch)) or 'nothing'}")
+            raise ValueError(
+                f"{label} is a dict without input_ids: its keys are {', '.join(map(str, batch)) or 'nothing'}"
+            )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
     elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2:
         ids, mask = batch if len(batch) == 2 else (*batch, None)

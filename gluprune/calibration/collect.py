@@ -41,7 +41,7 @@ def calibrate(
     Args:
         model: A Hugging Face causal LM of a supported family, patched or not. It is not changed.
         calibration: An iterable of batches, such as a DataLoader: int tensors of token ids `[B, S]`, dicts with
-            `input_ids` and optionally `attention_mask` `[B, S]` (0 is padding and left out), or tuples of these two.
+            `input_ids` and optionally `attention_mask` `[B, S]` (0 is padding and ignored), or tuples of these two.
         gram: Whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers in half precision on a
             CPU then run in float32.
         sensitivity: Whether to measure, by backward passes over some of the text, how much the loss rises when neurons
@@ -55,8 +55,8 @@ def calibrate(
         The `Statistics`, float32, on the devices of the layers.
 
     Raises:
-        TypeError: `calibration` or a batch is of another kind.
-        ValueError: No batches, no tokens, a batch of another shape, a token id outside the vocabulary, NaN or Inf in
+        TypeError: `calibration` or a batch has the wrong type.
+        ValueError: No batches, no tokens, a batch of the wrong shape, a token id outside the vocabulary, NaN or Inf in
             the activations or gradients (names the layer), or `sensitivity` without `gram` or for a model without a
             language-model head.
 
@@ -136,7 +136,9 @@ def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int
 
 def _output_gradients(model: PreTrainedModel, batches: list[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
     if model.get_output_embeddings() is None:
-        raise ValueError(f"sensitivity=True needs a model with a language-model head, {type(model).__name__} has none")
+        raise ValueError(
+            f"sensitivity=True needs a model with a language-model head, but {type(model).__name__} has none"
+        )
     with evaluating(model):
         return output_gradients(model, batches, layers)
 

@@ -10,18 +10,18 @@ logger = logging.getLogger(__name__)
 
 # The ridge lambda, as a share of the mean of G's diagonal.
 RIDGE = 0.01
-# A Gram matrix may be singular in spite of the ridge: rounding, or a few neurons that dwarf the others. It is then
+# A Gram matrix may be singular despite the ridge: rounding, or a few neurons that dwarf the others. It is then
 # solved in float64, and after that with more ridge.
 _ATTEMPTS = ((torch.float32, 1), (torch.float64, 1), (torch.float64, 10), (torch.float64, 100))
 
 
 def solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: str) -> torch.Tensor | None:
-    """Return (G + lambda I)^-1 target, or None if no attempt returns finite numbers; the log says so.
+    """Return (G + lambda I)^-1 target, or None, with a log message, if no attempt gives finite numbers.
 
     Args:
         gram: float32 `[N, N]`, G.
         target: float32 `[N, H]`.
-        ridge: Scalar tensor, lambda. If it is 0, all of G is 0, and so is the result.
+        ridge: Scalar tensor, lambda. It is 0 only if all of G is 0; the result is then 0.
         label: Names the layer in the log.
 
     Returns:
@@ -40,12 +40,12 @@ def solve(gram: torch.Tensor, target: torch.Tensor, ridge: torch.Tensor, label: 
                     message = "%s: Gram matrix near singular, solved in %s with %d times the ridge"
                     logger.warning(message, label, dtype, factor)
                 return change
-    logger.warning("%s: the Gram matrix is singular whatever the ridge; the weights are kept as they were", label)
+    logger.warning("%s: the Gram matrix is singular with every ridge tried; the weights are left unchanged", label)
     return None
 
 
 def damped_cholesky(gram: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """Return the lower Cholesky factor of G + lambda I, with lambda at least `ridge` and as large as it takes.
+    """Return the lower Cholesky factor of G + lambda I, with lambda at least `ridge` and as large as needed.
 
     Args:
         gram: float32 `[N, N]`, G.

@@ -27,7 +27,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_half_on_cpu(parameter: torch.Tensor) -> bool:
-    """Whether a tensor is better computed with in float32: most CPUs have no bf16 or fp16 arithmetic."""
+    """Whether computing in float32 is better for a tensor: most CPUs have no bf16 or fp16 arithmetic."""
     return parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -35,7 +35,7 @@ def is_half_on_cpu(parameter: torch.Tensor) -> bool:
 def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Run decoder layers in half precision on a CPU in float32.
 
-    Each gets a float32 copy of its weights, which lives as long as its forward. Other layers run as they are.
+    Each gets a float32 copy of its weights, which exists only during its forward. Other layers run unchanged.
     """
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
 

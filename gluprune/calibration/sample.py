@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself, of every kind it was trained on.
+"""Calibration text that the model itself generates, from everything it was trained on.
 
 Calibration on a model's own samples is from *LLM-QAT: Data-Free Quantization Aware Training for Large Language Models*
 (Liu et al., arXiv 2305.17888, section 2.1). Here every token is drawn from the full next-token distribution.
@@ -39,7 +39,7 @@ def sample_text(
     tokens.
 
     Args:
-        model: A causal LM; it runs as it is, on its device, and is not changed.
+        model: A causal LM; it runs on its device and is not changed.
         tokenizer: Its tokenizer.
         windows: Number of texts.
         length: Tokens per text.

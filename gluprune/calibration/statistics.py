@@ -1,4 +1,4 @@
-"""What the neurons do on text: statistics of the inputs of `down_proj`.
+"""Neuron activations on text: statistics of the inputs of `down_proj`.
 
 Let X `[T, I]` be the inputs of a layer's `down_proj` over all T calibration tokens, without padding. The statistics
 hold the column norms of X, for the calibrated scores. On request they also hold the Gram matrix `G = X^T X`, from which
@@ -112,13 +112,13 @@ class Statistics:
     tokens: int
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file. It gets its name when it is complete.
+        """Write a safetensors file. It gets its final name only when it is complete.
 
         Args:
             path: The file.
 
         Raises:
-            OSError: The file cannot be written; a former file of that name stays as it was.
+            OSError: The file cannot be written; an existing file of that name is unchanged.
         """
         tensors = {
             f"{layer}.{name}": tensor.contiguous().cpu()
@@ -140,11 +140,11 @@ class Statistics:
     def load(cls, path: str | Path, layers: Sequence[int] | None = None) -> Statistics:
         """Read what `save` wrote, onto the CPU.
 
-        The file is mapped into memory; only tensors that are used are read from the disk.
+        The file is mapped into memory; only tensors that are used are read from disk.
 
         Args:
             path: The file.
-            layers: Read only these layers, as far as the file has them; None means all.
+            layers: Read only those of these layers that the file has; None means all.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -161,5 +161,5 @@ class Statistics:
                     if layers is None or int(layer) in layers:
                         found.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no complete safetensors file: {error}") from None
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
         return cls({layer: LayerStatistics(**found[layer]) for layer in sorted(found)}, int(metadata["tokens"]))

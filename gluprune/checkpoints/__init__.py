@@ -1,1 +1,1 @@
-"""Checkpoints: loading, saving, describing, and pruning on the disk."""
+"""Checkpoints: loading, saving, describing, and pruning on disk."""

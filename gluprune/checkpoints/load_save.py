@@ -1,4 +1,4 @@
-"""Save and load whole checkpoints: a saved one appears only when it is complete."""
+"""Save and load whole checkpoints: a saved checkpoint appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedT
 
 
 def load(path: str | Path, **kwargs) -> PreTrainedModel:
-    """Load a causal LM, also one with layers of different widths.
+    """Load a causal LM, including one with layers of different widths.
 
     A checkpoint with one width loads as with `AutoModelForCausalLM.from_pretrained`. For layers of different widths
-    (`prune(..., layers=...)` or `allocation="sensitivity"`), on which stock Llama classes raise, the model is built and
-    each MLP gets its width before the weights are read.
+    (`prune(..., layers=...)` or `allocation="sensitivity"`), for which stock Llama classes raise, the model is built
+    and each MLP gets its width before the weights are read.
 
     Args:
         path: A folder or a Hub id.

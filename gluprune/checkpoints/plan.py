@@ -1,4 +1,4 @@
-"""What pruning a checkpoint on the disk will write: everything that is known before the first weight is read."""
+"""What pruning a checkpoint on disk will write: everything that is known before the first weight is read."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class OutputShard:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
     def is_finished(self, folder: Path) -> bool:
-        """Whether the file is there. Only a complete file has its final name; size and header exclude others."""
+        """Whether the file exists. Only a complete file has its final name; size and header exclude other files."""
         path = folder / self.name
         if not path.is_file() or path.stat().st_size != self.nbytes:
             return False
@@ -105,7 +105,7 @@ class OutputPlan:
         shards: The safetensors files of the output.
         documents: The JSON files of the output, by name.
         copied: Files that are copied from the source.
-        key: Digest of the source in its present state and of what is done to it.
+        key: Digest of the current state of the source and of the operation on it.
         report: What the result will be.
     """
 
@@ -129,7 +129,7 @@ def make_plan(
     Args:
         folder: The source.
         recipe: How neurons are chosen and weights refitted.
-        target: The keyword arguments of `target_width` that say how narrow.
+        target: The keyword arguments of `target_width` that give the target width.
         layers: Indices of the layers to prune; None means all.
         statistics: File of calibration statistics, or None.
 
@@ -217,7 +217,7 @@ def _pruned_tensors(
 
 def _parameters(shards: list[OutputShard], config: SourceConfig) -> list[OutputTensor]:
     """Return the tensors that count as parameters."""
-    # A checkpoint may hold the tied head besides the embedding; it is one parameter nevertheless.
+    # A checkpoint may hold the tied head besides the embedding; it still counts as one parameter.
     tied = {"lm_head.weight"} if config.tied else set()
     return [tensor for shard in shards for tensor in shard.tensors if tensor.stored.name not in tied]
 
@@ -255,7 +255,7 @@ def _json_bytes(document: dict) -> bytes:
 
 
 def _fingerprint(read: list[Path], recipe: Recipe, widths: dict[int, int], config: SourceConfig) -> str:
-    """Return a digest that changes when a file that is read is written, moved or replaced, and with the task."""
+    """Return a digest that changes if the task changes, or if a source file is written, moved or replaced."""
     states = [(str(path), stat.st_size, stat.st_mtime_ns) for path in read for stat in [path.stat()]]
     task = {"score": recipe.score_name, "widths": widths, "compensate": recipe.compensate, "config": config.raw}
     return hashlib.sha256(json.dumps([states, task], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a checkpoint on the disk consists of: config, MLP tensors and other files, checked before they are used."""
+"""What a checkpoint on disk consists of: config, MLP tensors and other files, checked before they are used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SourceConfig:
     """The part of a model's config that pruning needs.
 
     Attributes:
-        raw: The whole config, as its JSON file has it.
+        raw: The whole config, as in its JSON file.
         family: The table entry of its model type.
         hidden_size: H.
         widths: Intermediate size of every layer.
@@ -47,7 +47,7 @@ class SourceConfig:
 
 
 def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
-    """Read the config of a checkpoint that holds so many tensors.
+    """Read the config of a checkpoint with `tensor_count` tensors.
 
     Raises:
         ValueError: It is missing or unusable, of a composite model, or names more layers than there are tensors.
@@ -60,7 +60,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= tensor_count:
         found = f"num_hidden_layers={str(layers)[:40]}"
-        raise ValueError(f"{file} says {found}, the checkpoint holds {tensor_count} tensors")
+        raise ValueError(f"{file} says {found}, but the checkpoint holds {tensor_count} tensors")
     if "text_config" in raw:
         raise ValueError(f"{file}: model type {raw.get('model_type')!r} is composite: only text models can be pruned")
     is_plain = all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
@@ -79,7 +79,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
     try:
         config = read_config(folder)
     except Exception as error:  # a corrupt config can make transformers raise anything
-        raise ValueError(f"{file} is no usable config: {first_line(error)}") from error
+        raise ValueError(f"{file} is not a usable config: {first_line(error)}") from error
     return SourceConfig(
         raw=raw,
         family=family_of_type(config.model_type),
@@ -129,7 +129,7 @@ def _group_by_layer(folder: Path, tensors: Sequence[StoredTensor], family: Famil
 
 
 def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], config: SourceConfig) -> None:
-    """Check that every projection is there, with the shape that the config says."""
+    """Check that every projection is there, with the shape that the config gives."""
     family, hidden_size, width = config.family, config.hidden_size, config.widths[layer]
     rows = 2 * width if family.packed else width
     expected = {family.gate: (rows, hidden_size), family.up: (rows, hidden_size), family.down: (hidden_size, width)}
@@ -143,7 +143,7 @@ def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], confi
         if tensor.shape != shape or not tensor.nbytes:
             raise ValueError(f"{label} has shape {list(tensor.shape)}, the config says {list(shape)}")
         if tensor.dtype not in _PRUNABLE_DTYPES:
-            raise ValueError(f"{label} has dtype {tensor.dtype}: allowed are {', '.join(_PRUNABLE_DTYPES)}")
+            raise ValueError(f"{label} has dtype {tensor.dtype}; allowed: {', '.join(_PRUNABLE_DTYPES)}")
 
 
 def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Prune a checkpoint on the disk, tensor by tensor, without building the model: in the memory of one layer's MLP.
+"""Prune a checkpoint on disk, tensor by tensor, without building the model: using the memory of one layer's MLP.
 
 The shards are copied one after the other, block by block, and MLP tensors are narrowed on the way. A layer is scored
 when its first tensor is written. The output equals pruning in memory and saving. Scores that need calibration data, and
@@ -34,13 +34,13 @@ def prune_checkpoint(
     dry_run: bool = False,
     resume: bool = False,
 ) -> CheckpointReport:
-    """Prune a safetensors checkpoint on the disk into a new one, without building the model.
+    """Prune a safetensors checkpoint on disk into a new one, without building the model.
 
     Every tensor equals, byte for byte, the result of `load`, `prune` with the same arguments, and `save`. Shards keep
     their names. Tokenizer, chat template and other files are copied; weights of other formats are not. Memory: the
-    projections of one layer that the score uses, and half of that again for output that waits to be written.
+    projections of one layer that the score uses, plus half of that for output that waits to be written.
 
-    The destination appears when everything is on the disk. After a failure, finished shards stay in a hidden folder
+    The destination appears when everything is on disk. After a failure, finished shards stay in a hidden folder
     `.<destination>.<key>.partial` next to it, for `resume`.
 
     Args:
@@ -55,16 +55,16 @@ def prune_checkpoint(
         statistics: File of statistics of this model (`Statistics.save`, `gluprune calibrate`), for calibrated scores,
             `compensate` and `allocation`; not used otherwise. One layer of it is read at a time.
         compensate: Refit the down projections, as in `prune`. This needs statistics with Gram matrices, and a few
-            float32 matrices `[I, I]` besides the memory named above.
+            float32 matrices `[I, I]` in addition to the memory given above.
         allocation: "uniform" or "sensitivity", as in `prune`.
         dry_run: Check headers and arguments and return the report; no weight is read, nothing is written.
-        resume: Continue an interrupted run with the same source and arguments. Without it, begin from the start.
+        resume: Continue an interrupted run with the same source and arguments. Without it, start from the beginning.
 
     Returns:
         A `CheckpointReport`.
 
     Raises:
-        ValueError: Bad arguments, a corrupt or unsupported checkpoint, or a source that changes meanwhile.
+        ValueError: Bad arguments, a corrupt or unsupported checkpoint, or a source that changes during the run.
         TypeError: An argument of the wrong type.
         OSError: A file cannot be read or written (a full disk, for example); the message names it.
 
@@ -74,7 +74,7 @@ def prune_checkpoint(
         >>> model = gluprune.load(folder / "pruned")
     """
     if not isinstance(score, str) or score not in SCORES:
-        raise ValueError(f"unknown score {score!r}: allowed for a checkpoint on the disk are {', '.join(SCORES)}")
+        raise ValueError(f"unknown score {score!r}; allowed for a checkpoint on disk: {', '.join(SCORES)}")
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
     if not recipe.needs.calibration:
         statistics = None

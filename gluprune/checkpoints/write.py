@@ -33,7 +33,7 @@ _BLOCK_BYTES = 1 << 21
 
 
 def write_plan(plan: OutputPlan, folder: Path) -> dict[int, torch.Tensor]:
-    """Write what is missing of a planned checkpoint to a folder.
+    """Write the missing files of a planned checkpoint to a folder.
 
     Returns:
         Layer index -> int64 `[width]`, the kept neurons of every pruned layer.
@@ -46,7 +46,7 @@ def write_plan(plan: OutputPlan, folder: Path) -> dict[int, torch.Tensor]:
     unfinished = [shard for shard in plan.shards if not shard.is_finished(folder)]
     needed, free = sum(shard.nbytes for shard in unfinished), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, {free:,} are free", str(folder.parent.parent))
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, only {free:,} are free", str(folder.parent.parent))
     # Far enough ahead to write one layer while the next is scored.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     # Without matrix products, scoring takes less time than reading: threads that wait for each other would only compete
@@ -155,7 +155,7 @@ def _ahead(items: Iterator, depth: int, threads: int) -> Generator:
 
 
 class Selector:
-    """Selects the neurons of a layer on first use, and keeps the selections on the disk for a later run.
+    """Selects the neurons of a layer on first use, and keeps the selections on disk for a later run.
 
     What was read to score a layer is held until the next layer is scored: its tensors are usually written next.
 

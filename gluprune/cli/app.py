@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: The command line without the program's name. None takes the process's own.
+        arguments: The command line without the program's name. None: that of the process.
 
     Returns:
         The exit code: 0; 1 for `report --compare` with regressions; 2 after one line on stderr for bad input; 130 after

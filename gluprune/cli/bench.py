@@ -26,7 +26,7 @@ class Preset(str, Enum):
 
 
 class Decoding(str, Enum):
-    """The ways of decoding, see `gluprune.measure.decoding`."""
+    """The decoding methods; see `gluprune.measure.decoding`."""
 
     GENERATE = "generate"
     COMPILED = "compiled"
@@ -43,10 +43,10 @@ Random = Annotated[
         help="Instead of MODEL: random weights in the shapes of llama-3.2-1b, llama-3.2-3b or llama-3.1-8b.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="By default cuda where there is one, otherwise cpu.")]
+Device = Annotated[str | None, typer.Option(help="By default cuda if available, otherwise cpu.")]
 PruningRatio = Annotated[
     list[float] | None,
-    typer.Option(metavar="P...", help="Shares of the neurons to remove. By default 0.4."),
+    typer.Option(metavar="P...", help="Fractions of neurons to remove. By default 0.4."),
 ]
 Decodings = Annotated[
     list[Decoding] | None,
@@ -71,7 +71,7 @@ NewTokens = Annotated[
     int | None,
     typer.Option(metavar="N", help="Forced output length. By default 64.", rich_help_panel=_WORKLOADS),
 ]
-Out = Annotated[str, typer.Option(metavar="FOLDER", help="Records are appended in this folder.")]
+Out = Annotated[str, typer.Option(metavar="FOLDER", help="Folder in which records are appended.")]
 
 
 def run(
@@ -92,8 +92,8 @@ def run(
 ) -> None:
     """Measure latency, memory and energy.
 
-    Measures a model dense, pruned to the paper's exact width and to the nearest multiple of 128, patched and not: TTFT,
-    TPOT, TTLT, tokens/s, peak memory and J/token at a forced output length.
+    Measures the dense model and models pruned to the paper's exact width and to the nearest multiple of 128, patched
+    and not: TTFT, TPOT, TTLT, tokens/s, peak memory and J/token at a forced output length.
     """
     require("bench", "matplotlib")
     if (model is None) == (random is None):
@@ -101,7 +101,7 @@ def run(
     sizes = {"batches": batch, "prompts": prompt, "new_tokens": new_tokens}
     given = {name: value for name, value in sizes.items() if value}
     if preset and given:
-        raise ValueError(f"--preset {preset.value} has its own workloads: leave out --batch, --prompt and --new-tokens")
+        raise ValueError(f"--preset {preset.value} has its own workloads: omit --batch, --prompt and --new-tokens")
 
     import torch
 
@@ -148,5 +148,5 @@ def _device(name: str | None):
 
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}' is not available: torch finds no CUDA device")
+        raise ValueError(f"device '{device}' is not available: torch does not find a CUDA device")
     return device

@@ -24,7 +24,7 @@ def run(
         bool,
         typer.Option(
             "--gram",
-            help="Also collect the Gram matrices that --compensate needs: 4 bytes for each pair of neurons, with all"
+            help="Also collect the Gram matrices that --compensate needs: 4 bytes for each pair of neurons, for all"
             " layers in memory at once.",
         ),
     ] = False,
@@ -40,9 +40,10 @@ def run(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Collect activation statistics on a text.
+    """Collect activation statistics on text.
 
-    Runs the text through the model once and writes the statistics, for any number of `prune --statistics`.
+    Runs the text through the model once and writes the statistics, which any number of `prune --statistics` runs can
+    use.
     """
     from gluprune.calibration.collect import calibrate
     from gluprune.cli.calibration import load_with_batches

@@ -1,4 +1,4 @@
-"""`Command`: one command of the command line, with multi-value options, one-line errors and its own help page."""
+"""`Command`: one command of the command line, with multi-value options, one-line errors and a custom help page."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typer.core import TyperCommand, TyperGroup
 from gluprune.cli.help import HELP_FLAGS, print_help
 
 BAD_INPUT, INTERRUPTED = 2, 130
-# What bad input raises. Anything else is a defect, and its traceback is wanted.
+# Errors raised by bad input. Anything else is a bug, and its traceback is shown.
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 
 class Command(TyperCommand):
-    """A Typer command that accepts several values after one flag and ends in one line on an error.
+    """A Typer command that accepts several values after one flag and reports errors in one line.
 
     Attributes:
-        examples: Command lines for the end of `--help`.
-        may_be_empty: Multi-value options that may be given without a value, which gives them one empty string.
+        examples: Command lines shown at the end of `--help`.
+        may_be_empty: Multi-value options that may be given without a value; they then get one empty string.
     """
 
     examples: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ def expand(arguments: Sequence[str], flags: Collection[str], may_be_empty: Colle
     Args:
         arguments: What follows the command's name.
         flags: The options that accept several values.
-        may_be_empty: Those of them that may be followed by no value; they are given one empty string.
+        may_be_empty: Those of them that may have no value; they then get one empty string.
     """
     expanded: list[str] = []
     flag, values = "", 0

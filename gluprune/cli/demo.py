@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Prune a small real model and show the result.
 
-    Prunes to several widths by several recipes, measures quality and speed, and writes a table, a picture and a
+    Prunes to several widths with several recipes, measures quality and speed, and writes a table, a plot and a
     checkpoint. Takes less than five minutes on two cores.
     """
     require("demo", "matplotlib", *(() if model else ("gguf",)))

@@ -19,7 +19,7 @@ EXAMPLES = (
 def run(
     model: Model,
     *,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results are kept.")] = Path("eval_output"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the results.")] = Path("eval_output"),
     tasks: evaluation.Tasks = ["base"],  # noqa: B006
     data: evaluation.Data = None,
     limit: evaluation.Limit = None,

@@ -17,56 +17,62 @@ _DOCUMENTS, _MODEL = "Documents", "How models run"
 
 
 class Budget(str, Enum):
-    """The budgets of documents."""
+    """Budgets for the number of documents."""
 
     SMALL = "small"
 
 
 Tasks = Annotated[
     list[str],
-    typer.Option(metavar="TASK...", help="base (13 tasks), instruct (7 tasks) or names of tasks."),
+    typer.Option(metavar="TASK...", help="base (13 tasks), instruct (7 tasks) or task names."),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Local files instead of the Hub's data.", rich_help_panel=_DOCUMENTS),
+    typer.Option(
+        metavar="DIR", help="Folder of local files to use instead of the Hub's data.", rich_help_panel=_DOCUMENTS
+    ),
 ]
 Limit = Annotated[
     int | None,
-    typer.Option(metavar="N", help="A seeded choice of N documents for each task.", rich_help_panel=_DOCUMENTS),
+    typer.Option(
+        metavar="N", help="Run N documents of each task, chosen with a fixed seed.", rich_help_panel=_DOCUMENTS
+    ),
 ]
 SmallBudget = Annotated[
     Budget | None,
     typer.Option(
-        help="A fixed, seeded subset of every task, sized for 2 CPU cores; not with --limit.",
+        help="A fixed, seeded subset of every task, sized for 2 CPU cores; cannot be combined with --limit.",
         rich_help_panel=_DOCUMENTS,
     ),
 ]
 LogSamples = Annotated[
     bool,
-    typer.Option("--log-samples", help="Keep requests, answers and generated lengths.", rich_help_panel=_DOCUMENTS),
+    typer.Option("--log-samples", help="Save requests, answers and generated lengths.", rich_help_panel=_DOCUMENTS),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="NAME", help="Of the weights: auto, float32, bfloat16, ...", rich_help_panel=_MODEL),
+    typer.Option(metavar="NAME", help="Dtype of the weights: auto, float32, bfloat16, ...", rich_help_panel=_MODEL),
 ]
 Patch = Annotated[bool, typer.Option("--patch", help="Run with gluprune.patch_llama.", rich_help_panel=_MODEL)]
 Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Evaluate a checkpoint in a backend of lm-eval: hf, vllm, ...",
+        help="Evaluate a checkpoint with an lm-eval backend: hf, vllm, ...",
         rich_help_panel=_MODEL,
     ),
 ]
 ModelArgs = Annotated[
     str,
-    typer.Option(metavar="KEY=VALUE,...", help="Arguments of the backend.", rich_help_panel=_MODEL, show_default=False),
+    typer.Option(
+        metavar="KEY=VALUE,...", help="Arguments for the backend.", rich_help_panel=_MODEL, show_default=False
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `eval` and `study` were given in common."""
+    """The options that `eval` and `study` share."""
 
     out: Path
     tasks: Sequence[str]
@@ -88,7 +94,7 @@ def evaluate(
     calibration: Sequence[Path] = (),
     windows: int | None = None,
 ) -> None:
-    """Run the study of these models and configurations, and print its results."""
+    """Run the study on these models and configurations, and print its results."""
     from gluprune_evals.folder import Folder, StudyModel
     from gluprune_evals.report import summary
     from gluprune_evals.study import Settings, run

@@ -18,7 +18,7 @@ def print_help(command, ctx, examples: Sequence[str] = ()) -> None:
     Args:
         command: A Typer command or group.
         ctx: Its context.
-        examples: Command lines, printed without wrapping: a wrapped one could not be copied.
+        examples: Command lines, printed without wrapping so that they can be copied.
     """
     from rich.console import Console
     from rich.text import Text
@@ -62,7 +62,7 @@ def _parameter_rows(parameters: Iterable) -> dict[str, list[tuple]]:
 
 
 def _default(parameter) -> str:
-    """The default value as it would be typed; empty for flags and for options without one."""
+    """The default value as a user would type it; empty for flags and for options without one."""
     value = parameter.default
     values = value if isinstance(value, (list, tuple)) else [value]
     if isinstance(value, bool) or not all(isinstance(item, (str, int, float, os.PathLike)) for item in values):

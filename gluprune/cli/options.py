@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they do."""
+"""Options that several commands share, and their implementation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def new_file(path: Path) -> Path:
         ValueError: It exists already, or its folder does not.
     """
     if path.exists() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{path} must be a new file in a folder that exists")
+        raise ValueError(f"{path} must be a new file in an existing folder")
     return path
 
 
@@ -83,7 +83,7 @@ Verbose = Annotated[
     typer.Option(
         "--verbose",
         "-v",
-        help="Log what is done to stderr.",
+        help="Log progress messages to stderr.",
         callback=_set_verbose,
         rich_help_panel=OUTPUT,
     ),
@@ -100,11 +100,11 @@ Quiet = Annotated[
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.", show_default=False)]
 NewFolder = Annotated[
-    str, typer.Option("--out", metavar="FOLDER", help="Where to write; a new or empty folder.", show_default=False)
+    str, typer.Option("--out", metavar="FOLDER", help="Output folder; must be new or empty.", show_default=False)
 ]
 NewFile = Annotated[
-    Path, typer.Option("--out", metavar="FILE", help="Where to write; must not exist.", show_default=False)
+    Path, typer.Option("--out", metavar="FILE", help="Output file; must not exist.", show_default=False)
 ]
 Texts = Annotated[
-    list[str], typer.Option("--text", metavar="FILE...", help="UTF-8 texts to calibrate on.", show_default=False)
+    list[str], typer.Option("--text", metavar="FILE...", help="UTF-8 text files to calibrate on.", show_default=False)
 ]

@@ -23,10 +23,10 @@ _TARGET, _RECIPE, _STREAMING = "Target (exactly one)", "Recipe", "Streaming (wit
 
 ExpansionRatio = Annotated[
     float | None,
-    typer.Option(metavar="R", help="Intermediate size over hidden size.", rich_help_panel=_TARGET),
+    typer.Option(metavar="R", help="Intermediate size divided by hidden size.", rich_help_panel=_TARGET),
 ]
 PruningRatio = Annotated[
-    float | None, typer.Option(metavar="P", help="Share of the neurons to remove.", rich_help_panel=_TARGET)
+    float | None, typer.Option(metavar="P", help="Fraction of neurons to remove.", rich_help_panel=_TARGET)
 ]
 IntermediateSize = Annotated[
     int | None, typer.Option(metavar="N", help="Number of neurons to keep.", rich_help_panel=_TARGET)
@@ -65,7 +65,7 @@ Layers = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Prune only these layers, such as 0,2,5-7. By default all.",
+        help="Prune only these layers, for example 0,2,5-7. By default all.",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -81,11 +81,13 @@ Statistics = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Statistics written by `gluprune calibrate`, instead of a text.",
+        help="Statistics written by `gluprune calibrate`, used instead of texts.",
         rich_help_panel=_RECIPE,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the result, write nothing.", rich_help_panel=_STREAMING)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the result without writing it.", rich_help_panel=_STREAMING)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)]
 
 
@@ -147,7 +149,7 @@ def run(
 
 
 def _check(recipe, calibration: list[str] | None, statistics: str | None) -> None:
-    """Raise ValueError where the recipe needs calibration data that is missing, in the spelling of the flags."""
+    """Raise ValueError where the recipe needs calibration data that is missing, naming the flags."""
     if recipe.needs.calibration and not (calibration or statistics):
         name, _, value = recipe.needs.argument.partition("=")
         flag = f"--{name}" if value == "True" else f"--{name} {value[1:-1]}"

@@ -33,9 +33,9 @@ def run(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refit a pruned model to the dense one.
+    """Refit a pruned model to match the dense one.
 
-    Refits the down projections in order, so that each layer's output matches the dense model's on a text. Loads both
+    Refits the down projections in order, so that each layer's output on the texts matches the dense model's. Loads both
     models.
     """
     from gluprune.checkpoints.load_save import load, save

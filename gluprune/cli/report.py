@@ -31,22 +31,23 @@ def run(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where to write. By default the folder of the first PATH; published_output with --published.",
+            help="Output folder. By default the folder of the first PATH; published_output with --published.",
         ),
     ] = None,
     published: Annotated[
         bool,
         typer.Option(
             "--published",
-            help="Explain the published latencies and energies of arXiv 2512.22671: output length, time and joules per"
-            " token.",
+            help="Explain the published latencies and energies of arXiv 2512.22671 by output length, time and"
+            " joules per token.",
         ),
     ] = False,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             metavar="OLD NEW",
-            help="Two files or folders: show what changed by more than its spread. Exit code 1 if anything got worse.",
+            help="Two files or folders: show the figures that changed by more than their spread. Exit code 1 if"
+            " anything got worse.",
         ),
     ] = None,
     as_json: Json = False,
@@ -56,7 +57,7 @@ def run(
     """Write tables and plots from records or a study.
 
     From records of `bench`: tables, plots, and where differences come from. From a study's folder: scores, findings and
-    correlations, and scores against J/token and TPOT if records are given after it.
+    correlations, and, if records are given after it, scores against J/token and TPOT.
     """
     paths = paths or []
     if compare:
@@ -66,7 +67,7 @@ def run(
     require("bench", "matplotlib")
     if published:
         if paths:
-            raise ValueError("--published takes no PATH: its figures come with gluprune")
+            raise ValueError("--published takes no PATH: its figures are included in gluprune")
         from gluprune_evals.paper import latency
 
         written = latency.write(out or "published_output")
@@ -103,9 +104,9 @@ def _report_records(paths: Sequence[str], out: str | None) -> tuple[Path, int]:
 
 
 def _report_study(paths: Sequence[str], studies: Sequence[str], out: str | None) -> tuple[Path, int]:
-    """Write the report of a study, with records of what its widths cost if given; return its path and their number."""
+    """Write the report of a study, with cost records for its widths if given; return its path and their number."""
     if len(studies) > 1:
-        raise ValueError(f"one study a report, got {' and '.join(studies)}")
+        raise ValueError(f"a report takes one study, got {' and '.join(studies)}")
     require("eval", "scipy")
     from gluprune_evals import report as study_report
     from gluprune_evals.folder import Folder

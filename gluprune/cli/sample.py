@@ -20,7 +20,7 @@ def run(
     *,
     out: NewFile,
     windows: Annotated[int, typer.Option(metavar="N", help="Number of texts.")] = 64,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens of each text.")] = 512,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens per text.")] = 512,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -28,8 +28,8 @@ def run(
 ) -> None:
     """Let a model write calibration text.
 
-    The text is drawn at temperature 1, from the whole distribution. Use it with `prune --calibration` and with --text,
-    next to your own text or without any.
+    The text is sampled at temperature 1 from the full distribution. Pass it to `prune --calibration` or --text,
+    with your own text or without it.
     """
     import torch
     from transformers import AutoTokenizer

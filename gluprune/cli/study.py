@@ -29,20 +29,22 @@ def run(
         list[str],
         typer.Option(
             metavar="[P...]",
-            help="Shares of the neurons to remove; with no value only the dense models are scored.",
+            help="Fractions of neurons to remove; with no value, only the dense models are scored.",
         ),
     ] = _RATIOS,
     scores: Annotated[
         list[str],
-        typer.Option(metavar="SCORE...", help="As of prune; SCORE+compensate also refits down_proj."),
+        typer.Option(metavar="SCORE...", help="Scores as in prune; SCORE+compensate also refits down_proj."),
     ] = ["maw"],  # noqa: B006
-    multiple_of: Annotated[int, typer.Option(metavar="N", help="Of the widths; 1 keeps them exact.")] = 1,
+    multiple_of: Annotated[
+        int, typer.Option(metavar="N", help="Round widths to a multiple of this; 1 keeps them exact.")
+    ] = 1,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE...", help="Texts for the scores that need calibration, and for +compensate."),
     ] = None,
     calibration_windows: Annotated[int, typer.Option(metavar="N", help="Windows of 512 tokens from each text.")] = 128,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results are kept.")] = Path("study_output"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the results.")] = Path("study_output"),
     tasks: evaluation.Tasks = ["base"],  # noqa: B006
     data: evaluation.Data = None,
     limit: evaluation.Limit = None,
@@ -58,8 +60,8 @@ def run(
 ) -> None:
     """Score models at several widths with lm-eval.
 
-    Scores models dense and pruned: models x ratios x scores x tasks. A study that was interrupted continues
-    when the same command is given again.
+    Scores models dense and pruned: models x ratios x scores x tasks. An interrupted study continues
+    when the same command is run again.
     """
     evaluation.require_evaluation()
     from gluprune_evals.configuration import grid

@@ -1,4 +1,4 @@
-"""Crash-safe files and folders: each gets its final name only when all of it is on the disk."""
+"""Crash-safe files and folders: each gets its final name only when all of it is on disk."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _start_flushing(descriptor: int, first: int, end: int) -> None:
 def write_file(
     path: Path, chunks: Iterable[bytes | memoryview], progress: Callable[[int], object] | None = None
 ) -> None:
-    """Write chunks to a file that gets its name when all of them are on the disk.
+    """Write chunks to a file that gets its name when all of them are on disk.
 
     Args:
         path: The final name. A file of that name is replaced; missing folders are created.
@@ -130,7 +130,7 @@ def check_destination(destination: str | Path) -> Path:
 
 @contextmanager
 def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
-    """Yield a folder that gets the destination's name when the block succeeds and everything is on the disk.
+    """Yield a folder that gets the destination's name when the block succeeds and everything is on disk.
 
     The output folder is either absent (or the empty folder that was there) or complete. Until then, the folder is
     inside a work folder next to the destination. Other files that the block writes into the work folder do not reach

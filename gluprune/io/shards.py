@@ -1,4 +1,4 @@
-"""Safetensors files on the disk: headers and indexes, checked before any data is used.
+"""Safetensors files on disk: headers and indexes, checked before any data is used.
 
 A file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets) and the raw data.
 """

@@ -226,7 +226,7 @@ def make_generator(decoding: str, model, prompt: torch.Tensor, new_tokens: int) 
         ValueError: The decoding is unknown, or this model or device does not support it.
     """
     if decoding not in DECODINGS:
-        raise ValueError(f"unknown decoding {decoding!r}: allowed are {', '.join(DECODINGS)}")
+        raise ValueError(f"unknown decoding {decoding!r}; allowed: {', '.join(DECODINGS)}")
     return DECODINGS[decoding](model, prompt, new_tokens)
 
 

@@ -175,7 +175,7 @@ class RaplPackages:
             (after - before) % span for before, after, span in zip(self.before, self._read(), self.ranges, strict=True)
         ]
         if not all(moved):
-            return None, "not measured: a RAPL package counter stood still", None
+            return None, "not measured: a RAPL package counter did not advance", None
         return sum(moved) / 1e6, f"RAPL, {len(moved)} processor package{'s' if len(moved) > 1 else ''}", None
 
 
@@ -238,7 +238,7 @@ def _counted(before: float | None, after: float | None, sampled: float | None) -
     if before is None or after is None:
         return None, "NVML has no energy counter here"
     if after == before:
-        return None, "the energy counter stood still"
+        return None, "the energy counter did not advance"
     # Lower than before: a 32-bit counter (of millijoules) has wrapped, or the driver was reloaded. Power decides.
     joules = after - before if after > before else after - before + 2**32 / 1e3
     if sampled is None:

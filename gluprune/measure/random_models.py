@@ -70,7 +70,7 @@ def random_model(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
         ValueError: The name is unknown.
     """
     if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r} for random weights: allowed are {', '.join(CONFIGS)}")
+        raise ValueError(f"unknown model {name!r} for random weights; allowed: {', '.join(CONFIGS)}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
     model.to_empty(device="cpu").tie_weights()

@@ -77,11 +77,11 @@ def _check_projection(label: str, projection: nn.Module) -> None:
             " cannot be pruned"
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(f"{label}.weight has dtype {weight.dtype}: allowed are bf16, fp16, fp32 and fp64")
+        raise ValueError(f"{label}.weight has dtype {weight.dtype}; allowed: bf16, fp16, fp32 and fp64")
 
 
 def _check_not_shared(model: nn.Module, glus: Sequence[GLU], layers: Sequence[int]) -> None:
-    """Check that no other parameter shares memory with an MLP's: narrowing one would leave the other as it was."""
+    """Check that no other parameter shares memory with an MLP's: narrowing one would leave the other unchanged."""
     projections = [projection for index in layers for projection in glus[index].projections.values()]
     pruned = {id(parameter) for projection in projections for parameter in projection.parameters()}
     ranges = sorted(
@@ -124,7 +124,7 @@ def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequ
         if len(layer.squares) != widths[index]:
             raise ValueError(
                 f"layer {index} has {widths[index]} neurons, but the statistics were collected at"
-                f" {len(layer.squares)}: calibrate the model as it is before pruning"
+                f" {len(layer.squares)}: calibrate the model in its present state before pruning"
             )
         if recipe.compensate and layer.gram is None:
             raise ValueError("compensate=True needs statistics with Gram matrices: calibrate(..., gram=True)")

@@ -7,7 +7,7 @@ the new weight is
 
 It is computed from the Gram matrix, so the text need not be kept. Rebuilding a layer's output by linear least squares
 after channels were removed is from *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al., arXiv
-1707.06168, eq. 1, solved for W). The ridge pulls towards the present weights, not towards zero: with no neuron removed,
+1707.06168, eq. 1, solved for W). The ridge pulls towards the current weights, not towards zero: with no neuron removed,
 or no data, nothing changes.
 """
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def refitted_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, label: str = "down_proj") -> torch.Tensor:
     """Return the down projection of the kept neurons, refitted on the calibration data.
 
-    The result, rounded to its dtype, is compared with the plain `down[:, kept]` on the Gram matrix. If it is no closer
-    to the output of the whole layer, the plain one is returned.
+    The result, rounded to its dtype, is compared with the plain `down[:, kept]` on the Gram matrix. If it is not closer
+    to the output of the full layer, the plain one is returned.
 
     Args:
         down: `[H, I]`, any floating dtype.
@@ -57,7 +57,7 @@ def refitted_down(down: torch.Tensor, kept: torch.Tensor, gram: torch.Tensor, la
     # ||X W - X_S W_S||^2 - ||X W - X_S W'||^2, after rounding to the dtype.
     gain = (change * (2 * target - kept_gram @ change)).sum(dtype=torch.float64)
     if not gain > 0:
-        logger.info("%s: refitting gains nothing on the calibration data; the weights are kept as they were", label)
+        logger.info("%s: refitting gives no gain on the calibration data; the weights are left unchanged", label)
         return plain
     return refitted
 

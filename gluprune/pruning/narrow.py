@@ -1,7 +1,7 @@
 """Narrow one GLU in place, with undo and without a second copy of the model.
 
 A weight is split into kept and removed rows (or columns) and the original is freed, so the two parts together take the
-memory of the original. The removed part stays in an undo stack until the caller is done with all layers.
+memory of the original. The removed part stays in an undo stack until the caller has finished all layers.
 """
 
 from __future__ import annotations

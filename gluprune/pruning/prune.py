@@ -43,8 +43,8 @@ def prune(
     """Remove the neurons of lowest score from the GLU MLPs of a Hugging Face causal LM, in place, all or nothing.
 
     Gate and up lose rows (and bias entries), down loses columns. `out_features`, `in_features`, `mlp.intermediate_size`
-    and the config follow, so `model.save_pretrained` writes a stock checkpoint. Parameter objects stay the same; their
-    stale gradients are dropped. If anything fails, every tensor, attribute and config value is as it was.
+    and the config are updated, so `model.save_pretrained` writes a stock checkpoint. Parameter objects stay the same;
+    their stale gradients are dropped. If anything fails, every tensor, attribute and config value is restored.
 
     Memory above the model itself stays below the MLP weights of one layer. Calibration adds the memory that
     `calibrate_in_passes` describes, `compensate` adds a copy of the narrowed down projections.

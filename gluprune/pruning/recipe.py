@@ -15,7 +15,8 @@ class Needs:
     """What a recipe needs besides the weights of the model.
 
     Attributes:
-        argument: The first argument of `prune` that needs calibration data, as a caller writes it. Empty if none does.
+        argument: The first argument of `prune` that needs calibration data, as the caller writes it. Empty if none
+            does.
         gram: Whether the statistics must hold Gram matrices.
         sensitivity: Whether the statistics must hold sensitivities. They always come with Gram matrices.
     """
@@ -65,14 +66,14 @@ class Recipe:
         self.validate()
 
     def validate(self) -> None:
-        """Raise what the constructor raises for these values."""
+        """Raise the constructor's errors for these values."""
         if not callable(self.score) and self.score not in SCORES:
-            raise ValueError(f"unknown score {self.score!r}: allowed are {', '.join(SCORES)} or a callable")
+            raise ValueError(f"unknown score {self.score!r}; allowed: {', '.join(SCORES)} or a callable")
         for name in ("compensate", "reconstruct"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"unknown allocation {self.allocation!r}: allowed are {', '.join(ALLOCATIONS)}")
+            raise ValueError(f"unknown allocation {self.allocation!r}; allowed: {', '.join(ALLOCATIONS)}")
         multiple = self.multiple_of
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple!r}")
@@ -86,13 +87,13 @@ class Recipe:
             multiple_of: See `Recipe`; it is not part of the name.
 
         Raises:
-            ValueError: An unknown score or addition.
+            ValueError: An unknown score or suffix.
         """
         score, *additions = text.split("+")
         allowed = ("compensate", "sensitivity", "reconstruct")
         if score not in SCORES or not set(additions) <= set(allowed) or len(set(additions)) < len(additions):
             raise ValueError(
-                f"unknown recipe {text!r}: allowed is a score ({', '.join(SCORES)}), followed by any of "
+                f"unknown recipe {text!r}: give a score ({', '.join(SCORES)}), followed by any of "
                 + ", ".join(f"+{name}" for name in allowed)
             )
         return cls(
@@ -115,7 +116,7 @@ class Recipe:
 
     @property
     def score_name(self) -> str:
-        """The name of the score, also of a callable one."""
+        """The name of the score, even if it is a callable."""
         return self.score if isinstance(self.score, str) else getattr(self.score, "__name__", type(self.score).__name__)
 
     @property

@@ -55,16 +55,16 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
     """Refit the down projections of a pruned model in order, so that every layer's output matches the dense model's.
 
     The method is that of *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al., arXiv 1707.06168,
-    sections 3.2 and 3.3), with steps shrunk by cross-fitting (`gluprune.pruning.reconstruct`). It follows pruning of
-    any kind and works on layers of any widths, best after `compensate=True`; it helps more the more was pruned. It
-    needs much less text than calibration, of the same kinds; more is better. A layer for which the text shows no gain
-    stays as it is; the factors are logged. In place, all or nothing: Parameter objects stay the same, and if anything
-    fails every weight is as it was.
+    sections 3.2 and 3.3), with steps shrunk by cross-fitting (`gluprune.pruning.reconstruct`). It works after
+    any kind of pruning and for layers of any widths, best after `compensate=True`; the more was pruned, the more it
+    helps. It needs much less text than calibration, of the same kinds; more is better. A layer for which the text shows
+    no gain is left unchanged; the factors are logged. In place, all or nothing: Parameter objects stay the same, and if
+    anything fails, every weight is restored.
 
     Memory: over all of the text, the residual streams of both models and the inputs of one down projection, in float32
     on a CPU and otherwise in the dtype of the model; the masks of all batches if there is padding; about five float32
-    Gram matrices `[width, width]`; and the former down projections. As in `calibrate`, decoder layers in half precision
-    run in float32 on a CPU.
+    Gram matrices `[width, width]`; and the original down projections. As in `calibrate`, decoder layers in half
+    precision run in float32 on a CPU.
 
     Args:
         pruned: A causal LM of a family whose MLPs write into the residual stream directly: not olmo2, gemma2,
@@ -90,7 +90,9 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
     glus = _check(pruned, dense)
     batches = _without_padding_rows(read_batches(pruned, calibration))
     if sum(len(ids) for ids, _ in batches) < 2:
-        raise ValueError("calibration holds one row of text: give at least two, one half checks the fit on the other")
+        raise ValueError(
+            "calibration holds one row of text: give at least two, since the fit on one half is checked on the other"
+        )
     with ExitStack() as stack, ExitStack() as undo:
         for model in (pruned, dense):
             stack.enter_context(evaluating(model))
@@ -156,11 +158,11 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
     for index, (glu, other) in enumerate(zip(glus, dense_glus, strict=True)):
         if glu.down.weight is other.down.weight:
             raise ValueError(
-                f"pruned and dense share the weights of layer {index}: give dense as it was before pruning"
+                f"pruned and dense share the weights of layer {index}: dense must be the model before pruning"
             )
         if glu.down.in_features > other.down.in_features:
             widths = f"{glu.down.in_features} neurons in pruned, {other.down.in_features} in dense"
-            raise ValueError(f"layer {index} has {widths}: is pruned the first model, dense the second?")
+            raise ValueError(f"layer {index} has {widths}: give the pruned model first and the dense model second")
     return glus
 
 

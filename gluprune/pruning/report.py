@@ -14,8 +14,8 @@ class PruneReport:
     Attributes:
         kept: Layer index -> int64 `[widths[layer]]`, the neurons that were kept, ascending.
         widths: Layer index -> number of neurons after pruning.
-        intermediate_size: The width that was asked for; the mean of all layers if they differ.
-        original_intermediate_size: Neurons per pruned layer before.
+        intermediate_size: The requested width; the mean of all layers if they differ.
+        original_intermediate_size: Neurons per pruned layer before pruning.
         hidden_size: H.
         parameters: Parameters of the whole model after pruning; tied weights count once.
         original_parameters: The same before pruning.

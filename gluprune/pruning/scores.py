@@ -23,7 +23,7 @@ STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {
     # MAW, named PPM since version 3 of the paper: peak-to-peak magnitude of gate and up.
     "maw": lambda s: s.gate_ppm + s.up_ppm,
     "ppm": lambda s: s.gate_ppm + s.up_ppm,
-    # The same over gate, up and down, so the neuron's output weights count, too.
+    # The same over gate, up and down, so that the neuron's output weights count as well.
     "maw_gud": lambda s: s.gate_ppm + s.up_ppm + s.down_ppm,
     # Variance of weights.
     "vow": lambda s: s.gate_variance + s.up_variance,
@@ -40,8 +40,8 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
     Args:
         name: A key of `STATIC_SCORES`.
         gate: `[I, H]`, any floating dtype, any strides.
-        up: `[I, H]`, likewise.
-        down: `[H, I]`, likewise.
+        up: `[I, H]`, as for `gate`.
+        down: `[H, I]`, as for `gate`.
 
     Returns:
         float32 `[I]` on the device of the weights.
@@ -85,8 +85,8 @@ def calibrated_score(
     Args:
         name: A key of `CALIBRATED_SCORES`.
         gate: `[I, H]`, any floating dtype, any strides.
-        up: `[I, H]`, likewise.
-        down: `[H, I]`, likewise.
+        up: `[I, H]`, as for `gate`.
+        down: `[H, I]`, as for `gate`.
         activations: Statistics of the layer.
 
     Returns:
@@ -123,7 +123,7 @@ def score_layer(
         float32 `[I]` on the CPU.
 
     Raises:
-        ValueError: The score has another shape or NaN.
+        ValueError: The score has the wrong shape or contains NaN.
     """
     weights = layer.weights()
     if callable(score):

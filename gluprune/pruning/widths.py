@@ -21,17 +21,17 @@ def target_width(
     width: int | None = None,
     multiple_of: int = 128,
 ) -> int:
-    """Return the intermediate size that a target asks for.
+    """Return the intermediate size for a target.
 
     Exactly one of the three targets must be given. The result is the multiple of `multiple_of` that is nearest to the
     target; halves round up.
 
     Args:
-        intermediate_size: Present number of neurons I.
+        intermediate_size: Current number of neurons I.
         hidden_size: H.
-        expansion_ratio: Target r asks for `r * hidden_size`.
-        pruning_ratio: Target p asks for `I - int(p * I)`, the rule of arXiv 2512.22671.
-        width: Target that asks for itself.
+        expansion_ratio: Target r means `r * hidden_size`.
+        pruning_ratio: Target p means `I - int(p * I)`, the rule of arXiv 2512.22671.
+        width: Target given as a number of neurons.
         multiple_of: 128 keeps every row of the narrowed weights aligned to 256 bytes in bf16; 1 allows any width.
 
     Returns:
@@ -60,14 +60,16 @@ def target_width(
             raise ValueError(f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}")
         wanted = intermediate_size - int(value * intermediate_size)
     elif name == "expansion_ratio":
-        today = intermediate_size / hidden_size
-        if not 0 < value < today:
-            raise ValueError(f"expansion_ratio must lie between 0 and today's {today:.4g} (both excluded), got {value}")
+        current = intermediate_size / hidden_size
+        if not 0 < value < current:
+            raise ValueError(
+                f"expansion_ratio must lie between 0 and the current {current:.4g} (both excluded), got {value}"
+            )
         wanted = round(value * hidden_size)
     else:
         if not 0 < value < intermediate_size:
             raise ValueError(
-                f"intermediate_size must lie between 1 and {intermediate_size - 1} (today it is {intermediate_size}),"
+                f"intermediate_size must lie between 1 and {intermediate_size - 1} (currently {intermediate_size}),"
                 f" got {value}"
             )
         wanted = int(value)
@@ -82,7 +84,7 @@ def target_width(
 
 
 def _lower_hull(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return the corners of the lower convex hull of points with ascending x; of equal x the first counts."""
+    """Return the corners of the lower convex hull of points with ascending x; for equal x the first counts."""
     hull: list[tuple[float, float]] = []
     for point in zip(x, y, strict=True):
         if hull and point[0] == hull[-1][0]:
@@ -106,10 +108,10 @@ def widths_by_cost(
     of every layer are convex. If not, their lower convex hull is used.
 
     Args:
-        costs: For each layer float32 `[P]`, the cost of removing `removed` neurons; linear in between.
-        removed: `[P]`, numbers of removed neurons, ascending from 0, below I; of repeats the first counts.
-        intermediate_size: Present number of neurons I of every layer.
-        width: The mean that is asked for.
+        costs: For each layer float32 `[P]`, the cost of removing `removed` neurons; interpolated linearly.
+        removed: `[P]`, numbers of removed neurons, ascending from 0, below I; for repeats the first counts.
+        intermediate_size: Current number of neurons I of every layer.
+        width: The requested mean.
         multiple_of: Every width is a multiple of this, except I itself.
 
     Returns:
@@ -138,7 +140,7 @@ def widths_by_cost(
         if not heap:
             raise ValueError(
                 f"a mean width of {width} leaves layers with fewer than {smallest} of their {intermediate_size}"
-                " neurons: costs are known only up to there; ask for more neurons, or use allocation='uniform'"
+                " neurons: costs are not known below that; keep more neurons, or use allocation='uniform'"
             )
         _, layer = heapq.heappop(heap)
         widths[layer] = next_width(layer)
@@ -179,8 +181,8 @@ def allocated_widths(
         layers: Indices of the layers that are pruned.
         allocation: "uniform" or "sensitivity".
         statistics: `Statistics` with sensitivities; not used by "uniform".
-        intermediate_size: Present number of neurons I of every layer.
-        width: The mean that is asked for.
+        intermediate_size: Current number of neurons I of every layer.
+        width: The requested mean.
         multiple_of: See `widths_by_cost`.
 
     Raises:

@@ -128,7 +128,7 @@ def _current_obstacle(mlp: PatchedMLP) -> str | None:
     if aligned.is_aligned(gate, up, down):
         return None
     if mlp.training and down.shape[1] % aligned.ALIGNMENT:
-        return f"its width {down.shape[1]} is no multiple of {aligned.ALIGNMENT}, and it is in training mode"
+        return f"its width {down.shape[1]} is not a multiple of {aligned.ALIGNMENT}, and it is in training mode"
     return "its weights are not in aligned storage: patch again"
 
 
@@ -157,13 +157,13 @@ def module_obstacle(mlp: PatchedMLP) -> str | None:
     if type(activation) not in ACTIVATION_OF_CLASS:
         return _unsupported_activation(activation)
     if _is_modified(activation):
-        return f"{family.activation} carries a hook"
+        return f"{family.activation} has a hook"
     for name in (family.gate, family.up, family.down):
         projection = mlp._modules[name]
         if type(projection) is not nn.Linear:
             return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
         if _is_modified(projection):
-            return f"{name} carries a hook"
+            return f"{name} has a hook"
         weight = projection._parameters["weight"]
         if type(weight) not in _PLAIN:
             return f"{name}.weight is {type(weight).__name__}"
@@ -238,4 +238,4 @@ def runs_forward_of(module: nn.Module, owner: type[nn.Module]) -> bool:
 
 
 def _unsupported_activation(activation: object) -> str:
-    return f"activation {type(activation).__name__} is not supported (allowed are silu and gelu_pytorch_tanh)"
+    return f"activation {type(activation).__name__} is not supported (allowed: silu and gelu_pytorch_tanh)"

@@ -35,7 +35,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in 
 def check_backend(backend: str) -> None:
     """Raise ValueError for an unknown backend, or one that cannot run on this machine."""
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend in ("triton", "cublas") and not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)):
         raise ValueError(
             f"backend {backend!r} needs Triton and a CUDA device (for tests: TRITON_INTERPRET=1); use 'auto' or 'torch'"
@@ -187,9 +187,9 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
         torch.Size([3, 8])
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: allowed are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     buffers = None
     if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
         buffers = layout.padded_buffers(gate_weight, up_weight, down_weight)

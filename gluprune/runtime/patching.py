@@ -129,7 +129,7 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
     mlps = [mlp for _, mlp in fusion.find_glus(model)]
     if not mlps:
         allowed = ", ".join(fusion.FAMILY_OF_CLASS)
-        raise ValueError(f"{type(model).__name__} holds no GLU MLP of a supported family: allowed are {allowed}")
+        raise ValueError(f"{type(model).__name__} holds no GLU MLP of a supported family; allowed: {allowed}")
     obstacles = [fusion.class_obstacle(mlp) for mlp in mlps]
     if all(obstacles) and not any(map(fusion.has_fused_forward, mlps)):
         raise ValueError(f"no MLP of {type(model).__name__} can be patched: {fusion.summary(obstacles)}")

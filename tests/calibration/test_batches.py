@@ -35,7 +35,7 @@ def test_several_texts_give_as_many_windows_each():
     assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(alone))
     for given, message in [
         ([], "give at least one calibration text"),
-        ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window takes 10"),
+        ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window needs 10"),
     ]:
         with pytest.raises(ValueError, match=message):
             batches_from_text(Characters(), given, windows=8, length=10)
@@ -44,7 +44,7 @@ def test_several_texts_give_as_many_windows_each():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"length": 108}, "has 107 tokens: one window takes 108"),
+        ({"length": 108}, "has 107 tokens: one window needs 108"),
         ({"windows": 0}, "windows must be at least 1"),
         ({"length": 0}, "length must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

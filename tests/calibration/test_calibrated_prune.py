@@ -180,7 +180,7 @@ IDS = torch.full((2, 5), 7)
         (arguments(calibration=IDS), ValueError, r"batch 0 must hold .* got torch.int64 of shape \[5\]"),
         (arguments(calibration=[IDS, IDS.float()]), ValueError, "batch 1 must hold .* got torch.float32"),
         (arguments(calibration=[IDS, IDS.bool()]), ValueError, "batch 1 must hold .* got torch.bool"),
-        (arguments(calibration=[{"ids": IDS}]), ValueError, "batch 0 is a dict without input_ids: it has ids"),
+        (arguments(calibration=[{"ids": IDS}]), ValueError, "batch 0 is a dict without input_ids: its keys are ids"),
         (arguments(calibration=[{"input_ids": [[7, 7]]}]), TypeError, "batch 0 must be a tensor.* got list"),
         (arguments(calibration=[(IDS, IDS[:1])]), ValueError, r"calibration batch 0 must have the shape .* \[1, 5\]"),
         (arguments(calibration=[(IDS, "mask")]), ValueError, "calibration batch 0 must have the shape .* got str"),
@@ -246,7 +246,7 @@ def test_bad_statistics_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         Statistics.load(tmp_path / "absent.safetensors")
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         Statistics.load(tmp_path / "text")
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
     with pytest.raises(ValueError, match="holds no calibration statistics"):

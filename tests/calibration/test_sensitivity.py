@@ -331,7 +331,7 @@ def test_nan_in_the_logits(unchanged, spoil):
 
 def test_a_decoder_without_a_head(unchanged):
     model = make_tiny_model().model
-    with unchanged(model), pytest.raises(ValueError, match="a language-model head, LlamaModel has none"):
+    with unchanged(model), pytest.raises(ValueError, match="a language-model head, but LlamaModel has none"):
         calibrate(model, random_batches(), sensitivity=True)
 
 

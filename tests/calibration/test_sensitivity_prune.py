@@ -89,7 +89,7 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_saved_statistics_and_the_disk(family, tmp_path):
-    """A checkpoint pruned on the disk is what pruning in memory gives, bit for bit, uniform in width or by layer."""
+    """A checkpoint pruned on disk is what pruning in memory gives, bit for bit, uniform in width or by layer."""
     model = make_tiny_model(family, dtype=torch.bfloat16, seed=4)
     with torch.no_grad():  # one layer hardly matters
         model_glus(model)[2].down.weight.mul_(0.01)
@@ -144,7 +144,7 @@ def test_another_allocation_does_not_resume(tmp_path, monkeypatch):
 
 
 BAD = {
-    "unknown allocation": ({"allocation": "by size"}, "unknown allocation 'by size': allowed are uniform, sensitivity"),
+    "unknown allocation": ({"allocation": "by size"}, "unknown allocation 'by size'; allowed: uniform, sensitivity"),
     "no data": ({"allocation": "sensitivity"}, "allocation='sensitivity' needs calibration data"),
     "batches": (
         {"allocation": "sensitivity", "calibration": random_batches()},
@@ -173,7 +173,7 @@ def test_bad_input_changes_nothing(case, unchanged):
 
 
 def test_unknown_allocation_is_told_before_a_download(tmp_path):
-    with pytest.raises(ValueError, match="unknown allocation 'by size': allowed are uniform, sensitivity"):
+    with pytest.raises(ValueError, match="unknown allocation 'by size'; allowed: uniform, sensitivity"):
         prune_checkpoint("nobody/nothing", tmp_path / "out", pruning_ratio=0.5, allocation="by size")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints to prune on the disk."""
+"""Checkpoints to prune on disk."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Pruning on the disk equals pruning in memory and saving."""
+"""Pruning on disk equals pruning in memory and saving."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_statistics_that_do_not_fit(llama, tmp_path):
     refused("need.* statistics with Gram matrices", compensate=True, layers=[0], statistics=some)
     refused("absent", compensate=True, statistics=tmp_path / "absent")
     refused("holds no calibration statistics", score="hybrid", statistics=llama / SINGLE_FILE)
-    refused("config.json is no complete safetensors file", score="hybrid", statistics=llama / "config.json")
+    refused("config.json is not a complete safetensors file", score="hybrid", statistics=llama / "config.json")
     refused("score='hybrid' needs calibration statistics", score="hybrid")
     refused("compensate=True needs calibration statistics", compensate=True)
     with pytest.raises(TypeError, match="compensate must be True or False"):

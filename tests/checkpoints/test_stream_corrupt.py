@@ -1,4 +1,4 @@
-"""Pruning on the disk: corrupt and lying files."""
+"""Pruning on disk: corrupt and lying files."""
 
 import json
 import random
@@ -318,7 +318,7 @@ def test_lying_indexes_are_told_apart(source, tmp_path, change, message):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_lying_length_allocates_nothing(tmp_path):
-    """Sparse files: gigabytes on paper, nothing on the disk."""
+    """Sparse files: gigabytes on paper, nothing on disk."""
     big, index = tmp_path / "big.safetensors", tmp_path / "index.json"
     with memory_below(20e6):
         for size, length in ((1 << 40, 1 << 39), (1 << 40, shards.MAX_JSON_BYTES + 1), (1 << 36, (1 << 36) - 8)):

@@ -1,4 +1,4 @@
-"""Pruning on the disk: failing system calls, full disks, interruptions."""
+"""Pruning on disk: failing system calls, full disks, interruptions."""
 
 import errno
 import json
@@ -251,7 +251,7 @@ def test_a_source_that_changes_is_noticed(source, tmp_path, monkeypatch):
 def test_a_full_disk(source, expected, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-        with pytest.raises(OSError, match=r"bytes are to be written, 10 are free"):
+        with pytest.raises(OSError, match=r"bytes are needed, only 10 are free"):
             prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 

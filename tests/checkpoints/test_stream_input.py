@@ -1,4 +1,4 @@
-"""Pruning on the disk: what goes in, and what is rejected."""
+"""Pruning on disk: what goes in, and what is rejected."""
 
 import json
 import os
@@ -66,7 +66,7 @@ BAD_CHECKPOINTS = {
     "missing projection": (lambda f: _save(f, **{GATE: None}), "layer 1 has no tensor mlp.gate_proj.weight"),
     "wrong shape": (lambda f: _save(f, **{GATE: torch.zeros(51, 24)}), r"gate_proj.weight.* has shape \[51, 24\]"),
     "wrong bias": (lambda f: _save(f, **{GATE.replace("weight", "bias"): torch.zeros(7)}), r"bias' has shape \[7\]"),
-    "integers": (lambda f: _save(f, **{GATE: torch.zeros(WIDTH, HIDDEN).short()}), "dtype I16: allowed are BF16"),
+    "integers": (lambda f: _save(f, **{GATE: torch.zeros(WIDTH, HIDDEN).short()}), "dtype I16; allowed: BF16"),
     "quantized": (lambda f: _save(f, **{GATE + "_scale": torch.ones(1)}), "weight_scale' .* quantized"),
     "adapter": (lambda f: _save(f, **{GATE.replace("weight", "lora_A.weight"): torch.ones(1)}), "lora_A"),
     "two stacks": (lambda f: _save(f, **{"tower." + GATE: torch.zeros(WIDTH, HIDDEN)}), "several stacks"),
@@ -77,7 +77,7 @@ BAD_CHECKPOINTS = {
     "width in config": (lambda f: _configure(f, intermediate_size=51), "the config says"),
     "unsupported": (lambda f: _configure(f, model_type="mixtral"), "'mixtral' is not supported"),
     "composite": (lambda f: _configure(f, model_type="gemma3", text_config={}), "composite"),
-    "odd config": (lambda f: _configure(f, hidden_size="many"), "config.json is no usable config"),
+    "odd config": (lambda f: _configure(f, hidden_size="many"), "config.json is not a usable config"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / SINGLE_FILE).unlink(), "only safetensors checkpoints"),

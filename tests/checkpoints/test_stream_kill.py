@@ -1,4 +1,4 @@
-"""Pruning on the disk, killed at any moment."""
+"""Pruning on disk, killed at any moment."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pruning on the disk: the files that come out."""
+"""Pruning on disk: the files that come out."""
 
 import json
 import os

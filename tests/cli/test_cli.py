@@ -118,7 +118,7 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert reports[0]["kept"] == reports[1]["kept"]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     assert main(["prune", str(source), "--out", str(tmp_path / "out"), *arguments, "--statistics", str(text)]) == 2
-    assert f"{text} is no complete safetensors file" in capsys.readouterr().err
+    assert f"{text} is not a complete safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_info_says_what_can_be_fused(tiny_model, tmp_path, capsys, activation, f
     gluprune.save(tiny_model("phi3", hidden_act=activation), tmp_path / "packed")
     assert main(["info", str(tmp_path / "packed"), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    reason = "activation ReLU is not supported (allowed are silu and gelu_pytorch_tanh)"
+    reason = "activation ReLU is not supported (allowed: silu and gelu_pytorch_tanh)"
     assert described["fusible"] == fusible
     assert described["not_fusible"] == ({} if fusible else {reason: 3})
 

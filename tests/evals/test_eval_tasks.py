@@ -101,7 +101,7 @@ def test_lists_of_tasks():
     assert len(BASE_TASKS) == 13 and len(INSTRUCT_TASKS) == 7
     assert set(INSTRUCT_TASKS) < set(BASE_TASKS)
     assert check_tasks(["piqa", "wikitext"]) == ["wikitext", "piqa"]
-    with pytest.raises(ValueError, match="unknown task 'mmlu_pro': allowed are wikitext, lambada_openai, mmlu"):
+    with pytest.raises(ValueError, match="unknown task 'mmlu_pro'; allowed: wikitext, lambada_openai, mmlu"):
         check_tasks(["piqa", "mmlu_pro"])
 
 

@@ -111,8 +111,8 @@ def test_two_studies_do_not_mix(inputs, tmp_path, capsys):
     assert main(arguments(inputs, out, tasks=["wikitext"])) == 0
     before = contents(out)
     for more, message in [
-        (["--dtype", "bfloat16"], "holds a study with dtype 'auto', this one has 'bfloat16'"),
-        (["--patch"], "holds a study with patched False, this one has True"),
+        (["--dtype", "bfloat16"], "holds a study with dtype 'auto', but this one has 'bfloat16'"),
+        (["--patch"], "holds a study with patched False, but this one has True"),
     ]:
         assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
@@ -293,7 +293,7 @@ def test_patched_is_unpatched(smollm2_path, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--scores", "best"], "unknown recipe 'best': allowed is a score (maw"),
+        (["--scores", "best"], "unknown recipe 'best': give a score (maw"),
         (["--scores", "maw+compensates"], "unknown recipe 'maw+compensates'"),
         (["--scores", "hybrid"], "calibrated scores and +compensate need --calibration FILE"),
         (["--scores", "maw+compensate"], "need --calibration FILE"),

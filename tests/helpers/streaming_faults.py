@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of faults on the disk."""
+"""Checkpoints for the tests of faults on disk."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -196,14 +196,14 @@ def test_command_with_random_weights_says_so(monkeypatch, tiny_model, tmp_path, 
         (["somewhere", "--random", "llama-3.2-1b"], "give exactly one of MODEL and --random NAME"),
         (
             ["--random", "llama-9"],
-            "unknown model 'llama-9' for random weights: allowed are llama-3.2-1b, llama-3.2-3b, llama-3.1-8b",
+            "unknown model 'llama-9' for random weights; allowed: llama-3.2-1b, llama-3.2-3b, llama-3.1-8b",
         ),
         (["absent"], "absent is neither a model folder nor a reachable Hub id"),
         (["absent", "--decoding", "graph"], "decoding 'graph' needs a CUDA device, the device is cpu"),
         (["absent", "--new-tokens", "1"], "new tokens must be at least 2, got 1"),
         (["absent", "--batch", "0"], "batch must be at least 1, got 0"),
         (["absent", "--pruning-ratio", "1.5"], "pruning ratios lie between 0 and 1 (both excluded), got 1.5"),
-        (["absent", "--preset", "paper", "--batch", "4"], "--preset paper has its own workloads: leave out --batch"),
+        (["absent", "--preset", "paper", "--batch", "4"], "--preset paper has its own workloads: omit --batch"),
         (["absent", "--device", "abacus"], "abacus"),
     ],
 )
@@ -218,7 +218,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, mess
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without CUDA says")
 def test_no_cuda(tmp_path, capsys):
     assert main(["bench", "--random", "llama-3.2-1b", "--device", "cuda:1", "--out", str(tmp_path / "out")]) == 2
-    assert "device 'cuda:1' is not available: torch finds no CUDA device" in capsys.readouterr().err
+    assert "device 'cuda:1' is not available: torch does not find a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -76,7 +76,7 @@ def test_counter():
 @pytest.mark.parametrize(
     "readings, complaint",
     [
-        ([5_000_000, 5_000_000], "the energy counter stood still"),
+        ([5_000_000, 5_000_000], "the energy counter did not advance"),
         ([None, None], "NVML has no energy counter here"),
         ([5_000_000, None], "NVML has no energy counter here"),
         ([5_000_000, 1_000], "the energy counter reported"),  # reloaded: read as a wrapped counter it would be 4 MJ
@@ -99,7 +99,7 @@ def test_a_counter_of_32_bits_that_wraps():
     "readings, complaint",
     [
         ([None, None], "NVML has no energy counter here"),
-        ([7, 7], "the energy counter stood still"),
+        ([7, 7], "the energy counter did not advance"),
         ([2**32 - 15_000, 25_000], "the energy counter went backwards"),  # and no power to say whether it wrapped
     ],
 )
@@ -207,7 +207,7 @@ def test_rapl_that_stands_still_is_not_measured(powercap):
         time.sleep(0.06)
         (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
     assert window.energy.joules is None
-    assert window.energy.method == "not measured: a RAPL package counter stood still"
+    assert window.energy.method == "not measured: a RAPL package counter did not advance"
 
 
 def test_rapl_that_may_not_be_read(powercap, monkeypatch):

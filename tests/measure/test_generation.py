@@ -150,7 +150,7 @@ def test_a_graph_needs_cuda(tiny_model):
 
 
 def test_unknown_decoding(tiny_model):
-    with pytest.raises(ValueError, match="unknown decoding 'fast': allowed are generate, compiled, graph"):
+    with pytest.raises(ValueError, match="unknown decoding 'fast'; allowed: generate, compiled, graph"):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="fast")
 
 

@@ -197,11 +197,11 @@ BAD = {
     "ratio 0": (dict(pruning_ratio=0), ValueError, "between 0 and 1"),
     "ratio 1": (dict(pruning_ratio=1), ValueError, "between 0 and 1"),
     "ratio below 0": (dict(pruning_ratio=-0.5), ValueError, "between 0 and 1"),
-    "expansion above today's": (dict(expansion_ratio=3.2), ValueError, "between 0 and today's 3.156"),
+    "expansion above today's": (dict(expansion_ratio=3.2), ValueError, "between 0 and the current 3.156"),
     "width above today's": (dict(intermediate_size=102), ValueError, "between 1 and 100"),
     "rounds to today's": (dict(intermediate_size=100, multiple_of=101), ValueError, "rounds to 101"),
     "rounds to 0": (dict(intermediate_size=3, multiple_of=128), ValueError, "rounds to 0"),
-    "unknown score": (dict(pruning_ratio=0.5, score="wanda"), ValueError, "unknown score 'wanda': allowed are maw"),
+    "unknown score": (dict(pruning_ratio=0.5, score="wanda"), ValueError, "unknown score 'wanda'; allowed: maw"),
     "score with NaN": (
         dict(pruning_ratio=0.5, score=lambda g, u, d: torch.tensor([1.0] * 100 + [NAN])),
         ValueError,

@@ -20,18 +20,18 @@ def test_every_recipe_is_read_back_from_its_name(score, compensate, allocation, 
     "text", ["", "best", "maw+", "maw+compensated", "maw+compensate+compensate", "compensate", "maw compensate", "+maw"]
 )
 def test_unknown_names_are_refused(text):
-    with pytest.raises(ValueError, match=r"unknown recipe .* allowed is a score .*maw_gud.*surgeon.*\+compensate"):
+    with pytest.raises(ValueError, match=r"unknown recipe .* give a score .*maw_gud.*surgeon.*\+compensate"):
         Recipe.parse(text)
 
 
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"score": "best"}, ValueError, "unknown score 'best': allowed are maw, .*surgeon or a callable"),
+        ({"score": "best"}, ValueError, "unknown score 'best'; allowed: maw, .*surgeon or a callable"),
         ({"score": None}, ValueError, "unknown score None"),
         ({"compensate": 1}, TypeError, "compensate must be True or False, got 1"),
         ({"reconstruct": "yes"}, TypeError, "reconstruct must be True or False, got 'yes'"),
-        ({"allocation": "best"}, ValueError, "unknown allocation 'best': allowed are uniform, sensitivity"),
+        ({"allocation": "best"}, ValueError, "unknown allocation 'best'; allowed: uniform, sensitivity"),
         ({"multiple_of": 0}, ValueError, "multiple_of must be an integer of at least 1, got 0"),
         ({"multiple_of": True}, ValueError, "multiple_of must be an integer of at least 1, got True"),
         ({"multiple_of": 2.0}, ValueError, "multiple_of must be an integer of at least 1, got 2.0"),

@@ -207,7 +207,7 @@ def test_a_half_without_a_solution(singular, caplog):
     halves[singular].gram = torch.tensor([[1.0, 1e6, 0], [1e6, 1, 0], [0, 0, 1]])
     change, factor = _shrunk_fit(*halves, "layer 4")
     assert factor == 0 and change.shape == (3, 2) and not change.any()
-    assert "layer 4: the Gram matrix is singular whatever the ridge" in caplog.text
+    assert "layer 4: the Gram matrix is singular with every ridge tried" in caplog.text
 
 
 @pytest.mark.parametrize("is_patched", [False, True])

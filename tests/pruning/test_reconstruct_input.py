@@ -84,7 +84,7 @@ def test_unloaded_models(unchanged):
     [
         ([], "calibration holds no tokens"),
         ([torch.ones(1, 40, dtype=torch.int64)], "calibration holds one row of text"),
-        ([torch.full((2, 5), 64)], "token ids from 64 to 64; the model's vocabulary is 0 to 63"),
+        ([torch.full((2, 5), 64)], "token ids from 64 to 64; the model's vocabulary goes from 0 to 63"),
     ],
 )
 def test_unusable_text(batches, message, unchanged):

@@ -198,5 +198,6 @@ def test_report_of_the_published_figures(tmp_path, capsys):
 def test_published_takes_no_path(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--published"]) == 2
     assert (
-        capsys.readouterr().err == "gluprune report: error: --published takes no PATH: its figures come with gluprune\n"
+        capsys.readouterr().err
+        == "gluprune report: error: --published takes no PATH: its figures are included in gluprune\n"
     )

@@ -202,9 +202,9 @@ def test_compiles_without_a_break_with_dynamic_tokens():
 
 def test_bad_names_are_rejected():
     operands, x = make_operands(37, 48), torch.randn(3, 48)
-    with pytest.raises(ValueError, match="unknown activation 'relu': allowed are silu, gelu_tanh"):
+    with pytest.raises(ValueError, match="unknown activation 'relu'; allowed: silu, gelu_tanh"):
         operator.glu_mlp(x, *operands, "relu", "torch")
-    with pytest.raises(ValueError, match="unknown backend 'cuda': allowed are auto, triton, cublas, torch"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; allowed: auto, triton, cublas, torch"):
         operator.glu_mlp(x, *operands, "silu", "cuda")
 
 

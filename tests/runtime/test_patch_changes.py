@@ -120,7 +120,7 @@ def test_one_line_in_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="gluprune"):
         patch(model, "triton")
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 2 MLPs are fused (backend triton); not fused: 1 x gate_proj carries a hook"
+        "1 of 2 MLPs are fused (backend triton); not fused: 1 x gate_proj has a hook"
     ]
 
 
@@ -133,7 +133,7 @@ def test_status_as_data():
     patch(model, "torch")
     assert fusion_status(model)[0].reason == f"backend 'torch' runs PyTorch's operators on {DEVICE}"
     patch(model, "triton").train()
-    assert "77 is no multiple of 128, and it is in training mode" in fusion_status(model)[0].reason
+    assert "77 is not a multiple of 128, and it is in training mode" in fusion_status(model)[0].reason
     assert fusion_status(nn.Linear(2, 2)) == []
 
 
@@ -150,12 +150,12 @@ def refused(model, message, error=ValueError, action=patch, **kwargs):
 
 
 def test_no_glu_in_the_model():
-    with pytest.raises(ValueError, match="Linear holds no GLU MLP of a supported family: allowed are LlamaMLP"):
+    with pytest.raises(ValueError, match="Linear holds no GLU MLP of a supported family; allowed: LlamaMLP"):
         patch(nn.Linear(2, 2))
 
 
 def test_unsupported_activation():
-    refused(tiny_model(hidden_act="gelu"), "activation GELUActivation is not supported .allowed are silu and gelu_pyt")
+    refused(tiny_model(hidden_act="gelu"), "activation GELUActivation is not supported .allowed: silu and gelu_pyt")
 
 
 def test_not_a_module():
@@ -165,7 +165,7 @@ def test_not_a_module():
 
 
 def test_unknown_backend():
-    refused(tiny_model(), "unknown backend 'fast': allowed are auto, triton, cublas, torch", backend="fast")
+    refused(tiny_model(), "unknown backend 'fast'; allowed: auto, triton, cublas, torch", backend="fast")
 
 
 @pytest.mark.parametrize("backend", ["triton", "cublas"])

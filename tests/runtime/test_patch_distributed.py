@@ -45,7 +45,7 @@ def check_tensor_parallel(path):
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto").eval()
     expected = logits(model, ids)
     patch(model, "triton")
-    assert [entry.reason for entry in fusion_status(model)] == ["gate_proj carries a hook"] * 2, fusion_status(model)
+    assert [entry.reason for entry in fusion_status(model)] == ["gate_proj has a hook"] * 2, fusion_status(model)
     assert torch.equal(logits(model, ids), expected)
     torch.testing.assert_close(expected, logits(reference, ids), atol=1e-5, rtol=1e-5)
     model(ids, labels=ids).loss.backward()

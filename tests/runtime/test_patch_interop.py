@@ -46,7 +46,7 @@ def test_hooks_inside_an_mlp_act(model, ids, add, where, hook_first):
     handle = add(getattr(mlps(model)[0], where))
     if hook_first:
         patch(model, "triton")
-    assert reasons(model) == [f"{where} carries a hook", ""]
+    assert reasons(model) == [f"{where} has a hook", ""]
     assert_same(logits(model, ids), logits(plain, ids))
     expected = gradients(plain, ids)
     for name, grad in gradients(model, ids).items():
@@ -88,7 +88,7 @@ def test_parametrized_and_pruned_projections_act(model, ids):
         torch_prune.l1_unstructured(mlps(each)[1].down_proj, "weight", amount=0.5)
         with torch.no_grad():
             mlps(each)[0].up_proj.parametrizations.weight.original0.mul_(2)
-    assert reasons(model) == ["up_proj is torch's ParametrizedLinear", "down_proj carries a hook"]
+    assert reasons(model) == ["up_proj is torch's ParametrizedLinear", "down_proj has a hook"]
     assert_same(logits(model, ids), logits(plain, ids))
 
 

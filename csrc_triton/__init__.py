@@ -1,6 +1,6 @@
-"""Triton kernels for width-pruned GLU MLPs. Import only torch and Triton; know no model.
+"""Triton kernels for width-pruned GLU MLPs. They import only torch and Triton and are independent of models.
 
-The names below are loaded at their first use, so that `import csrc_triton` needs neither Triton nor CUDA.
+The names below are loaded on first use, so that `import csrc_triton` needs neither Triton nor CUDA.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ weights are therefore views of two buffers, padded with zeros to `IP`, the inter
     gate_up [2, IP, H]    gate = gate_up[0, :I]    up = gate_up[1, :I]
     down    [H, IP]       down = down[:, :I]
 
-Zero rows and columns add exactly nothing. A packed gate_up weight `[2 * I, H]` must stay contiguous, so its buffer is
-`[I + IP, H]`: the up rows follow the gate rows directly, and kernels compute no neuron from I on.
+Zero rows and columns do not change the result. A packed gate_up weight `[2 * I, H]` must stay contiguous, so its buffer
+is `[I + IP, H]`: the up rows follow the gate rows directly, and kernels do not compute neurons from I on.
 
 The layout is recognised from the weights only, by strides, offsets and the size of the storage. A storage ends in
 IP - I more elements: its size then determines the I that its padding is zero for, and a weight that was sliced narrower
@@ -24,7 +24,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16,
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return `a / b` rounded up. `triton.cdiv` does the same, but takes microseconds a call on the host."""
+    """Return `a / b` rounded up. `triton.cdiv` does the same, but takes microseconds per call on the host."""
     return -(-a // b)
 
 
@@ -49,7 +49,7 @@ def first_up_row(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None
     Args:
         gate: `[I, H]`.
         up: `[I, H]`.
-        down: `[H, I]`; None to look only at gate and up.
+        down: `[H, I]`; None to check only gate and up.
 
     Returns:
         The row, or None if the weights are not in the padded layout.

@@ -19,7 +19,7 @@ ACT_MUL_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["I"])
 def act_mul_kernel(h, a, gate_bias, up_bias, I, IP, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Map h `[M, 2 * IP]` (gate, then up) to a `[M, IP]`; one token and BLOCK_N neurons a program."""
+    """Map h `[M, 2 * IP]` (gate, then up) to a `[M, IP]`; one token and BLOCK_N neurons per program."""
     row = tl.program_id(0).to(tl.int64)
     neurons = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     stored = neurons < IP

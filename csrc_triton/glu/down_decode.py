@@ -1,6 +1,7 @@
 """The down projection for few tokens.
 
-The sum runs over the padded width IP, where both operands are zero from I on: exact, and every load is aligned.
+The sum runs over the padded width IP, where both operands are zero from I on: the result is exact, and every load is
+aligned.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def down_gemv_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Map a `[1, IP]` and down `[H, IP]` to y `[1, H]`; BLOCK_N outputs a program."""
+    """Map a `[1, IP]` and down `[H, IP]` to y `[1, H]`; BLOCK_N outputs per program."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     columns = tl.arange(0, BLOCK_K)[None, :]
     w_ptrs = down + tl.minimum(rows, H - 1).to(tl.int64)[:, None] * IP + columns  # [BLOCK_N, BLOCK_K]
@@ -99,12 +100,12 @@ def down_splitk_kernel(
     INPUT_PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Map a `[M, IP]` and down `[H, IP]` to float32 partials `[SPLIT_K, M, H]`; one tile and range of K a program."""
+    """Map a `[M, IP]` and down `[H, IP]` to float32 partials `[SPLIT_K, M, H]`; one tile and range of K per program."""
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     split = tl.program_id(2)
     columns = tl.arange(0, BLOCK_K)[None, :]
-    # Rows past H and M read the last row again: unmasked loads, and the results are not stored.
+    # Rows past H and M read the last row again, so that loads need no mask; the results are not stored.
     w_ptrs = down + tl.minimum(rows, H - 1).to(tl.int64)[:, None] * IP + columns  # [BLOCK_N, BLOCK_K]
     a_ptrs = a + tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * IP + columns  # [BLOCK_M, BLOCK_K]
     steps = IP // BLOCK_K
@@ -124,7 +125,7 @@ def down_splitk_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def sum_partials_kernel(partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
-    """Map partials `[SPLIT_K, M, H]` to y `[M, H]`; one token and BLOCK_N outputs a program."""
+    """Map partials `[SPLIT_K, M, H]` to y `[M, H]`; one token and BLOCK_N outputs per program."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     inside = columns < H

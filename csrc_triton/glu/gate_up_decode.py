@@ -1,4 +1,4 @@
-"""gate and up projections with the activation for few tokens, where reading the weights is the whole cost.
+"""gate and up projections with the activation for few tokens, where reading the weights dominates the cost.
 
 Both kernels read every weight once. With PDL (programmatic dependent launch) a kernel starts while the previous kernel
 of the stream still runs, and waits for it before reading `x`.
@@ -35,7 +35,7 @@ def gate_up_gemv_kernel(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Map x `[1, H]` and gate_up `[2, IP, H]` to a `[1, IP]`; whole rows of BLOCK_N neurons a program."""
+    """Map x `[1, H]` and gate_up `[2, IP, H]` to a `[1, IP]`; whole rows of BLOCK_N neurons per program."""
     neurons = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     columns = tl.arange(0, BLOCK_H)[None, :]  # [1, BLOCK_H]
     rows = neurons.to(tl.int64)[:, None]
@@ -126,7 +126,7 @@ def gate_up_swap_kernel(
     INPUT_PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Map x `[M, H]` and gate_up `[2, IP, H]` to a `[M, IP]`; BLOCK_N neurons and BLOCK_M tokens a program."""
+    """Map x `[M, H]` and gate_up `[2, IP, H]` to a `[M, IP]`; BLOCK_N neurons and BLOCK_M tokens per program."""
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first = tl.program_id(1) * BLOCK_N
     neurons = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -136,7 +136,7 @@ def gate_up_swap_kernel(
     rows = (r // 16) * 8 + r % 8 + (r // 8 % 2) * UP  # [2 * BLOCK_N], from the first gate row on
     columns = tl.arange(0, BLOCK_K)[None, :]
     w_ptrs = gate_up + first.to(tl.int64) * H + rows.to(tl.int64)[:, None] * H + columns  # [2 * BLOCK_N, BLOCK_K]
-    # Rows past M read the last row again: unmasked loads, and the results are not stored.
+    # Rows past M read the last row again, so that loads need no mask; the results are not stored.
     x_ptrs = x + tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * stride_x + columns  # [BLOCK_M, BLOCK_K]
     acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
     wait_for_previous_kernel(PDL)

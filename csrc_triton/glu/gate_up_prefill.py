@@ -1,6 +1,6 @@
 """gate and up projections with the activation for many tokens.
 
-Two GEMMs that share the tile of tokens and keep both results in registers until the activation has joined them.
+Two GEMMs that share the tile of tokens and keep both results in registers until the activation combines them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from csrc_triton.launch.configs import GateUpConfig, Problem, buffers
 from csrc_triton.launch.device import input_precision, sm_count
 from csrc_triton.layout import PAD, cdiv, rows_aligned
 
-# Tiles are visited in groups of this many rows of tiles, so that neighbours in time share weights and tokens in the L2.
+# Tiles are visited in groups of this many rows of tiles, so that consecutive tiles share weights and tokens in the L2.
 GROUP_M = 8
 
 
@@ -54,13 +54,13 @@ def gate_up_tile_kernel(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Map x `[M, H]` and gate_up `[2, IP, H]` to a `[M, IP]`; one tile a program."""
+    """Map x `[M, H]` and gate_up `[2, IP, H]` to a `[M, IP]`; one tile per program."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), IP // BLOCK_N
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)  # pyright: ignore[reportGeneralTypeIssues]
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     neurons = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     columns = tl.arange(0, BLOCK_K)[None, :]
-    # Rows past M read the last row again: unmasked loads, and the results are not stored.
+    # Rows past M read the last row again, so that loads need no mask; the results are not stored.
     x_ptrs = x + tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * stride_x + columns  # [BLOCK_M, BLOCK_K]
     gate_ptrs = gate_up + neurons.to(tl.int64)[:, None] * H + columns  # [BLOCK_N, BLOCK_K]
     up_ptrs = gate_up + (UP + neurons).to(tl.int64)[:, None] * H + columns
@@ -88,7 +88,7 @@ def gate_up_tile_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class GateUpTile(GateUpConfig):
-    """Many tokens: one tile of the result a program, ordinary pointers. For every chip and every H."""
+    """Many tokens: one tile of the result per program, ordinary pointers. For every chip and every H."""
 
     block_m: int
     block_n: int
@@ -158,7 +158,7 @@ def gate_up_tma_kernel(
     ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """The same with tensor descriptors of x, gate_up `[UP + IP, H]` and a; every n-th tile a program."""
+    """The same with tensor descriptors of x, gate_up `[UP + IP, H]` and a; every n-th tile per program."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = IP // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -195,7 +195,7 @@ class GateUpTma(GateUpConfig):
     def shared_memory(self, problem: Problem) -> int:
         """Return the bytes of shared memory that a program takes."""
         tiles = buffers(self.num_stages, problem.sm) * (self.block_m + 2 * self.block_n) * self.block_k
-        result = self.block_m * self.block_n  # it leaves through shared memory as well
+        result = self.block_m * self.block_n  # it is written through shared memory as well
         return (tiles + result) * problem.dtype.itemsize
 
     def _suits(self, problem: Problem) -> bool:

@@ -1,4 +1,4 @@
-"""The plain PyTorch twin of every planned kernel: same weights, same result layout, sums in float32."""
+"""The plain PyTorch equivalent of every planned kernel: same weights, same result layout, sums in float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def activation_reference(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def act_mul_reference(h: torch.Tensor, weights: GluWeights) -> torch.Tensor:
-    """Twin of `plan_act_mul`: `[M, 2 * IP]` -> `[M, IP]`, computed in float32, zero from I on."""
+    """Equivalent of `plan_act_mul`: `[M, 2 * IP]` -> `[M, IP]`, computed in float32, zero from I on."""
     I = weights.intermediate_size
     gate, up = h.float().chunk(2, dim=1)
     gate, up = gate[:, :I], up[:, :I]
@@ -27,13 +27,13 @@ def act_mul_reference(h: torch.Tensor, weights: GluWeights) -> torch.Tensor:
 
 
 def gate_up_reference(x: torch.Tensor, weights: GluWeights) -> torch.Tensor:
-    """Twin of the gate_up kernels: `[M, H]` -> `[M, IP]`, sums and activation in float32, zero from I on."""
+    """Equivalent of the gate_up kernels: `[M, H]` -> `[M, IP]`, sums and activation in float32, zero from I on."""
     h = x.float() @ weights.gate_up.float().flatten(0, 1).t()
     return act_mul_reference(h, weights).to(x.dtype)
 
 
 def down_reference(a: torch.Tensor, weights: GluWeights) -> torch.Tensor:
-    """Twin of the down kernels: `[M, IP]` -> `[M, H]`, summed in float32."""
+    """Equivalent of the down kernels: `[M, IP]` -> `[M, H]`, summed in float32."""
     y = a.float() @ weights.down.float().t()
     return (y if weights.down_bias is None else y + weights.down_bias.float()).to(a.dtype)
 

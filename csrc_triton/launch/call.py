@@ -1,4 +1,4 @@
-"""One kernel launch, fully decided, and sequences of them."""
+"""One fully specified kernel launch, and sequences of launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One kernel launch, fully decided. The same object is run on a GPU and compiled ahead of time without one.
+    """One fully specified kernel launch. The same object is run on a GPU and compiled ahead of time without one.
 
     `args` are the runtime arguments by parameter name (tensors, ints, `TensorDescriptor`s, None), `constants` the
     `tl.constexpr` parameters. Parameters in the kernel's `do_not_specialize` are never specialised on their value.
@@ -30,8 +30,8 @@ class KernelCall:
     def run(self) -> None:
         """Launch on the current device and stream.
 
-        Triton takes tens of microseconds to find the kernel that it compiled for such arguments; launching the compiled
-        kernel directly takes a few.
+        Triton takes tens of microseconds to look up the kernel that it compiled for such arguments; launching the
+        compiled kernel directly takes a few.
         """
         if not isinstance(self.kernel, triton.JITFunction):  # the interpreter's
             self._launch()
@@ -49,7 +49,7 @@ class KernelCall:
         return (*self.grid, 1, 1)[:3]
 
     def arguments(self) -> list[object]:
-        """Return all arguments of the kernel, in its order."""
+        """Return all arguments of the kernel, in the order of its parameters."""
         values = self.args | self.constants
         return [values[name] for name in self.kernel.arg_names]
 

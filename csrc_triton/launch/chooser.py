@@ -1,4 +1,4 @@
-"""Which launch runs a problem: the tuned table's if it has an entry for it, else the heuristics'.
+"""Choose the launch for a problem: from the tuned table if it has an entry, otherwise by heuristics.
 
 A table belongs to one GPU model (`csrc_triton.launch.tables`). Nothing is tuned at run time.
 """
@@ -20,7 +20,7 @@ from csrc_triton.layout import cdiv, next_power_of_2, rows_aligned
 
 
 def choose(problem: Problem, path: str | None = None, table: Table | None = None) -> Launch:
-    """Return the launch of a problem: the table's entry if it has one (of the forced `path`), else the heuristic's.
+    """Return the launch of a problem: the table's entry if it has one (for the forced `path`), else the heuristic's.
 
     Args:
         problem: what to run, with at least one token.
@@ -52,8 +52,8 @@ def choose_path(problem: Problem) -> str:
         # One short side of the matrix unit holds up to 16 tokens. One row of tiles holds 128, which by arithmetic is
         # still bound by the weights (up to 263 tokens on H100).
         return triton_path(M)
-    # Above it the GEMM's rate decides. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does not; on
-    # Hopper cuBLAS fills the chip better while there are few tiles.
+    # Above that, the rate of the GEMM matters. On data-centre Blackwell cuBLAS pairs multiprocessors, which Triton does
+    # not; on Hopper cuBLAS fills the chip better while there are few tiles.
     return "cublas" if 100 <= sm < 120 or (sm == 90 and M < 1024) else "prefill"
 
 
@@ -109,7 +109,7 @@ def _few_tokens(path: str, problem: Problem) -> Launch:
     )
     if block_m == 128 or not gate_up.valid(problem):
         gate_up = GateUpSwap(block_m=block_m, block_n=32, block_k=block_k, num_warps=4, num_stages=4, pdl=pdl)
-    # 64 rows of down. Splits for two programs on each multiprocessor; above eight the partial results weigh too much.
+    # 64 rows of down. Splits for two programs on each multiprocessor; above eight, the partial results cost too much.
     tiles = cdiv(M, block_m) * cdiv(problem.H, 64)
     down = DownSplitK(
         block_m=block_m,
@@ -125,8 +125,8 @@ def _few_tokens(path: str, problem: Problem) -> Launch:
 
 def _gate_up_prefill(problem: Problem) -> GateUpConfig:
     sm, itemsize = problem.sm, problem.dtype.itemsize
-    # The large tile (128 gate and 128 up rows) reads least from the L2. With fewer tiles than multiprocessors much of
-    # the chip would idle, so the halved tile is taken.
+    # The large tile (128 gate and 128 up rows) reads the least from the L2. With fewer tiles than multiprocessors much
+    # of the chip would be idle, so the halved tile is used.
     fills = cdiv(problem.M, 128) * (problem.I_padded // 128) >= usual_sm_count(sm)
     config = GateUpTma(
         block_m=128,

@@ -1,4 +1,4 @@
-"""What a launch configuration is: one class a kernel, which knows when it is valid and how it is launched.
+"""Launch configurations: one class per kernel, which knows when it is valid and how it is launched.
 
 The classes are next to their kernels in `csrc_triton.glu`; `csrc_triton.launch.chooser` chooses among them.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """What a launch is chosen for: a GLU MLP of hidden size H and padded intermediate size on M tokens.
+    """The problem that a launch is chosen for: a GLU MLP of hidden size H and padded intermediate size on M tokens.
 
     `sm` is the compute capability times ten.
     """
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
 
 
 class Config(ABC):
-    """Block sizes and launch options of one kernel. The class is the choice of the kernel.
+    """Block sizes and launch options of one kernel. The class determines the kernel.
 
     Subclasses are frozen dataclasses with keyword-only fields.
     """

@@ -1,4 +1,4 @@
-"""The paths: which kernels each of them runs for the two halves of a GLU MLP."""
+"""The paths: which kernels each path runs for the two halves of a GLU MLP."""
 
 from __future__ import annotations
 

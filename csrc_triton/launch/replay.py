@@ -21,7 +21,7 @@ Tensors = Sequence[torch.Tensor | None]
 
 
 class Replay:
-    """The launches of a plan that was run: its compiled kernels, and which of their arguments are tensors."""
+    """The launches of a plan that has been run: its compiled kernels, and which of their arguments are tensors."""
 
     def __init__(self, plan: Plan, inputs: Tensors, compiled: Sequence[Any]):
         place = {id(tensor): number for number, tensor in enumerate((*inputs, plan.output)) if tensor is not None}
@@ -43,7 +43,8 @@ class Replay:
     def run(self, inputs: Tensors, output: torch.Tensor) -> None:
         """Fill `output` for other `inputs`, of the shapes, strides, dtypes, device and alignment of the first ones.
 
-        Nothing is checked. Only addresses matter: a weight may stand for the buffer that begins with it.
+        Nothing is checked. Only addresses matter: a weight may be passed in place of the buffer that starts at the same
+        address.
         """
         tensors = [*inputs, output]
         for shape, dtype, device in self._temporaries:
@@ -57,7 +58,7 @@ class Replay:
 
 
 def make_replay(plan: Plan, inputs: Tensors) -> Replay | None:
-    """Return the replay of a plan that was run; None if the plan cannot be replayed.
+    """Return the replay of a plan that has been run; None if the plan cannot be replayed.
 
     A plan can be replayed if it holds only kernels, on the inputs and on whole new tensors. The replay is run once and
     compared with the plan's output, bit for bit. Do not call this while a CUDA graph is captured.

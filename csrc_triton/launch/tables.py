@@ -56,7 +56,7 @@ def entry_to_dict(problem: Problem, launch: Launch) -> dict[str, object]:
 
 
 def entry_from_dict(entry: dict[str, Any]) -> tuple[Problem, Launch]:
-    """Return the inverse of `entry_to_dict`. Raises KeyError, TypeError or ValueError on what it would never write."""
+    """Return the inverse of `entry_to_dict`. Raises KeyError, TypeError or ValueError for any other input."""
     problem = Problem(
         M=int(entry["tokens"]),
         H=int(entry["hidden"]),

@@ -1,14 +1,14 @@
 """Importance statistics of the neurons of one GLU MLP: one launch, one pass, every weight read from memory once.
 
-A neuron is a row of the gate and up projections and a column of the down projection. The two need different work: a row
-is contiguous and is reduced inside one program; columns run across all rows, so one program owns a block of adjacent
-columns and walks down the whole matrix. No partial results leave a program: nothing is combined afterwards, there are
-no atomics, and every result is the same in every run.
+A neuron is a row of the gate and up projections and a column of the down projection. The two need different treatment:
+a row is contiguous and is reduced inside one program; columns run across all rows, so one program owns a block of
+adjacent columns and iterates over all rows of the matrix. Programs write no partial results: nothing is combined
+afterwards, there are no atomics, and every result is the same in every run.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
 which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 2048
-row programs of 4 rows (16 KiB) fill the machine during and after them. A column program keeps 4 tiles of 64 x 64
-(32 KiB) in flight, more than the 18 KiB that one SM needs to draw its share of 3 TB/s at 0.8 us of latency, so that
+row programs of 4 rows (16 KiB) fill the GPU during and after them. A column program keeps 4 tiles of 64 x 64
+(32 KiB) in flight, more than the 18 KiB that one SM needs to reach its share of 3 TB/s at a latency of 0.8 us, so that
 even the 52 column programs of a model pruned to 3277 neurons should end before the row programs do. This is arithmetic,
 not a measurement.
 """

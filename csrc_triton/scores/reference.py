@@ -22,7 +22,7 @@ def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tenso
 
 
 class WeightStatistics:
-    """The twin of `neuron_scores`: the same fields, each computed at its first use; on any device, for any strides.
+    """The equivalent of `neuron_scores`: the same fields, each computed on first use; on any device, for any strides.
 
     All are float32 `[I]`: `*_ppm` peak-to-peak magnitude `max + |min|` over a row of gate or up or a column of down,
     `*_variance` unbiased row variance, `*_l1` and `*_l2` row norms; and `down_l2`, the norms of the columns of down.

@@ -1,4 +1,4 @@
-"""CUDA graphs of work that is to be timed without its launches from Python."""
+"""CUDA graphs, to time work without its launches from Python."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def paths(M: int) -> list[str]:
 
 
 def variants(half: str, path: str, problem: Problem) -> list[Config]:
-    """Return the valid configurations of one half ("gate_up" or "down") of a path; none where cuBLAS does it."""
+    """Return the valid configurations of one half ("gate_up" or "down") of a path; none where cuBLAS runs it."""
     itemsize = problem.dtype.itemsize
     pdl = (False, True) if problem.sm >= 90 else (False,)
     rows = (64 // itemsize, 128 // itemsize, 256 // itemsize)  # 64, 128 and 256 bytes of K
@@ -103,7 +103,7 @@ class Search:
 
     @property
     def best(self) -> tuple[Launch, float] | None:
-        """The fastest launch; the first tried among equals. None if everything was rejected."""
+        """The fastest launch; among equals, the first tried. None if everything was rejected."""
         return min(self.timed.items(), key=lambda item: item[1], default=None)
 
 
@@ -176,13 +176,13 @@ class Point(NamedTuple):
         for compilation in self.compilations():
             try:
                 triton.compile(compilation.source, target=compilation.target, options=compilation.options.__dict__)
-            except Exception:  # a compiler raises anything
+            except Exception:  # a compiler may raise any error
                 failed += 1
         return failed
 
 
 def distinct(points: Iterable[Point]) -> list[Point]:
-    """Return one point of those that launch the same kernels: kernels are specialised neither on M nor on I itself."""
+    """Return one point of those that launch the same kernels: kernels are not specialised on M or on I itself."""
     return list({(p.problem.H, p.problem.dtype, p.problem.sm, p.launch): p for p in points}.values())
 
 
@@ -203,7 +203,7 @@ def precompile(points: list[Point], workers: int) -> None:
 class Bench:
     """Weights of at least four layers, more than three times the L2, for one shape on one device.
 
-    The CPU serves Triton's interpreter: everything runs, and its times mean nothing.
+    The CPU is for Triton's interpreter: everything runs, but the times mean nothing.
     """
 
     def __init__(self, problem: Problem, I: int, device: torch.device):
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu: a rehearsal in Triton's interpreter, needs --out",
+        help="cpu: a dry run in Triton's interpreter; needs --out",
     )
     return parser
 

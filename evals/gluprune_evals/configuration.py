@@ -1,4 +1,4 @@
-"""`Configuration`: what a result of the study is of, apart from the model."""
+"""`Configuration`: what a result of the study describes, in addition to the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Configuration:
     """A recipe at a pruning ratio, or the dense model.
 
     Attributes:
-        recipe: How the model is pruned. None: not at all.
+        recipe: How the model is pruned. None: the dense model.
         ratio: Share of the neurons removed.
 
     Raises:
@@ -33,7 +33,7 @@ class Configuration:
         return self.recipe.multiple_of if self.recipe else 1
 
     def to_dict(self) -> dict:
-        """Return the fields as they stand in a result."""
+        """Return the fields as they appear in a result."""
         return {"recipe": self.recipe and str(self.recipe), "ratio": self.ratio, "multiple_of": self.multiple_of}
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ def grid(ratios: Sequence[float], recipes: Sequence[Recipe]) -> list[Configurati
     """Return the dense configuration, then every recipe at every ratio.
 
     Raises:
-        ValueError: A recipe that the study does not run.
+        ValueError: A recipe that the study does not support.
     """
     for recipe in recipes:
         if recipe.reconstruct or recipe.allocation != "uniform":

@@ -56,7 +56,7 @@ def has_nothing_to_lose(dense: Result | None) -> bool:
 
 
 def published_verdict(claim: Claim, model: str) -> str:
-    """Return in how many of the published configurations the scores moved as the finding says."""
+    """Return the number of published configurations in which the scores moved as the finding says."""
     moves = []
     for task in claim.tasks:
         sign = -1 if TASKS[task].lower_is_better else 1

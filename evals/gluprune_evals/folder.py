@@ -1,4 +1,4 @@
-"""The results of a study on disk, and the models they are of."""
+"""The results of a study on disk, and the models that they describe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Folder:
 
         Args:
             settings: What all results share.
-            pinned: What only the results concerned share, such as the state of a model: added when it is first needed.
+            pinned: What only some results share, such as the state of a model; added when first needed.
 
         Raises:
             ValueError: The folder holds another study (the message names the difference), or something else.
@@ -40,7 +40,7 @@ class Folder:
         if self.common.is_file():
             known = json.loads(self.common.read_text(encoding="utf-8"))
         elif any(path.suffix != ".unfinished" for path in self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no study")
+            raise ValueError(f"{self.path} is not empty and does not hold a study")
         merged = settings | pinned | known
         for name, value in (settings | pinned).items():
             if merged[name] != value:
@@ -98,7 +98,7 @@ class StudyModel:
 
 
 def fingerprint(path: str, config) -> str:
-    """Return what distinguishes one state of a model from another: the Hub's commit, or a digest of a local checkpoint.
+    """Return what identifies the state of a model: the Hub's commit, or a digest of a local checkpoint.
 
     The digest is of the config, and of each weight file's size, beginning and end.
     """

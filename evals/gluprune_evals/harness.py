@@ -1,4 +1,4 @@
-"""One task on one model in lm-eval: models in memory or any lm-eval backend, results as plain data."""
+"""One task on one model in lm-eval: models in memory or any lm-eval backend, with results as plain data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """One task on one configuration, and everything it depends on. Written once, never changed.
+    """One task on one configuration, and everything that it depends on. It is written once and never changed.
 
     Attributes:
         model: Name of the model; see `gluprune_evals.study`.
@@ -59,9 +59,9 @@ class Result:
         task_version: Version of lm-eval's definition.
         shots: Number of examples in the prompt.
         limits: Which documents were run.
-        generation_limit: Most generated tokens. None: the task's own.
+        generation_limit: Maximum number of generated tokens. None: the task's own.
         data: "Hub" or "local files".
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         documents: Number of documents run.
         available: Number of documents available.
         metric: The reported metric.
@@ -69,13 +69,13 @@ class Result:
         per_document: One value of the reported metric for each document, in order; for perplexities of words,
             log-likelihood and number of words. They make paired comparisons possible.
         lengths: Generated tokens of each document, for tasks that generate.
-        seconds: Of evaluation, without loading data and model.
+        seconds: Time of the evaluation, without loading data and model.
         patched: Whether the model was patched.
-        backend: Of lm-eval, or "in memory".
+        backend: Backend of lm-eval, or "in memory".
         hardware: GPU, or CPU and threads.
         driver: Version of the NVIDIA driver.
-        versions: Of the packages that the result depends on.
-        commit: Of the source tree.
+        versions: Versions of the packages that the result depends on.
+        commit: Commit of the source tree.
     """
 
     model: str
@@ -147,10 +147,10 @@ def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: s
     """Return the lm-eval model of a checkpoint in any backend of lm-eval.
 
     Args:
-        backend: lm-eval's name of it: hf, vllm, sglang, ...
+        backend: lm-eval's name for it: hf, vllm, sglang, ...
         path: Folder or Hub id.
-        dtype: Of the weights; auto is the checkpoint's own.
-        model_args: lm-eval's `key=value,...` for it, such as `tensor_parallel_size=2`.
+        dtype: Dtype of the weights; auto is the checkpoint's own.
+        model_args: lm-eval's `key=value,...` arguments for it, such as `tensor_parallel_size=2`.
 
     Raises:
         ValueError: lm-eval has no such backend, or packages that it needs are missing.

@@ -1,4 +1,4 @@
-"""The pictures of a study. Every function writes one PNG file."""
+"""The plots of a study. Every function writes one PNG file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _titled(axes, task: str) -> None:
 
 
 def capability(own: list[Series], path: Path) -> None:
-    """Draw each task's score against the expansion ratio: one line for each recipe, bars of one standard error."""
+    """Draw each task's score against the expansion ratio: one line per recipe, with bars of one standard error."""
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         for index, series in enumerate(own):
@@ -62,7 +62,7 @@ def capability(own: list[Series], path: Path) -> None:
 
 
 def against_published(own: list[Series], path: Path) -> None:
-    """Draw each task's score over the dense model's against the share of neurons removed, with the published models."""
+    """Draw each task's score divided by the dense model's against the share of neurons removed, and those published."""
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         axes.axhline(1, color="black", lw=0.8)

@@ -1,9 +1,9 @@
-"""What pruning costs in quality: perplexity over dense, method by ratio, on several texts.
+"""Loss of quality by pruning: perplexity relative to dense, for each method and ratio, on several texts.
 
     python -m gluprune_evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
 
 samples text from the model, calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a
-table (`quality.md`) and a picture (`quality.png`). What the records hold already, on the same text, is not measured
+table (`quality.md`) and a plot (`quality.png`). Figures already recorded on the same text are not measured
 again, so an interrupted run can be continued. No gradient step is taken anywhere.
 """
 
@@ -41,13 +41,13 @@ from gluprune_evals.text import digest, read_text
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, and the text that it is given.
+    """A recipe, and the text that it uses.
 
     Attributes:
         recipe: How the model is pruned, at exact widths.
         windows: Windows of the text to calibrate on. 0: none.
-        own_text: Whether the model's own text joins the calibration text.
-        reconstruction: Windows of each text that `reconstruct` is given. 0: it does not follow.
+        own_text: Whether the model's own text is added to the calibration text.
+        reconstruction: Windows of each text that `reconstruct` uses. 0: it is not run.
     """
 
     recipe: Recipe
@@ -57,7 +57,7 @@ class Method:
 
     @classmethod
     def parse(cls, name: str, windows: int = 0, *, own_text: bool = False, reconstruction: int = 0) -> Method:
-        """Return the method of a recipe's name."""
+        """Return the method for a recipe's name."""
         return cls(Recipe.parse(name, multiple_of=1), windows, own_text, reconstruction)
 
 
@@ -129,7 +129,7 @@ def own_text(model: PreTrainedModel, tokenizer, source: StudyModel) -> str:
 
 
 class Calibrations:
-    """Batches, statistics and what records say of them, for every choice of windows; each computed once.
+    """Batches, statistics and their descriptions in records, for every choice of windows; each computed once.
 
     Args:
         model: The dense model.
@@ -149,7 +149,7 @@ class Calibrations:
         self._latest: tuple[tuple, Statistics] | None = None
 
     def batches(self, windows: int, own_text: bool) -> list[torch.Tensor]:
-        """Return so many windows of the calibration text, and of the model's own if wanted."""
+        """Return a number of windows of the calibration text, and of the model's own if wanted."""
         key = windows, own_text
         if key not in self._batches:
             texts = list(self._texts) if own_text else self._texts[0]
@@ -157,7 +157,7 @@ class Calibrations:
         return self._batches[key]
 
     def shape(self, method: Method) -> dict:
-        """Return what the shape of a record says of the calibration: nothing for methods without one."""
+        """Return what the shape of a record says about the calibration: nothing for methods without one."""
         if not method.windows:
             return {}
         batches = self.batches(method.windows, method.own_text)
@@ -165,7 +165,7 @@ class Calibrations:
         return text | ({"sensitivity": True} if method.recipe.needs.sensitivity else {})
 
     def reconstruction_shape(self, method: Method) -> dict:
-        """Return what the shape of a record says of the reconstruction."""
+        """Return what the shape of a record says about the reconstruction."""
         if not method.reconstruction:
             return {}
         batches = self.batches(method.reconstruction, method.own_text)
@@ -236,7 +236,7 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
         if method:
             seconds = _prune(pruned, model, method, ratio, calibrations)
             measurements.add("prune", label, shape, "s", seconds)
-        pruned.float()  # the weights stay those of the checkpoint; products in bf16 are slow on most CPUs
+        pruned.float()  # the weights keep the values of the checkpoint; products in bf16 are slow on most CPUs
         for text in missing:
             value = windows_perplexity(pruned, held_out[text])
             measurements.add("perplexity", label, shapes[text], "perplexity", value)
@@ -246,7 +246,7 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
 def _prune(
     model: PreTrainedModel, dense: PreTrainedModel, method: Method, ratio: float, calibrations: Calibrations
 ) -> float:
-    """Prune a model by a method; return the seconds without those of the calibration."""
+    """Prune a model by a method; return the time in seconds, without calibration."""
     statistics = calibrations.statistics(method) if method.windows else None
     batches = calibrations.batches(method.reconstruction, method.own_text) if method.reconstruction else []
     start = time.perf_counter()
@@ -333,7 +333,7 @@ def plot(records: list[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write table and picture; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m gluprune_evals.quality", description="Perplexity after pruning, method by ratio."
+        prog="python -m gluprune_evals.quality", description="Perplexity after pruning, for each method and ratio."
     )
     parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="texts to calibrate on")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")

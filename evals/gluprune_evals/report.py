@@ -73,13 +73,14 @@ def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Pa
     Args:
         folder: The study.
         out: Where to write; created if it does not exist.
-        records: Of `gluprune bench`, if there are any: J/token and time per output token to plot scores against.
+        records: Records of `gluprune bench`, if there are any: J/token and time per output token to plot scores
+            against.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: The folder holds no study, or no result yet.
+        ValueError: The folder does not hold a study, or holds no results yet.
     """
     results = folder.results()
     if not results:

@@ -24,7 +24,7 @@ class Series:
 
     @property
     def ratios(self) -> list[float]:
-        """The pruning ratios, without the dense model's."""
+        """The pruning ratios, without that of the dense model."""
         return sorted({ratio for found in self.results.values() for ratio in found} - {0.0})
 
     def change(self, task: str, ratio: float) -> PairedChange | None:

@@ -1,6 +1,6 @@
-"""lm-eval's Hugging Face model with every shared prefix of its requests computed once.
+"""lm-eval's Hugging Face model, computing every shared prefix of its requests only once.
 
-The requests of a multiple-choice task repeat themselves: the choices of a question share the question, the questions of
+The requests of a multiple-choice task overlap: the choices of a question share the question, the questions of
 a subject share the five shots. Here the requests of a chunk are merged into a prefix tree, and the tree runs through
 the model as one sequence in which every token sees only its ancestors. Log-likelihoods equal those of lm-eval up to
 rounding; on a CPU, where arithmetic is the limit, MMLU and TruthfulQA take a fifth of the time.
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 # Tokens of a chunk: unrelated requests are packed up to the first limit, so that attention over what a token must not
 # see stays cheap; requests that share at least SHARED tokens with the one before are added up to the second.
 PACKED, RELATED, SHARED = 512, 2048, 32
-_LOGIT_ROWS = 256  # rows of logits turned to float32 at a time
+_LOGIT_ROWS = 256  # rows of logits converted to float32 at a time
 
 
 def can_share(model) -> bool:
@@ -31,8 +31,8 @@ class Tree:
     """Token sequences merged by their shared prefixes.
 
     Attributes:
-        tokens: Of every node.
-        depths: Of every node.
+        tokens: One value per node.
+        depths: One value per node.
         path: Nodes of the sequence added last.
     """
 
@@ -52,7 +52,7 @@ class Tree:
         return count
 
     def add(self, row: tuple[int, ...]) -> list[int]:
-        """Add a sequence, which must follow the last in sorted order; return its nodes."""
+        """Add a sequence, which must come after the last one in sorted order; return its nodes."""
         kept = self.shared(row)
         self.path = self.path[:kept]
         for depth in range(kept, len(row)):

@@ -18,7 +18,7 @@ class PairedChange:
 
     Attributes:
         relative: Relative change of the score.
-        difference: Of the means; for perplexities of the logarithms.
+        difference: Difference of the means; for perplexities, of their logarithms.
         low: Lower end of the 95 % confidence interval of `difference`.
         high: Upper end.
     """
@@ -40,7 +40,7 @@ def paired_change(dense: Sequence, other: Sequence, metric: str) -> PairedChange
     Args:
         dense: One value for each document: scores; log-likelihoods if the metric is a perplexity; pairs
             (log-likelihood, words) if it is a perplexity of words.
-        other: The same of the other model.
+        other: The same for the other model.
         metric: lm-eval's name.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The study: models x configurations x tasks in one folder, which an interrupted run continues.
+"""The study: models x configurations x tasks in one folder; an interrupted run can be continued.
 
 A folder holds `study.json`, what all of its results have in common, and one file for each result,
-`<model>/<configuration>/<task>.json`, which is written when the task ends and has its name only when it is complete. A
-result that is there is never computed again; a folder rejects results of another study.
+`<model>/<configuration>/<task>.json`, which is written when the task ends and gets its name only when it is complete.
+An existing result is never computed again; a folder rejects results of another study.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 128, 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What all results of a folder have in common, and how they are computed.
+    """Settings that all results of a folder share, and how the results are computed.
 
     Attributes:
         limits: Which documents are run.
         data: Local files. None: the Hub's data.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         calibration: Texts for the recipes that need calibration.
-        windows: How many windows of each text.
+        windows: Number of windows per text.
         patch: Whether the model runs with `patch_llama`.
         backend: Run a checkpoint in this backend of lm-eval instead of the model in memory.
         model_args: Arguments of the backend.
         log_samples: Keep requests, answers and generated lengths.
 
     Raises:
-        ValueError: Settings that exclude each other, or a data folder that does not exist.
+        ValueError: Incompatible settings, or a data folder that does not exist.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -110,11 +110,11 @@ def run(
     working on.
 
     Args:
-        folder: Where the results are kept.
-        models: What to study.
-        configurations: At which ratios, by which recipes.
+        folder: Folder for the results.
+        models: The models to study.
+        configurations: Pruning ratios and recipes.
         tasks: Names in `TASKS`.
-        settings: How.
+        settings: How to run them.
 
     Returns:
         All results of the folder.
@@ -165,7 +165,7 @@ def _check(models: Sequence[StudyModel], calibrated: bool, settings: Settings) -
         raise ValueError("calibrated scores and +compensate need --calibration FILE")
     for name in {model.name for model in models}:
         if len({model.path for model in models if model.name == name}) > 1:
-            raise ValueError(f"two models are named {name}: their results would mix")
+            raise ValueError(f"two models are named {name}: their results would be mixed up")
 
 
 def _evaluate_missing(

@@ -1,4 +1,4 @@
-"""The tasks of the study: lm-eval's official definitions, on the Hub's data or on local files of the same content.
+"""The tasks of the study: lm-eval's official definitions, using the Hub's data or local files with the same content.
 
 A local folder replaces only the source of the documents: prompts, shots, filters and metrics are those of lm-eval. Its
 layout is `FILES`; every file is JSON Lines with the fields of the Hub's data set, gzipped where the name ends in `.gz`.
@@ -24,13 +24,13 @@ class TaskSpec:
     """One task of the study.
 
     Attributes:
-        folder: Where lm-eval defines it, below its `tasks`.
+        folder: Folder of lm-eval's `tasks` that defines it.
         leaves: The lm-eval tasks that it consists of; "*" for all in the folder.
         metric: The reported figure, as lm-eval names it with its filter.
-        group: How the published study found it to behave.
+        group: Its behaviour in the published study.
         documents: Of each leaf in `--budget small`.
         shots: None: lm-eval's own number.
-        chance: The score of guessing, where it is known.
+        chance: The score of random guessing, if known.
         subjects: Number of leaves in `--budget small`. None: all.
     """
 
@@ -127,7 +127,7 @@ class Limits:
         return "budget small" if self.small else f"limit {self.documents}" if self.documents else "all documents"
 
     def subset(self) -> str:
-        """Return a digest of this choice of documents, which another version may define differently."""
+        """Return a digest of this choice of documents, since another version may choose differently."""
         chosen = [SEED, self.documents]
         if self.small:
             chosen += [self.small_tokens, *((name, spec.documents, spec.subjects) for name, spec in TASKS.items())]
@@ -214,7 +214,7 @@ def build(name: str, limits: Limits, data: Path | None = None) -> dict:
         name: One of `TASKS`.
         limits: Chooses among the leaves.
         data: A local folder. None: the Hub's data. MuSR's object placements and team allocation are not part of such a
-            folder (only samples of them are freely available), so that MuSR then has murder mysteries only.
+            folder (only samples of them are freely available), so MuSR then has only murder mysteries.
 
     Returns:
         lm-eval task name -> lm-eval `Task`.

@@ -1,4 +1,4 @@
-"""The picture of the demonstration: quality and speed against the width."""
+"""The plot of the demonstration: quality and speed against the width."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plot(record: dict, path: Path) -> None:
 
 
 def _plot_quality(axes, rows: list[dict]) -> None:
-    """Perplexity over that of the dense model, one curve for each recipe."""
+    """Perplexity divided by that of the dense model, one curve per recipe."""
     dense = rows[0]
     for name, label in RECIPES.items():
         points = [dense, *(row for row in rows if row["recipe"] == name)]
@@ -72,7 +72,7 @@ def _plot_quality(axes, rows: list[dict]) -> None:
 
 
 def _plot_speed(axes, rows: list[dict], prompt_tokens: int) -> None:
-    """Speed over that of the dense model, and the limit that the bytes of the weights set."""
+    """Speed divided by that of the dense model, and the limit set by the size of the weights."""
     dense = rows[0]
     points = [dense, *(row for row in rows if row["recipe"] == RECOMMENDED)]
     widths = [row["intermediate_size"] for row in points]

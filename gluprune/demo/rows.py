@@ -23,8 +23,8 @@ class Row:
         ratio: Share of the neurons to remove, before the width is rounded to a multiple of 128.
         intermediate_size: Neurons of each MLP.
         expansion_ratio: Intermediate size over hidden size.
-        parameters: Of the whole model.
-        bytes: Of all weights of the checkpoint.
+        parameters: Number of parameters of the whole model.
+        bytes: Size of all weights of the checkpoint.
         perplexity: On the demo's text.
         sample: The beginning of the answer to `QUESTION`.
         prefill_tokens_per_second: Best of several rounds at batch 1; depends on the width only.

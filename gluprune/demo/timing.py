@@ -1,4 +1,4 @@
-"""Speed of several models, timed in turns so that a busy moment of the machine does not show."""
+"""Speed of several models, timed in turns, so that a temporary load on the machine does not distort the comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Speed:
 
 
 def time_in_turns(models: dict[int, Any], prompt: torch.Tensor, new_tokens: int, rounds: int) -> dict[int, Speed]:
-    """Time greedy generation at a forced length, every model once in each round.
+    """Time greedy generation at a forced length, running every model once per round.
 
     Args:
         models: Intermediate size -> causal LM in eval mode.

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The three system calls that a checkpoint's life depends on, named here so that tests can make each of them fail.
+# The three system calls that the safety of a checkpoint depends on, named here so that tests can make each of them
+# fail.
 write, fsync, rename = os.write, os.fsync, os.rename
 
-# After so many bytes of a file the disk starts to write them, so that little is left to wait for at the end.
+# After this many bytes of a file, flushing starts, so that there is little to wait for at the end.
 _WRITE_BEHIND = 1 << 25
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Calls on a file descriptor raise errors without a file name; add it."""
+    """Add the file name to errors from calls on a file descriptor, which lack it."""
     try:
         yield
     except OSError as error:
@@ -50,7 +51,7 @@ def sync_tree(folder: Path) -> None:
 
 def _start_flushing(descriptor: int, first: int, end: int) -> None:
     """Start flushing written bytes of a file, without waiting. Only `fsync` makes them safe."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS; Linux begins to flush what will not be needed
+    if hasattr(os, "posix_fadvise"):  # not on macOS; Linux starts to flush pages that will not be needed
         os.posix_fadvise(descriptor, first, end - first, os.POSIX_FADV_DONTNEED)
 
 
@@ -65,7 +66,7 @@ def write_file(
         progress: Called with the size of every chunk after it was written.
 
     Raises:
-        OSError: Names the file; nothing of what was written remains.
+        OSError: Names the file; nothing that was written remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
@@ -101,7 +102,7 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process; the lock ends with the process, however that ends.
+    """Lock a folder for this process; the lock ends when the process ends, for whatever reason.
 
     Raises:
         ValueError: Another process holds the lock.

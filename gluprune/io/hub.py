@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# What a Hub download takes: safetensors, JSON and tokenizer files, without the other formats in some repositories.
+# What a Hub download includes: safetensors, JSON and tokenizer files, without the other formats in some repositories.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "tokenizer*"]
 _NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*"]
 

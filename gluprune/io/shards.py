@@ -89,7 +89,7 @@ def parse_json_object(text: bytes, what: str) -> dict:
     """Parse a JSON object from untrusted bytes.
 
     Raises:
-        ValueError: They are no JSON object; the message begins with `what` and says why.
+        ValueError: They are not a JSON object; the message begins with `what` and says why.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
@@ -108,16 +108,16 @@ def read_json_object(path: Path) -> dict:
     """Read the JSON object in a file of at most `MAX_JSON_BYTES`.
 
     Raises:
-        ValueError: The file is too large or holds no JSON object; the message names it.
+        ValueError: The file is too large or does not hold a JSON object; the message names it.
         OSError: It cannot be read.
     """
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the {MAX_JSON_BYTES:,} expected at most")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than the maximum of {MAX_JSON_BYTES:,}")
     return parse_json_object(path.read_bytes(), str(path))
 
 
 def _short(value: object) -> str:
-    """Return a value from a corrupt file in a form that fits into an error message."""
+    """Return a value from a corrupt file, shortened to fit into an error message."""
     return repr(value)[:80] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
@@ -155,7 +155,7 @@ def read_shard(file: Path) -> Shard:
     """Read the header of a safetensors file, and check it against the size of the file.
 
     Raises:
-        ValueError: The file is truncated or corrupt; the message names it and what is wrong.
+        ValueError: The file is truncated or corrupt; the message names the file and says what is wrong.
         OSError: It cannot be read.
     """
     size = file.stat().st_size

@@ -1,1 +1,1 @@
-"""Measuring: latency, energy, memory, perplexity, and the records of it."""
+"""Measuring: latency, energy, memory, perplexity, and records of the measurements."""

@@ -1,7 +1,7 @@
 """`gluprune bench`: milliseconds, joules and bytes of a model at several widths, at a forced output length.
 
 A model is measured dense, pruned to the paper's exact width and to the nearest multiple of 128, each as transformers
-runs it and patched, through every way of decoding. Every figure becomes a record. On a CPU, where a patched model runs
+runs it and patched, with every decoding method. Every figure becomes a record. On a CPU, where a patched model runs
 the same modules, only the stock one is measured.
 """
 
@@ -26,18 +26,18 @@ from gluprune.pruning.widths import target_width
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
 
-STOCK, OURS = "transformers", "gluprune"  # who runs the MLPs
+STOCK, OURS = "transformers", "gluprune"  # which library runs the MLPs
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One way of using a model.
+    """One workload for a model.
 
     Attributes:
-        batch: Prompts at a time.
-        prompt: Tokens of each prompt.
+        batch: Prompts per batch.
+        prompt: Tokens per prompt.
         new_tokens: Tokens generated for each prompt, at least 2.
-        name: Of a published workload.
+        name: Name of a published workload.
     """
 
     batch: int
@@ -47,7 +47,7 @@ class Workload:
 
     @property
     def shape(self) -> dict[str, int | str]:
-        """The workload as it stands in the shape of a record."""
+        """The workload as it appears in the shape of a record."""
         named = {"workload": self.name} if self.name else {}
         return {**named, "batch": self.batch, "prompt": self.prompt, "new tokens": self.new_tokens}
 
@@ -60,14 +60,15 @@ class BenchPlan:
     """What is measured.
 
     Attributes:
-        workloads: Ways of using a model.
+        workloads: Workloads to measure.
         decodings: Keys of `gluprune.measure.decoding.DECODINGS`.
-        ratios: Shares of the neurons to remove; the dense model is always measured.
-        seeds: Of the random prompts.
+        ratios: Fractions of neurons to remove; the dense model is always measured.
+        seeds: Seeds of the random prompts.
         repeats: Timed runs for each seed.
-        providers: Who runs the MLPs, transformers or gluprune; gluprune only on devices for which it has kernels.
-        energy_seconds: Shortest window of energy. None: energy is not measured.
-        idle_seconds: Length of the window before, with nothing running.
+        providers: Library that runs the MLPs, transformers or gluprune; gluprune only on devices for which it has
+            kernels.
+        energy_seconds: Shortest window for measuring energy. None: energy is not measured.
+        idle_seconds: Length of the preceding window, with nothing running.
     """
 
     workloads: tuple[Workload, ...]
@@ -128,7 +129,7 @@ def widths(glu: GLU, ratios: Sequence[float]) -> list[int]:
 
 
 def weight_bytes(model) -> int:
-    """Return the bytes that a decode step reads: all weights but an embedding table that is not the head."""
+    """Return the bytes that a decode step reads: all weights except an embedding table that is not also the head."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     table = 0 if embedding is head else embedding.nbytes
     return sum(parameter.nbytes for parameter in model.parameters()) - table
@@ -139,7 +140,7 @@ def bench(dense, name: str, plan: BenchPlan, device: torch.device, keep: Callabl
 
     Args:
         dense: A causal LM in eval mode on the CPU. It is not changed: copies of it are pruned and moved.
-        name: Its name in the records, which says so if the weights are random.
+        name: Its name in the records; for random weights, the name says so.
         plan: What to measure.
         device: Where to measure.
         keep: Called with every record as soon as it is measured.
@@ -161,8 +162,8 @@ def bench(dense, name: str, plan: BenchPlan, device: torch.device, keep: Callabl
 
 
 def calibrated_meter(device: torch.device, plan: BenchPlan) -> tuple[Meter, Energy]:
-    """Return the device's meter, and what it measures at rest."""
-    torch.zeros(1, device=device)  # a GPU with a context on it uses more at rest
+    """Return the device's meter, and its idle measurement."""
+    torch.zeros(1, device=device)  # an idle GPU uses more power once a context exists on it
     meter = find_meter(device)
     return meter, meter.idle(plan.idle_seconds)
 
@@ -173,7 +174,7 @@ def _cells(plan: BenchPlan, device: torch.device) -> list[tuple[str, str, Worklo
 
 
 def bench_model(model, name: str, plan: BenchPlan, meter: Meter, idle: Energy) -> Iterator[list[Record]]:
-    """Yield the records of a model on its device, for each provider, way of decoding and workload in turn."""
+    """Yield the records of a model on its device, for each provider, decoding method and workload in turn."""
     for provider, decoding, workload in _cells(plan, model.device):
         if provider == OURS:
             patch(model)
@@ -200,17 +201,17 @@ def measure(
     meter: Meter,
     idle: Energy,
 ) -> Iterator[Record]:
-    """Yield the records of one model, way of decoding and workload: TTFT, TPOT, TTLT, tokens/s, peak memory, joules.
+    """Yield the records of one model, decoding method and workload: TTFT, TPOT, TTLT, tokens/s, peak memory, joules.
 
-    What the device or the decoding does not support becomes a record without a figure and with the reason.
+    If the device or the decoding method does not support something, the record has the reason and no figure.
 
     Args:
         model: A causal LM in eval mode.
         common: What its records have in common, see `described`.
-        workload: How it is used.
+        workload: The workload.
         plan: Seeds, repeats and windows.
-        meter: Of the model's device.
-        idle: What the meter measures at rest.
+        meter: The meter of the model's device.
+        idle: The idle measurement of the meter.
     """
     decoding = str(common[1]["decoding"])
     prompts = [prompt for seed in plan.seeds for prompt in random_prompts(model, workload, seed, plan.repeats)]
@@ -238,7 +239,7 @@ def measure(
 
 
 def described(model, name: str, provider: str, decoding: str, workload: Workload) -> Description:
-    """Return what the records of one model, way of decoding and workload have in common."""
+    """Return what the records of one model, decoding method and workload have in common."""
     glu = model_glus(model)[0]
     shape = {"model": name, "H": glu.hidden_size, "I": glu.intermediate_size, **workload.shape, "decoding": decoding}
     fused = [entry.fused for entry in fusion_status(model)]
@@ -315,9 +316,9 @@ def bench_plan(
 
     Args:
         preset: A key of `PRESETS`, or None.
-        device: Decides which ways of decoding are measured by default.
+        device: Determines which decoding methods are measured by default.
         ratios: Shares of the neurons to remove. None: the default of the plan.
-        decodings: Ways of decoding. None: all that the device supports, or those of the preset.
+        decodings: Decoding methods. None: all that the device supports, or those of the preset.
         batches: Batch sizes, without a preset.
         prompts: Prompt lengths in tokens, without a preset.
         new_tokens: Forced output length, without a preset.

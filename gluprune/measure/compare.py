@@ -25,7 +25,7 @@ class Change:
         """How the figure changed.
 
         "worse" and "better" where the ranges from p20 to p80 do not overlap; "same" where they do; "no spread" where
-        one of the two was measured once; "missing" and "no longer missing" where only one run has the figure.
+        one of the two was measured only once; "missing" and "no longer missing" where only one run has the figure.
         """
         if self.new.p50 is None:
             return "same" if self.old.p50 is None else "missing"
@@ -55,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The changes in what two runs have in common, and how many figures only one of them has."""
+    """The changes in the figures that two runs share, and how many figures only one of them has."""
 
     changes: list[Change]
     only_old: int
@@ -63,7 +63,7 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """The changes for the worse."""
+        """The figures that got worse."""
         return [change for change in self.changes if change.is_regression]
 
     def to_dict(self) -> dict:

@@ -1,10 +1,10 @@
 """Timing of generation at a forced length.
 
-Prefill and decode are timed separately, so that longer output never looks like slower tokens. Three ways of decoding
-(`DECODINGS`) return the same greedy tokens and differ in what a token costs besides its arithmetic: "generate" is what
-users call, and launches every kernel from Python; "compiled" runs a decode step compiled by `torch.compile` over a
-static cache; "graph" replays the same step as one CUDA graph, with almost no launches. The time of "generate" beyond
-"graph" is launch overhead.
+Prefill and decode are timed separately, so that longer output never looks like slower tokens. Three decoding methods
+(`DECODINGS`) return the same greedy tokens and differ in what a token costs in addition to its arithmetic: "generate"
+is what users call, and launches every kernel from Python; "compiled" runs a decode step compiled by `torch.compile`
+over a static cache; "graph" replays the same step as one CUDA graph, with almost no launches. The time of "generate"
+beyond "graph" is launch overhead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GenerationTiming:
     """Seconds of every run; rates and properties in the singular are computed from the medians.
 
     Attributes:
-        batch: Prompts at a time.
+        batch: Prompts per batch.
         prompt_tokens: Tokens of each prompt.
         new_tokens: Tokens generated for each prompt.
         ttfts: Times to first token (prefill and the first sampling step).
@@ -111,14 +111,14 @@ class PlainGenerator:
 
 
 class StaticGenerator:
-    """The model's own prefill, then one repeated decode step over buffers that never move.
+    """The model's own prefill, then one repeated decode step on buffers that never move.
 
     The prefill reads the whole static cache, so it takes slightly longer than that of plain `generate`.
 
     Args:
         model: A causal LM in eval mode.
         prompt: int64 `[B, S]`; later prompts have its shape.
-        new_tokens: The most tokens that can be generated.
+        new_tokens: Maximum number of tokens that can be generated.
         prepare: Compiles or captures the decode step; called once, when all buffers are allocated.
     """
 
@@ -128,12 +128,12 @@ class StaticGenerator:
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         layers: Any = self.cache.layers
         if any(layer.is_sliding for layer in layers):
-            raise ValueError("decoding over a static cache needs full attention: this model has a sliding window")
+            raise ValueError("decoding over a static cache needs full attention, but this model has a sliding window")
         self.token = prompt.new_zeros(prompt.shape[0], 1)  # [B, 1]
         self.position = prompt.new_zeros(1)
         ends = model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        self.ends = prompt.new_tensor(ends)  # never chosen, as `generate` does it below min_new_tokens
+        self.ends = prompt.new_tensor(ends)  # never chosen, as in `generate` below min_new_tokens
         self._prefill(prompt)  # allocates the cache
         self._reset()
         self.run_step = prepare(self._step)
@@ -220,7 +220,7 @@ def make_generator(decoding: str, model, prompt: torch.Tensor, new_tokens: int) 
         decoding: A key of `DECODINGS`.
         model: A causal LM in eval mode.
         prompt: int64 `[B, S]`, no padding, on the model's device; later prompts have its shape.
-        new_tokens: The most tokens that can be generated.
+        new_tokens: Maximum number of tokens that can be generated.
 
     Raises:
         ValueError: The decoding is unknown, or this model or device does not support it.

@@ -1,4 +1,4 @@
-"""Energy of a piece of work: NVML on a GPU, RAPL on a CPU, and "not measured" where neither can be read, never 0.
+"""Energy of a piece of work: NVML on a GPU, RAPL on a CPU, and "not measured", never 0, if neither can be read.
 
     meter = find_meter(model.device)
     idle = meter.idle(seconds=10)
@@ -6,8 +6,8 @@
     energy.joules / runs, energy.above(idle), energy.method
 
 Counters are updated every few milliseconds (RAPL) to a tenth of a second (NVML), so windows must last seconds: `repeat`
-runs the work until one is full. The work must wait for its kernels. NVML counts the whole GPU, whoever uses it, and its
-power lags by up to a second; RAPL counts whole processor packages.
+repeats the work until a window is full. The work must wait for its kernels. NVML counts the whole GPU, including other
+processes, and its power reading lags by up to a second; RAPL counts whole processor packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Energy:
     """Energy of one window.
 
     Attributes:
-        joules: Everything that the device used. None: not measured.
+        joules: Total energy that the device used. None: not measured.
         seconds: Length of the window.
         method: How it was measured, or why it was not.
         cross_check: Joules by a second method, where there is one.
@@ -52,10 +52,10 @@ class Energy:
 
 
 class EnergySource(Protocol):
-    """Where a meter reads.
+    """The source that a meter reads.
 
     Attributes:
-        shortest_window: Seconds that a window must last for the source's resolution. None: there is nothing to read.
+        shortest_window: Seconds that a window must last for the source's resolution. None: nothing can be read.
         settling: Seconds of work before a window, until readings reflect it.
     """
 
@@ -102,10 +102,10 @@ class Meter:
         return window.energy
 
     def repeat(self, work: Callable[[], object], seconds: float = 5.0) -> tuple[Energy, int]:
-        """Repeat `work` for a window of at least `seconds`, after enough of it for the readings to settle.
+        """Repeat `work` for a window of at least `seconds`, after running it long enough for the readings to settle.
 
         Args:
-            work: Waits for its kernels.
+            work: The work; it must wait for its kernels.
             seconds: Shortest window.
 
         Returns:
@@ -234,12 +234,13 @@ class NvmlDevice:
 
 
 def _counted(before: float | None, after: float | None, sampled: float | None) -> tuple[float | None, str]:
-    """Joules between two readings of a counter (also in joules), or why they are of no use."""
+    """Joules between two readings of a counter (also in joules), or the reason why they are unusable."""
     if before is None or after is None:
         return None, "NVML has no energy counter here"
     if after == before:
         return None, "the energy counter did not advance"
-    # Lower than before: a 32-bit counter (of millijoules) has wrapped, or the driver was reloaded. Power decides.
+    # Lower than before: a 32-bit counter (of millijoules) has wrapped, or the driver was reloaded. Use sampled power
+    # instead.
     joules = after - before if after > before else after - before + 2**32 / 1e3
     if sampled is None:
         return (joules, "") if after > before else (None, "the energy counter went backwards")
@@ -275,7 +276,7 @@ def _nvml_source(device: torch.device, nvml) -> EnergySource:
         handle, is_slice = _handle(nvml, uuid)
     except nvml.NVMLError as error:
         return Unmetered(f"NVML does not find GPU {uuid}: {error}")
-    return NvmlDevice(nvml, handle, " of the whole GPU, of which a MIG slice was used" if is_slice else "")
+    return NvmlDevice(nvml, handle, " of the whole GPU, although only a MIG slice was used" if is_slice else "")
 
 
 def _handle(nvml, uuid: str) -> tuple[object, bool]:

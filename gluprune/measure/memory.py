@@ -15,7 +15,7 @@ def resident(field: str) -> int:
 
     Args:
         field: VmRSS, the resident memory of this process, or VmHWM, its peak. Unlike getrusage's maximum, VmHWM does
-            not begin with that of the process that started this one.
+            not start from the peak of the parent process.
 
     Raises:
         OSError: There is no such file.
@@ -30,8 +30,8 @@ def resident(field: str) -> int:
 class PeakMemory:
     """Peak memory of a model and its work.
 
-    On CUDA the most that the allocator has held since this object exists. On a CPU the weights, plus the growth of the
-    process in one more run; what the process has taken before for other things, such as compiling, is not counted.
+    On CUDA, the peak of the allocator since this object was created. On a CPU, the weights plus the growth of the
+    process in one more run; memory that the process took earlier for other things, such as compiling, is not counted.
 
     Args:
         model: On the device to measure.

@@ -24,7 +24,7 @@ def perplexity(model, ids: torch.Tensor, window: int = 512) -> float:
     Args:
         model: A causal LM in eval mode.
         ids: int64 `[T]`, T >= 2.
-        window: The most tokens of context.
+        window: Maximum number of tokens of context.
 
     Raises:
         ValueError: Fewer than two tokens.

@@ -69,34 +69,35 @@ def commit() -> str | None:
         return None
 
 
-# A float, or None where the figure is missing. Any: whoever computes with percentiles has left out the missing ones.
+# A float, or None where the figure is missing. Any: code that computes with percentiles has already removed the missing
+# ones.
 Percentile = Any
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measured figure: what was measured, on what, by whom, and its spread.
+    """One measured figure: what was measured, on which hardware, by which library, and its spread.
 
     Attributes:
         what: Name of the measurement.
-        provider: Who did the work.
-        shape: Its sizes.
-        dtype: Of the weights.
-        unit: Of p20, p50, p80 and floor.
+        provider: The library that did the work.
+        shape: Sizes of the problem.
+        dtype: Dtype of the weights.
+        unit: Unit of p20, p50, p80 and floor.
         p20: 20th percentile. The percentiles are None where the figure is missing.
         p50: Median.
         p80: 80th percentile.
         repeats: Number of values.
         nbytes: Fewest bytes that must be moved.
         flops: Fewest operations that must be done.
-        floor: Smallest p50 that the ceilings measured in the same run allow for them.
+        floor: Smallest possible p50 for `nbytes` and `flops`, given the ceilings measured in the same run.
         method: How it was measured, where there is more than one way (for energy above all).
         refusal: Why the figure is missing, in the words of the provider.
         hardware: GPU, or CPU and threads.
         driver: Version of the NVIDIA driver.
-        versions: Of the packages that the figure depends on.
-        commit: Of the source tree.
-        time: Of the measurement, in UTC.
+        versions: Versions of the packages that the figure depends on.
+        commit: Commit of the source tree.
+        time: Time of the measurement, in UTC.
     """
 
     what: str
@@ -131,7 +132,7 @@ class Record:
 
     @property
     def key(self) -> tuple:
-        """Equal for two measurements of the same figure."""
+        """A key that is equal for two measurements of the same figure."""
         shape = tuple(sorted(self.shape.items()))
         return self.what, self.provider, shape, self.dtype, self.unit, self.method, self.hardware
 

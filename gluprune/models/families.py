@@ -1,7 +1,7 @@
 """The table of supported models: where gate, up, down and the activation are, per `config.model_type`.
 
-Every entry computes `down(act(gate(x)) * up(x))` and nothing else. A model that puts something between the projections
-(a norm, a multiplier, a clamp, a router) is rejected by name: pruning it would change what it computes.
+Every entry computes exactly `down(act(gate(x)) * up(x))`. A model that has something between the projections
+(a norm, a multiplier, a clamp, a router) is rejected: pruning it would change what it computes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {
 
 # Why a model that looks similar is not in the table, by config.model_type.
 REFUSED: dict[str, str] = {
-    "bitnet": "BitNet normalises between the GLU and down_proj over the neurons that pruning would remove",
+    "bitnet": "BitNet has a norm between the GLU and down_proj, over the neurons that pruning would remove",
     "falcon_h1": "Falcon-H1 multiplies the gate and the output by constants",
     "gemma3n": "Gemma 3n sparsifies the gate by a quantile over all neurons",
     "gemma3n_text": "Gemma 3n sparsifies the gate by a quantile over all neurons",

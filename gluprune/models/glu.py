@@ -1,4 +1,4 @@
-"""The GLU MLPs of a loaded model, seen through the table of families."""
+"""Access to the GLU MLPs of a loaded model, by means of the table of families."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def resize(glu: GLU, width: int) -> None:
 
 
 def realign(glu: GLU) -> None:
-    """Let a patched MLP move its new weights into aligned storage; do nothing to an MLP that is not patched."""
+    """Let a patched MLP move its new weights into aligned storage; an MLP that is not patched is left unchanged."""
     settle = getattr(glu.mlp, "settle", None)
     if settle is not None:
         settle()

@@ -1,4 +1,4 @@
-"""Intermediate sizes in transformers configs: the only module that knows how a config holds them."""
+"""Intermediate sizes in transformers configs: the only module that knows how a config stores them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def width_entries(widths: Sequence[int]) -> dict[str, object]:
     """Return the config entries for the widths of all layers: `intermediate_size` and `per_layer_config`.
 
     `intermediate_size` is the largest width. `per_layer_config` holds the layers that differ from it, in the form of
-    transformers, or is None. `gluprune.load` reads it; stock Llama classes do not build such a model.
+    transformers, or is None. `gluprune.load` reads it; stock Llama classes cannot build such a model.
 
     Args:
         widths: Intermediate size of every layer, in order.

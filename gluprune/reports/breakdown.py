@@ -4,7 +4,7 @@ A generation costs `first + (tokens - 1) * each`. The difference of two generati
 
 - output length: the additional tokens, at the previous cost of a token;
 - prefill: the additional cost of the prompt and the first token;
-- per token: the additional cost of each later token in work;
+- per token: the additional cost of the work for each later token;
 - launches: its additional cost in launches (time or energy of a token beyond that of its CUDA graph).
 """
 
@@ -123,7 +123,7 @@ def section(records: Sequence[Record], out: Path) -> str:
 
 
 def _against_bytes(records: Sequence[Record]) -> list[str]:
-    """Markdown lines: how close each width comes to the speed-up that the bytes of the weights allow."""
+    """Markdown lines: how close each width comes to the speed-up that the size of the weights allows."""
     lines = []
     for what in ("TTFT", "TPOT"):
         figures = _figures(records, what)
@@ -174,7 +174,7 @@ def _seconds(records: Sequence[Record]) -> dict[_Key, Cost]:
 
 
 def _joules(records: Sequence[Record]) -> dict[_Key, Cost]:
-    """Joules of each run, of all its prompts together."""
+    """Joules of each run, for all its prompts together."""
     token, prefill = _figures(records, "energy"), _figures(records, "energy of the prefill")
     costs = {}
     for key, record in token.items():

@@ -1,4 +1,4 @@
-"""The pictures of a report. Every function takes records and writes one PNG file."""
+"""The plots of a report. Every function takes records and writes one PNG file."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def against_width(records: Sequence[Record], path: Path) -> None:
     """Draw a figure and its improvement over the first provider's dense model, against the intermediate size.
 
     One row of two panels for each shape without the width. Lines join the widths that are multiples of 128, crosses are
-    the others, bars reach from p20 to p80. The dotted line is the ratio of the bytes that must be moved.
+    the others, and bars extend from p20 to p80. The dotted line is the ratio of the bytes that must be moved.
     """
     from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ def heat_map(wins: dict[tuple[tuple[str, int], int], float], title: str, path: P
 
     Args:
         wins: ((model, intermediate size), tokens) -> how many times better.
-        title: Of the picture.
+        title: Title of the plot.
         path: The file.
     """
     from matplotlib.colors import TwoSlopeNorm

@@ -21,10 +21,10 @@ NAME = "report.md"
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Record]:
-    """Return the records of files and of the `*.jsonl` files in folders; the last one of each figure.
+    """Return the records of files and of the `*.jsonl` files in folders; keep the last one for each figure.
 
     Raises:
-        ValueError: No path, a folder without record files, no record at all, or a line that is not a record.
+        ValueError: No path, a folder without record files, no records, or a line that is not a record.
         FileNotFoundError: A path does not exist.
     """
     files: list[Path] = []
@@ -67,7 +67,7 @@ def groups(records: Iterable[Record], key: Callable[[Record], object]) -> list[l
 
 
 def is_peer(record: Record) -> bool:
-    """Whether a record is of another library."""
+    """Whether a record is from another library."""
     return record.provider.partition(",")[0] != OURS
 
 
@@ -87,7 +87,7 @@ def _conditions(records: Sequence[Record], out: Path) -> str:
 
 
 def _measurements(records: Sequence[Record], out: Path) -> str:
-    """One table for each measurement: a row for each shape, a column for each provider."""
+    """One table for each measurement: one row per shape, one column per provider."""
     titles = groups(records, lambda r: (r.what, r.dtype, r.hardware, r.method, r.unit))
     return "\n".join(table(group) for group in titles)
 

@@ -2,7 +2,7 @@
 
 The layout is that of `csrc_triton.layout`: the weights become views of two zero-padded buffers. The parameters stay the
 same for all other code: same objects, names, shapes and values. The layout is recognised from the weights only, so
-nothing can become stale when a weight is replaced.
+replacing a weight leaves no stale state.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
 
 @torch.no_grad()
 def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
-    """Move separate weights into the aligned layout, in place; weights that are in it already stay.
+    """Move separate weights into the aligned layout, in place; weights already in it are left there.
 
-    The Parameter objects stay; only their `data` changes. In addition to the weights, this takes the memory of gate and
-    up of this layer for a moment.
+    The Parameter objects stay; only their `data` changes. This temporarily takes extra memory of the size of gate and
+    up of this layer.
 
     Args:
         gate: `[I, H]`; all three are of one dtype on one device.
@@ -50,7 +50,7 @@ def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Param
 
 @torch.no_grad()
 def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
-    """Do what `align` does for a packed gate_up `[2 * I, H]`."""
+    """Do the same as `align` for a packed gate_up `[2 * I, H]`."""
     (rows, columns), width = gate_up.shape, down.shape[1]
     padded = layout.padded_width(width)
     if not layout.is_packed(gate_up):
@@ -89,9 +89,9 @@ def is_view(weight: torch.Tensor) -> bool:
 
 
 def is_alone(weight: torch.nn.Parameter) -> bool:
-    """Return whether a weight may move to other memory: its storage holds nothing else, or is an aligned buffer.
+    """Return whether a weight may be moved to other memory: its storage holds nothing else, or is an aligned buffer.
 
-    Views of another owner's buffer (a sharding library's flat parameter) must stay where their owner writes.
+    Views of a buffer owned by other code (a sharding library's flat parameter) must stay where that code writes.
     """
     return _fills_storage(weight) or is_view(weight)
 

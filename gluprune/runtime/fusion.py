@@ -2,7 +2,7 @@
 
 An MLP runs fused only if the operator computes exactly what the MLP's modules compute. Three things decide:
 
-- its class and activation, which `patch` looks at (`class_obstacle`),
+- its class and activation, which `patch` checks (`class_obstacle`),
 - its modules and weights, which may change at any time (`module_obstacle`),
 - the call: input, autocast, tracing, transforms (`is_fusible`).
 """
@@ -77,7 +77,7 @@ def fusion_status(model: nn.Module) -> list[MLPStatus]:
 def fusion_prospect(model: nn.Module) -> list[MLPStatus]:
     """Return, for every GLU MLP of a supported family in order, whether `patch` would fuse it on a GPU, and why not.
 
-    Only classes are looked at, so the model may be on the meta device.
+    Only classes are checked, so the model may be on the meta device.
     """
     return [_status(name, class_obstacle(mlp)) for name, mlp in find_glus(model)]
 
@@ -105,12 +105,12 @@ def glu_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def has_fused_forward(mlp: nn.Module) -> bool:
-    """Whether the class of an MLP is the one that `patch` gave it, or a subclass of it."""
+    """Whether the class of an MLP is the one that `patch` set, or a subclass of it."""
     return hasattr(type(mlp), "original_class")
 
 
 def is_patched(mlp: nn.Module) -> bool:
-    """Whether the class of an MLP is the one that `patch` gave it, and not a subclass."""
+    """Whether the class of an MLP is the one that `patch` set, and not a subclass."""
     return "original_class" in vars(type(mlp))
 
 
@@ -151,7 +151,7 @@ def class_obstacle(mlp: nn.Module) -> str | None:
 
 
 def module_obstacle(mlp: PatchedMLP) -> str | None:
-    """Return why the modules of a patched MLP may compute something else than the fused operator, or None."""
+    """Return why the modules of a patched MLP may compute something other than the fused operator, or None."""
     family = mlp.family
     activation = activation_of(mlp)
     if type(activation) not in ACTIVATION_OF_CLASS:
@@ -221,7 +221,7 @@ def operands(mlp: PatchedMLP) -> Operands:
 
 
 def _is_modified(module: nn.Module) -> bool:
-    """Whether calling the module does more than the forward of its class."""
+    """Whether calling the module does more than run the forward of its class."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or not runs_forward_of(module, type(module))
 

@@ -69,8 +69,8 @@ def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     """Compute `glu_mlp` for weights in the layout of `csrc_triton.layout`, without PyTorch's dispatcher and autograd.
 
     For one token the dispatcher costs more time on the host than the MLP takes on the GPU; so do planning and Triton's
-    look-ups, which is why the launches for few tokens are kept at the first call and replayed from then on. A replay
-    checks nothing: the caller knows that the operands fit.
+    look-ups, which is why the launches for few tokens are kept on the first call and replayed afterwards. A replay
+    checks nothing: the caller must ensure that the operands fit.
 
     Args:
         x: `[..., H]`.
@@ -213,7 +213,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    """Return the eager gradients. Gate and up are recomputed from x: nothing of width I is kept for this pass."""
+    """Return the eager gradients. Gate and up are recomputed from x: no tensor of width I is stored."""
     x, gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = ctx.saved_tensors
     needs = ctx.needs_input_grad
     gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)

@@ -2,8 +2,8 @@
 
 The class of an MLP becomes a subclass of its former class, with another `forward`. Other models, the module tree, the
 parameters, their names and the state dict stay as they are. The fused operator runs only if it computes what the
-modules compute. This is checked at every call, so hooks, adapters, autocast, offloading or sharding may come and go: as
-long as they are there, the MLP calls its modules.
+modules compute. This is checked at every call, so hooks, adapters, autocast, offloading or sharding may be added and
+removed: as long as they are present, the MLP calls its modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class FusedGLU(nn.Module):
-    """The forward that a patched MLP has. Its state is in the class; instances hold nothing more than before."""
+    """The forward of a patched MLP. Its state is in the class; instances hold no additional state."""
 
     original_class: type[nn.Module]
     family: Family
@@ -50,7 +50,7 @@ class FusedGLU(nn.Module):
             return operator.glu_mlp(x, *operands, *options)
         return operator.run_kernels(x, row, operands, *options)
 
-    # Four events replace the weights, or move them to where aligned storage begins or ceases to help.
+    # Four events replace the weights, or move them to where aligned storage starts or stops helping.
 
     def _apply(self, fn, recurse=True):  # .to(), .half(), .cuda(), ...
         super()._apply(fn, recurse)
@@ -155,7 +155,7 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`: every MLP gets its class back, and every weight contiguous memory that it shares with no other.
+    """Undo `patch`: every MLP gets its original class back, and every weight gets unshared contiguous memory.
 
     Args:
         model: Any module; changed in place.
@@ -180,7 +180,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     patched = [(name, mlp) for name, mlp in fusion.find_glus(model) if isinstance(mlp, FusedGLU)]
     for name, mlp in patched:
         if not fusion.is_patched(mlp):
-            raise ValueError(f"{name} became {type(mlp).__name__} after it was patched: undo that first")
+            raise ValueError(f"{name} became {type(mlp).__name__} after it was patched: undo that change first")
     for _, mlp in patched:
         _unpatch(mlp)
     if patched:
@@ -193,9 +193,9 @@ unpatch_llama = unpatch
 
 
 def realign(mlps: Iterable[nn.Module]) -> None:
-    """Move the weights of patched MLPs into the storage that they run on, after weights were replaced.
+    """Move the weights of patched MLPs back into the storage that they run on, after weights were replaced.
 
-    Other modules stay as they are.
+    Other modules are left unchanged.
     """
     for mlp in mlps:
         if isinstance(mlp, FusedGLU):
@@ -232,7 +232,7 @@ def _unpatch(mlp: fusion.PatchedMLP) -> None:
 
 def _set_class(mlp: nn.Module, new: type[nn.Module]) -> None:
     old = type(mlp)
-    for name in ("forward", "_old_forward"):  # accelerate leaves bound methods behind
+    for name in ("forward", "_old_forward"):  # accelerate leaves bound methods on the instance
         if getattr(mlp.__dict__.get(name), "__func__", None) is old.forward:
             mlp.__dict__[name] = types.MethodType(new.forward, mlp)
     mlp.__class__ = new
@@ -243,7 +243,7 @@ def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
 
 
 def _settle(mlp: fusion.PatchedMLP) -> None:
-    """Move the weights of a patched MLP into the storage that its backend, device and mode want."""
+    """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
     for parameter in mlp.parameters():
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so such an MLP trains on contiguous weights.

@@ -124,7 +124,7 @@ def test_two_studies_do_not_mix(inputs, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     assert main(arguments(inputs, tmp_path / "full")) == 2
-    assert "is not empty and holds no study" in capsys.readouterr().err
+    assert "is not empty and does not hold a study" in capsys.readouterr().err
 
 
 def test_a_changed_model_is_told(inputs, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_a_mig_slice_is_measured_by_its_gpu_and_says_so(monkeypatch):
     with Meter(energy._nvml_source(torch.device("cuda"), nvml)).window() as window:
         time.sleep(0.2)
     assert window.energy.joules == 40.0
-    assert window.energy.method == "NVML total-energy counter of the whole GPU, of which a MIG slice was used"
+    assert window.energy.method == "NVML total-energy counter of the whole GPU, although only a MIG slice was used"
 
 
 @pytest.mark.parametrize("nvml, uuid", [(ScriptedNVML(), "dddd"), (ScriptedNVML(broken=True), "aaaa")])

@@ -1,4 +1,4 @@
-"""Compile every kernel call of the package ahead of time, without a GPU, and reject what would be slow or wrong.
+"""Compile every kernel call of the package ahead of time, without a GPU, and reject those that would be slow or wrong.
 
 `python -m csrc_triton.tools.aot` plans the forward pass and the neuron statistics on meta tensors, for every chip,
 hidden size, intermediate size and number of tokens that is shipped, compiles each distinct kernel with the installed
@@ -9,10 +9,11 @@ a table and exits with 1 if a row fails. Rows fail on
 * more shared memory than a program may use on the chip;
 * a weight load under 16 bytes. A weight is an argument of at least H * I elements, whatever its name. Which argument a
   load belongs to is followed through the PTX, from the kernel's parameters along the address arithmetic. A narrow load
-  of unknown origin counts as a weight load, and a weight without any access was missed by this reader: both fail;
-* a `tl.dot` without matrix instructions (float32 in full precision has none, and passes): HGMMA on sm_90, tcgen05 or
-  HMMA on sm_100 and sm_120, HMMA below;
+  of unknown origin counts as a weight load, and a weight without any access must have been missed by this reader: both
+  fail;
+* a `tl.dot` without matrix instructions (float32 in full precision cannot use them, and passes): HGMMA on sm_90,
+  tcgen05 or HMMA on sm_100 and sm_120, HMMA below;
 * wgmma with its A operand in registers, which ptxas 12 is known to corrupt.
 
-What was read from a compilation is cached on disk, so a second run costs only the planning.
+The facts read from a compilation are cached on disk, so a second run only repeats the planning.
 """

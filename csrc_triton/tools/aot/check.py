@@ -1,4 +1,4 @@
-"""Which kernel calls are checked, and what a compiled kernel must fulfil."""
+"""Which kernel calls are checked, and the conditions that a compiled kernel must meet."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def resident_programs(compiled: KernelFacts) -> int:
 
 
 class Shape(NamedTuple):
-    """What a kernel call is planned for."""
+    """The case that a kernel call is planned for."""
 
     label: str
     M: int  # tokens; 0 for the statistics
@@ -106,7 +106,7 @@ def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, *, progress: bool 
         }
         try:
             compiled = compilation.cached()
-        except Exception as error:  # whatever the compiler raises is the row's result
+        except Exception as error:  # any error from the compiler is the result of the row
             row["failures"] = [f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"]
         else:
             at_once = resident_programs(compiled) * SM_COUNT[sm]

@@ -1,4 +1,4 @@
-"""Compile kernel calls without a GPU, and collect the facts that the check judges."""
+"""Compile kernel calls without a GPU, and collect the facts that the check uses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True, kw_only=True)
 class KernelFacts:
-    """What `failures` judges about one compiled kernel. Sizes in bytes."""
+    """What `failures` checks about one compiled kernel. Sizes in bytes."""
 
     kernel: str
     sm: int
@@ -77,7 +77,7 @@ class Compilation:
         return cls(source, target, parsed, hashlib.sha256(repr(identity).encode()).hexdigest(), pointers)
 
     def compile(self) -> KernelFacts:
-        """Compile the kernel, disassemble it, and read what `failures` judges."""
+        """Compile the kernel, disassemble it, and read what `failures` checks."""
         compiled = triton.compile(self.source, target=self.target, options=self.options.__dict__)
         ptx = compiled.asm["ptx"]
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ class Compilation:
         )
 
     def cached(self) -> KernelFacts:
-        """Return the facts from the cache on disk, or from compiling. Facts of a changed reader are read again."""
+        """Return the facts from the cache on disk, or from compiling. Facts of an older reader are read again."""
         path = cache_folder() / f"aot-{_reader_digest()}" / f"{self.key}.json"
         if path.exists():
             facts = json.loads(path.read_text())

@@ -11,10 +11,10 @@ UNKNOWN = "?"  # the argument of an access of unknown origin
 
 
 class Access(NamedTuple):
-    """`count` instructions that access global memory through `argument`, `width` bytes a thread."""
+    """`count` instructions that access global memory through `argument`, `width` bytes per thread."""
 
     argument: str
-    instruction: str  # "ld", "cp.async", "tma" (moves boxes of at least 16 bytes a row) or "st"
+    instruction: str  # "ld", "cp.async", "tma" (moves boxes of at least 16 bytes per row) or "st"
     width: int
     count: int
 
@@ -23,7 +23,7 @@ def read_accesses(ptx: str, arguments: list[str]) -> tuple[Access, ...]:
     """Return the global memory accesses of a kernel's PTX.
 
     Every register computed from a pointer parameter is marked with that parameter, until nothing changes; an access
-    belongs to the parameters that its address register is marked with. Values loaded from memory carry no mark.
+    belongs to the parameters that its address register is marked with. Values loaded from memory have no mark.
 
     Args:
         ptx: the text of the kernel.
@@ -86,7 +86,7 @@ def _marks(origin: dict[str, frozenset[str]], names: list[str]) -> frozenset[str
 
 
 def _names(text: str) -> list[str]:
-    """Return registers and parameters in an operand; predicates carry no address."""
+    """Return registers and parameters in an operand; predicates hold no address."""
     return [name for name in re.findall(r"%[a-z]+\d+|\w+_param_\d+", text) if not re.match(r"%p\d", name)]
 
 

@@ -1,7 +1,7 @@
 """`gluprune report --published`: the published latencies and energies of arXiv 2512.22671, explained.
 
 The figures are in `data/published_inference.json`, which names their source. All runs are used; the published means
-omit runs of some configurations. What is called time to first token there is the time of the whole `generate()` call,
+omit runs of some configurations. What the paper calls time to first token is the time of the whole `generate()` call,
 with an output length that the model chooses.
 """
 
@@ -29,7 +29,7 @@ class PublishedResult:
         percent: Share of the neurons removed.
         width: Intermediate size.
         workload: Data set and batch.
-        batch: Prompts at a time.
+        batch: Prompts per batch.
         tokens: Generated tokens for each prompt.
         seconds: For each prompt (in a batch, its share).
         joules: For each prompt (in a batch, its share).
@@ -73,7 +73,7 @@ def _runs() -> list[dict]:
 
 
 def published_results() -> list[PublishedResult]:
-    """Return all results of the paper, for each model and workload the dense one first."""
+    """Return all results of the paper; for each model and workload, the dense one comes first."""
     document = _document()
     grouped: dict[tuple, list[dict]] = {}
     for run in _runs():
@@ -121,7 +121,7 @@ def prediction_errors() -> list[float]:
 
 
 def odd_excess(model: str, workload: str) -> dict[int, float]:
-    """Return odd width -> energy of a token over that on the straight line through the even widths, less 1."""
+    """Return odd width -> energy of a token divided by that on the straight line through the even widths, minus 1."""
     own = _of(model, workload)
     even = [c for c in own if not c.is_odd]
     slope, start = statistics.linear_regression([c.width for c in even], [c.energy.each for c in even])
@@ -135,7 +135,7 @@ def carbon_share() -> tuple[float, float]:
 
 
 def write(out: str | Path) -> Path:
-    """Write the table and the picture into a folder, created if it does not exist; return the table's path."""
+    """Write the table and the plot into a folder, created if it does not exist; return the table's path."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _plot(out / PICTURE)
@@ -166,7 +166,7 @@ def _percents() -> list[int]:
 
 
 def _average(model: str, percent: int) -> tuple[float, float, float]:
-    """Mean published TTLT at batch 1 over the dense model's, less 1: total, by output length, per token."""
+    """Mean published TTLT at batch 1 divided by the dense model's, minus 1: total, by output length, per token."""
     own = [c for c in published_results() if (c.model, c.percent) == (model, percent) and c.ttlt is not None]
     base = sum(dense_of(c).latency.total for c in own)
     parts = [split(dense_of(c).latency, c.latency) for c in own]

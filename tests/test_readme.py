@@ -163,7 +163,7 @@ def test_quality_figures_of_the_readme_are_on_record():
         for record in records
         if record.what == "perplexity"
     }
-    rows = table(README.read_text(encoding="utf-8"), "## What it costs in quality")[: len(providers)]
+    rows = table(README.read_text(encoding="utf-8"), "## Quality")[: len(providers)]
     for provider, (_, *cells) in zip(providers, rows, strict=True):
         for ratio, cell in zip((0.1, 0.2, 0.4, 0.6), cells, strict=True):
             for text, printed in zip(("wikitext2", "lambada"), cell.split(" · "), strict=True):
@@ -188,7 +188,7 @@ def test_speed_figures_of_the_readme_are_on_record():
         tokens(cpu, "transformers"),
     ]
     widths = [(8192, 6554, 4916, 4096, 3277)] * 2 + [(1536, 1229, 922, 768, 615)]
-    printed = table(README.read_text(encoding="utf-8"), "## What it buys in speed")[: len(rows)]
+    printed = table(README.read_text(encoding="utf-8"), "## Speed")[: len(rows)]
     for values, sizes, (_, *cells) in zip(rows, widths, printed, strict=True):
         for size, cell in zip(sizes, cells, strict=True):
             decimals = len(cell.partition(".")[2])

@@ -119,7 +119,7 @@ def test_two_studies_do_not_mix(inputs, tmp_path, capsys):
     other = arguments(inputs, out, tasks=["wikitext"])
     other[other.index("--limit") + 1] = "2"
     assert main(other) == 2
-    assert "limits 'limit 3', this one has 'limit 2': use another folder" in capsys.readouterr().err
+    assert "limits 'limit 3', but this one has 'limit 2': use another folder" in capsys.readouterr().err
     assert contents(out) == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

@@ -134,7 +134,7 @@ class Calibrations:
     Args:
         model: The dense model.
         tokenizer: Its tokenizer.
-        name: Of the model.
+        name: Name of the model.
         texts: The text to calibrate on, and the model's own.
         measurements: Where the seconds of calibrations are recorded.
     """
@@ -308,7 +308,7 @@ def table(records: list[Record]) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Draw perplexity over dense against the pruning ratio, one panel for each text."""
+    """Draw perplexity relative to dense against the pruning ratio, one panel for each text."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -28,7 +28,7 @@ class TaskSpec:
         leaves: The lm-eval tasks that it consists of; "*" for all in the folder.
         metric: The reported figure, as lm-eval names it with its filter.
         group: Its behaviour in the published study.
-        documents: Of each leaf in `--budget small`.
+        documents: Number of documents of each leaf in `--budget small`.
         shots: None: lm-eval's own number.
         chance: The score of random guessing, if known.
         subjects: Number of leaves in `--budget small`. None: all.

@@ -51,7 +51,7 @@ class ModelInfo:
 
     @property
     def expansion_ratios(self) -> list[float]:
-        """Intermediate size over hidden size of every layer."""
+        """Intermediate size divided by hidden size of every layer."""
         return [width / self.hidden_size for width in self.widths]
 
     def to_dict(self) -> dict:

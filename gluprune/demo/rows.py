@@ -22,7 +22,7 @@ class Row:
         recipe: Name of the recipe, or "dense".
         ratio: Share of the neurons to remove, before the width is rounded to a multiple of 128.
         intermediate_size: Neurons of each MLP.
-        expansion_ratio: Intermediate size over hidden size.
+        expansion_ratio: Intermediate size divided by hidden size.
         parameters: Number of parameters of the whole model.
         bytes: Size of all weights of the checkpoint.
         perplexity: On the demo's text.

@@ -63,8 +63,8 @@ def random_model(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) 
 
     Args:
         name: A key of `CONFIGS`.
-        dtype: Of the weights.
-        seed: Of the random numbers.
+        dtype: Dtype of the weights.
+        seed: Seed of the random numbers.
 
     Raises:
         ValueError: The name is unknown.

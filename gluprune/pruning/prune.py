@@ -54,7 +54,7 @@ def prune(
 
     Args:
         model: A causal LM of a family in `gluprune.models.families.FAMILIES`.
-        expansion_ratio: Intermediate size over hidden size. Exactly one of the three targets must be given.
+        expansion_ratio: Intermediate size divided by hidden size. Exactly one of the three targets must be given.
         pruning_ratio: Share of the neurons to remove, between 0 and 1.
         intermediate_size: Number of neurons to keep.
         score: How neurons are ranked. From the weights: "maw_gud" (peak-to-peak magnitude of gate, up and down), "maw"

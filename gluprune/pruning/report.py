@@ -33,7 +33,7 @@ class PruneReport:
 
     @property
     def expansion_ratio(self) -> float:
-        """Intermediate size over hidden size after pruning."""
+        """Intermediate size divided by hidden size after pruning."""
         return self.intermediate_size / self.hidden_size
 
     @property

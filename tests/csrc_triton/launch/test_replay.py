@@ -6,7 +6,6 @@ from tests.helpers.processes import run_without_interpreter
 
 SCRIPT = '''
 import itertools
-import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget

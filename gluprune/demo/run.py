@@ -60,8 +60,8 @@ class Settings:
     window: int = 512
     prompt_tokens: int = 256
     new_tokens: int = 16
-    rounds: int = 5
-    sample_tokens: int = 24
+    rounds: int = 3
+    sample_tokens: int = 16
 
 
 def run(model_name: str | None = None, output: str | Path = "demo_output", settings: Settings | None = None) -> dict:

@@ -15,7 +15,7 @@ import triton.language as tl
 from csrc_triton.glu.device_functions import biased_glu, wait_for_previous_kernel
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.call import KernelCall, Plan
-from csrc_triton.launch.configs import GateUpConfig, Problem, buffers
+from csrc_triton.launch.configs import GateUpConfig, Problem, TiledGateUpConfig, pointer_arguments
 from csrc_triton.launch.device import input_precision
 from csrc_triton.layout import PAD, cdiv, next_power_of_2
 
@@ -161,23 +161,10 @@ def gate_up_swap_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateUpSwap(GateUpConfig):
+class GateUpSwap(TiledGateUpConfig):
     """Few tokens: the weights are the long operand of the matrix unit, the tokens the short one."""
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
     pdl: bool
-
-    def shared_memory(self, problem: Problem) -> int:
-        """Return the bytes of shared memory that a program takes."""
-        tile = (self.block_m + 2 * self.block_n) * self.block_k
-        return buffers(self.num_stages, problem.sm) * tile * problem.dtype.itemsize
-
-    def _suits(self, problem: Problem) -> bool:
-        return min(self.block_m, self.block_n, self.block_k) >= 16 and PAD % self.block_n == 0
 
     def plan(self, x: torch.Tensor, weights: GluWeights, problem: Problem) -> Plan:
         """Plan `[M, H]` -> `[M, IP]`."""
@@ -186,19 +173,7 @@ class GateUpSwap(GateUpConfig):
         call = KernelCall(
             gate_up_swap_kernel,
             (cdiv(M, self.block_m), IP // self.block_n),
-            dict(
-                x=x,
-                gate_up=weights.gate_up,
-                a=a,
-                gate_bias=weights.gate_bias,
-                up_bias=weights.up_bias,
-                M=M,
-                I=weights.intermediate_size,
-                IP=IP,
-                UP=weights.up_row,
-                H=H,
-                stride_x=x.stride(0),
-            ),
+            pointer_arguments(x, a, weights, problem),
             dict(
                 BLOCK_M=self.block_m,
                 BLOCK_N=self.block_n,

@@ -15,9 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from csrc_triton.glu.device_functions import biased_glu
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.call import KernelCall, Plan
-from csrc_triton.launch.configs import GateUpConfig, Problem, buffers
+from csrc_triton.launch.configs import Problem, TiledGateUpConfig, pointer_arguments
 from csrc_triton.launch.device import input_precision, sm_count
-from csrc_triton.layout import PAD, cdiv, rows_aligned
+from csrc_triton.layout import cdiv, rows_aligned
 
 # Tiles are visited in groups of this many rows of tiles, so that consecutive tiles share weights and tokens in the L2.
 GROUP_M = 8
@@ -87,22 +87,8 @@ def gate_up_tile_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateUpTile(GateUpConfig):
+class GateUpTile(TiledGateUpConfig):
     """Many tokens: one tile of the result per program, ordinary pointers. For every chip and every H."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def shared_memory(self, problem: Problem) -> int:
-        """Return the bytes of shared memory that a program takes."""
-        tile = (self.block_m + 2 * self.block_n) * self.block_k
-        return buffers(self.num_stages, problem.sm) * tile * problem.dtype.itemsize
-
-    def _suits(self, problem: Problem) -> bool:
-        return min(self.block_m, self.block_n, self.block_k) >= 16 and PAD % self.block_n == 0
 
     def plan(self, x: torch.Tensor, weights: GluWeights, problem: Problem) -> Plan:
         """Plan `[M, H]` -> `[M, IP]`."""
@@ -111,19 +97,7 @@ class GateUpTile(GateUpConfig):
         call = KernelCall(
             gate_up_tile_kernel,
             (cdiv(M, self.block_m) * (IP // self.block_n),),
-            dict(
-                x=x,
-                gate_up=weights.gate_up,
-                a=a,
-                gate_bias=weights.gate_bias,
-                up_bias=weights.up_bias,
-                M=M,
-                I=weights.intermediate_size,
-                IP=IP,
-                UP=weights.up_row,
-                H=H,
-                stride_x=x.stride(0),
-            ),
+            pointer_arguments(x, a, weights, problem),
             dict(
                 BLOCK_M=self.block_m,
                 BLOCK_N=self.block_n,
@@ -179,27 +153,20 @@ def gate_up_tma_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateUpTma(GateUpConfig):
+class GateUpTma(TiledGateUpConfig):
     """Many tokens, with hardware tile copies (sm_90 and later).
 
     There are as many programs as multiprocessors, each taking every n-th tile. The rows of `x` and of the weights must
     start at 16-byte boundaries.
     """
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
     def shared_memory(self, problem: Problem) -> int:
         """Return the bytes of shared memory that a program takes."""
-        tiles = buffers(self.num_stages, problem.sm) * (self.block_m + 2 * self.block_n) * self.block_k
         result = self.block_m * self.block_n  # it is written through shared memory as well
-        return (tiles + result) * problem.dtype.itemsize
+        return super().shared_memory(problem) + result * problem.dtype.itemsize
 
     def _suits(self, problem: Problem) -> bool:
-        if min(self.block_m, self.block_n, self.block_k) < 16 or PAD % self.block_n:
+        if not super()._suits(problem):
             return False
         return problem.sm >= 90 and rows_aligned(problem.H, problem.dtype) and problem.H % self.block_k == 0
 

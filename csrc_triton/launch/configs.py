@@ -14,6 +14,7 @@ from triton import knobs
 
 from csrc_triton.launch.call import Plan
 from csrc_triton.launch.device import shared_memory_limit
+from csrc_triton.layout import PAD
 
 if TYPE_CHECKING:
     from csrc_triton.glu.weights import GluWeights
@@ -72,6 +73,42 @@ class GateUpConfig(Config):
     @abstractmethod
     def plan(self, x: torch.Tensor, weights: GluWeights, problem: Problem) -> Plan:
         """Plan `act(gate(x)) * up(x)`, zero from the intermediate size on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledGateUpConfig(GateUpConfig):
+    """A configuration whose programs compute one tile of gate and one of up, in a pipelined loop over H."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, problem: Problem) -> int:
+        """Return the bytes of shared memory that a program takes."""
+        tile = (self.block_m + 2 * self.block_n) * self.block_k
+        return buffers(self.num_stages, problem.sm) * tile * problem.dtype.itemsize
+
+    def _suits(self, problem: Problem) -> bool:
+        return min(self.block_m, self.block_n, self.block_k) >= 16 and PAD % self.block_n == 0
+
+
+def pointer_arguments(x: torch.Tensor, a: torch.Tensor, weights: GluWeights, problem: Problem) -> dict:
+    """Return the runtime arguments of the tiled kernels that load through pointers: `[M, H]` -> `[M, IP]`."""
+    return dict(
+        x=x,
+        gate_up=weights.gate_up,
+        a=a,
+        gate_bias=weights.gate_bias,
+        up_bias=weights.up_bias,
+        M=x.shape[0],
+        I=weights.intermediate_size,
+        IP=problem.I_padded,
+        UP=weights.up_row,
+        H=problem.H,
+        stride_x=x.stride(0),
+    )
 
 
 class DownConfig(Config):

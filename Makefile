@@ -20,7 +20,7 @@ lint: $(VENV)/installed-dev $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The site, in site/. Needs no network, and the pages load nothing from elsewhere.
 docs: $(VENV)/installed-docs

@@ -1,4 +1,4 @@
-"""Shared test set-up. Without CUDA the kernels run in Triton's interpreter, chosen before triton is imported."""
+"""Shared test set-up. Without CUDA the kernels run in Triton's interpreter, selected before triton is imported."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# With several workers (pytest -n), each works with its share of the cores. Processes that tests start are no workers.
+# With several workers (pytest -n), each uses its share of the cores. Processes that tests start are not workers.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT")))
     torch.set_num_threads(threads)
@@ -27,9 +27,10 @@ from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapsho
 
 
 def quicken_interpreter():
-    """Let the interpreter look up once what it replaces in `triton.language`, not at every call of a device function.
+    """Cache the interpreter's search for built-ins of `tl`, which it repeats at each call of a device function.
 
-    That search is a third of the time of the kernels' tests. Only built-ins are replaced, and their names never change.
+    The search takes a third of the time of the kernel tests. The interpreter replaces only built-ins, whose names never
+    change.
     """
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def smollm2_path():
-    """Folder of the real SmolLM2-135M-Instruct in bf16 (made in the user's cache on first use)."""
+    """Folder of the real SmolLM2-135M-Instruct in bf16 (written to the user's cache on first use)."""
     return smollm2_checkpoint()
 
 
@@ -85,7 +86,7 @@ def family_name(request):
 
 @pytest.fixture
 def unchanged():
-    """`with unchanged(model), pytest.raises(...)`: the model must be the same after the block as before it."""
+    """`with unchanged(model), pytest.raises(...)`: the block must leave the model unchanged."""
 
     @contextmanager
     def check(model):

@@ -20,7 +20,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    """A random Llama with 2 layers of 512 neurons, and a tokenizer of words."""
+    """A random Llama with 2 layers of 512 neurons, and a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = tmp_path_factory.mktemp("model")

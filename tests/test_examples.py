@@ -1,4 +1,4 @@
-"""The examples run as a user runs them: on the small real model, in a folder of their own."""
+"""The examples run as a user runs them, on the small real model, each in a separate folder."""
 
 import os
 import subprocess

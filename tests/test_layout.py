@@ -1,4 +1,4 @@
-"""The house rules that linters do not check: sizes of modules and functions, and the direction of imports."""
+"""Rules that linters do not check: sizes of modules and functions, and the direction of imports."""
 
 import ast
 import shutil
@@ -14,7 +14,7 @@ MODULES = [path for package in (*PACKAGES, "benchmarks") for path in sorted((ROO
 
 
 def own_lines(function):
-    """Lines of a function without its docstring; of a command of Typer, whose parameters are its help, of its body."""
+    """Lines of a function without its docstring; for Typer commands, whose parameters contain the help, of the body."""
     docstring = function.body[0]
     has_docstring = isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
     described = docstring.end_lineno - docstring.lineno + 1 if has_docstring else 0
@@ -33,7 +33,7 @@ def is_kernel(function):
 
 
 def is_flat_schema(function):
-    """Whether torch reads the schema of a custom operator from the parameters, or passes them all in order."""
+    """Whether torch derives a custom operator's schema from the parameters, or passes all of them by position."""
     return any("custom_op" in ast.unparse(d) or "register" in ast.unparse(d) for d in function.decorator_list)
 
 
@@ -48,12 +48,12 @@ def test_modules_and_functions_are_small(path):
                 assert len(positional(function)) <= 5, f"{function.name}{positional(function)}"
 
 
-def test_the_library_holds_packages_and_three_modules():
+def test_the_library_contains_only_packages_and_two_modules():
     modules = {path.name for path in (ROOT / "gluprune").glob("*.py")}
     assert modules == {"__init__.py", "__main__.py"}
     for package in (path for path in (ROOT / "gluprune").iterdir() if (path / "__init__.py").is_file()):
         docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
-        assert docstring, f"{package} does not say what it holds"
+        assert docstring, f"{package} has no docstring"
 
 
 def test_no_package_hides_a_public_function():

@@ -1,4 +1,4 @@
-"""README and docs: short enough, every block runs as printed, every link resolves, every figure is on record."""
+"""README and docs: length, code blocks that run as printed, links that resolve, figures that are on record."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ PAGES_THAT_RUN = [ROOT / "docs" / name for name in ("quickstart.md",)]
 
 
 def save_tiny_llama(folder):
-    """A random Llama of three layers, with a tokenizer of bytes and a few merges."""
+    """Save a random Llama with two layers, and a byte-level tokenizer with a few merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def save_tiny_llama(folder):
 
 @pytest.fixture
 def one_thread():
-    """Small matrices gain nothing from threads, and lose much where the machine is busy."""
+    """Use one thread: small matrices gain nothing from more, and on a busy machine they become much slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +59,7 @@ def one_thread():
 
 @pytest.fixture
 def folder_with_llama(tmp_path, monkeypatch, one_thread):
-    """A working directory in which the Hub id of README is a folder, which transformers prefers to the Hub."""
+    """A working directory in which README's Hub id is a local folder, which transformers prefers to the Hub."""
     (tmp_path / HUB_ID).parent.mkdir()
     save_tiny_llama(tmp_path / HUB_ID)
     monkeypatch.chdir(tmp_path)
@@ -67,13 +67,13 @@ def folder_with_llama(tmp_path, monkeypatch, one_thread):
 
 
 def test_readme_is_short():
-    """One page: everything else is in docs."""
+    """README is one page; everything else is in docs."""
     assert README.stat().st_size <= 6000
 
 
 @pytest.mark.slow
 def test_readme_runs_as_printed(folder_with_llama):
-    """The blocks of README in order, in one folder and one Python session."""
+    """The blocks of README in order, in one folder and one Python process."""
     variables = {}
     found = blocks(README)
     assert {block.language for block in found} == {"python", "sh"}
@@ -84,21 +84,21 @@ def test_readme_runs_as_printed(folder_with_llama):
         narrow = AutoModelForCausalLM.from_pretrained(name)
         assert narrow.config.intermediate_size == 256
         assert (folder_with_llama / name / "tokenizer.json").is_file()
-    # Both ways end with the same neurons: the random state of sampling is fixed.
+    # Embeddings are never changed.
     assert torch.equal(variables["model"].get_input_embeddings().weight, dense.get_input_embeddings().weight)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.stem)
 def test_pages_run_as_printed(page, folder_with_llama):
-    """Python and shell blocks of the pages that promise to run from top to bottom."""
+    """Python and shell blocks of the pages that are meant to run from top to bottom."""
     variables = {}
     for block in blocks(page):
         run_block(block, page, variables)
 
 
 def test_install_lines_name_extras_that_exist():
-    """`pip install '.[name]'` in README and docs."""
+    """The extras in `pip install '.[name]'` of README and docs are defined."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
     lines = [
@@ -115,7 +115,7 @@ def test_install_lines_name_extras_that_exist():
 
 
 def help_of(capsys, *command):
-    """What `gluprune COMMAND --help` prints."""
+    """The output of `gluprune COMMAND --help`."""
     assert run_gluprune([*command, "--help"]) == 0
     return capsys.readouterr().out
 
@@ -129,7 +129,7 @@ def test_commands_of_the_readme_are_those_of_the_program(capsys, monkeypatch):
 
 
 def test_options_in_the_pages_exist(capsys, monkeypatch):
-    """Every option of a gluprune line in README and docs is in the help of its command."""
+    """Every option used in a gluprune command line of README and docs is in the help of that command."""
     monkeypatch.setenv("COLUMNS", "200")
     used = {}
     for path in markdown_files(ROOT):
@@ -145,12 +145,12 @@ def test_options_in_the_pages_exist(capsys, monkeypatch):
 
 @pytest.mark.parametrize("path", markdown_files(ROOT), ids=lambda path: relative(path, ROOT))
 def test_links_resolve(path):
-    """Files and headings that README and docs point to."""
+    """The files and headings that README and docs link to exist."""
     assert broken_links(path, ROOT) == []
 
 
 def test_quality_figures_of_the_readme_are_on_record():
-    """Each cell of README's quality table is the quotient of two committed records, as rounded there."""
+    """Each cell of README's quality table is the quotient of two committed records, rounded."""
     providers = (
         "MAW",
         "MAW gate+up+down",
@@ -173,7 +173,7 @@ def test_quality_figures_of_the_readme_are_on_record():
 
 
 def test_speed_figures_of_the_readme_are_on_record():
-    """Each cell of README's speed table is a committed record in milliseconds, as rounded there."""
+    """Each cell of README's speed table is a committed record in milliseconds, rounded."""
     gpu = read(ROOT / "benchmarks/results/nvidia-h200/model.jsonl")
     cpu = read(ROOT / "benchmarks/results/amd-epyc/model.jsonl")
 

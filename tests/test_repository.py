@@ -1,4 +1,4 @@
-"""The pages describe the tree as it is, and the repository names no machine."""
+"""The docs describe the actual tree, and no file contains paths of a developer's machine."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def tracked():
 
 
 def named_in_architecture():
-    """Paths in the tree of docs/architecture.md with their purposes; two spaces of indentation are one folder."""
+    """Paths in the tree of docs/architecture.md with their descriptions; each level is indented by two spaces."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = page.split("## Modules")[1].split("```")[1].partition("\n")[2]
     named, folders = {}, []
@@ -34,19 +34,19 @@ def named_in_architecture():
 
 
 def test_tree_in_the_architecture_page_is_the_tree_on_disk():
-    """Modules at every depth and everything at the top are named with a purpose, and nothing else is."""
+    """The page describes every module and everything at the top level, and nothing that does not exist."""
     named = named_in_architecture()
     for path, purpose in named.items():
         assert (ROOT / path).exists(), f"docs/architecture.md names {path}"
-        assert purpose or path.name == ".gitignore", f"{path} has no purpose"
+        assert purpose or path.name == ".gitignore", f"{path} has no description"
     for path in tracked():
         if path.suffix == ".py" and path.name != "__init__.py" and path.parts[0] != "tests":
             assert path in named, f"docs/architecture.md does not name {path}"
         assert Path(path.parts[0]) in named, f"docs/architecture.md does not name {path.parts[0]}"
 
 
-def test_no_figure_of_an_unmade_record():
-    """Every record file that README and docs point to is there."""
+def test_linked_files_exist():
+    """Every file that README and docs link to exists."""
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         assert "@@" not in text, page
@@ -55,7 +55,7 @@ def test_no_figure_of_an_unmade_record():
 
 
 def test_text_files_name_no_machine():
-    """No path of a developer's machine, no address of a package registry."""
+    """No file contains a path of a developer's machine or the address of a package registry."""
     pattern = re.compile(r"/work/|/root/|/tmp/|file:///|pythonhosted|pypi\.org/simple")
     for path in tracked():
         if path.suffix in {".py", ".md", ".txt", ".toml", ".json", ".jsonl", ""} and path != Path(

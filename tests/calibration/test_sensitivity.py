@@ -18,7 +18,7 @@ from gluprune.calibration.sensitivity import (
 )
 from gluprune.models.glu import model_glus
 from gluprune.runtime.patching import patch
-from tests.helpers.sensitivities import drawn_from, random_batches
+from tests.helpers.sensitivities import choose_labels, random_batches
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
 
@@ -66,7 +66,7 @@ def test_gradients(family_name, dtype, monkeypatch):
         return (p.argmax(-1) * 7 + torch.arange(len(p))) % 64
 
     model, batches = make_tiny_model(family_name, dtype=dtype, seed=2), random_batches()
-    drawn_from(monkeypatch, choose)
+    choose_labels(monkeypatch, choose)
     monkeypatch.setattr(sensitivity_module, "_SAMPLE_TOKENS", 13)  # of 54
     found = output_gradients(model, read_batches(model, batches), [0, 2])
     assert list(found) == [0, 2]
@@ -265,7 +265,7 @@ def test_the_one_row_is_not_of_padding_alone(monkeypatch):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_is_left_out(side, monkeypatch):
-    drawn_from(monkeypatch, lambda p: p.argmax(-1))
+    choose_labels(monkeypatch, lambda p: p.argmax(-1))
     model, ids = make_tiny_model(seed=3), random_batches(((1, 9),))[0]
     padded, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long)  # a row of padding alone
     tokens = slice(0, 9) if side == "right" else slice(5, 14)

@@ -18,7 +18,7 @@ from gluprune.io import atomic
 from gluprune.models.glu import model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.widths import shrunk_costs, widths_by_cost
-from tests.helpers.sensitivities import drawn_from, random_batches
+from tests.helpers.sensitivities import choose_labels, random_batches
 from tests.helpers.tiny_models import make_tiny_model
 
 
@@ -191,7 +191,7 @@ def test_without_being_asked_no_gradient_is_computed(monkeypatch):
 
 @pytest.mark.cuda
 def test_same_sensitivities_on_cuda_as_on_the_cpu(monkeypatch):
-    drawn_from(monkeypatch, lambda p: torch.arange(len(p)) * 7 % 64)
+    choose_labels(monkeypatch, lambda p: torch.arange(len(p)) * 7 % 64)
     model = make_tiny_model(seed=4)
     expected, found = sensitive(model), sensitive(copy.deepcopy(model).cuda())
     for index, layer in found.layers.items():

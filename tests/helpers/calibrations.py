@@ -11,7 +11,7 @@ def random_batches(shapes=((3, 11), (1, 5), (2, 8), (4, 9)), seed=0):
 
 
 def captured(model, sequences):
-    """X `[T, I]` in float64 of every layer: each sequence `[S]` is run alone, through hooks of this file's own."""
+    """X `[T, I]` in float64 of every layer: each sequence `[S]` is run separately, with hooks defined here."""
     glus = model_glus(model)
     taken = [[] for _ in glus]
     handles = [

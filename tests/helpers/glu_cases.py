@@ -1,4 +1,4 @@
-"""Random GLU MLPs, their value in float64, and the measure of error that the kernel tests use."""
+"""Random GLU MLPs, their float64 reference, and the error measure of the kernel tests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Case:
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of `x` (of its first row, if expanded) with other strides, and with foreign values between the rows.
+    """The values of `x` (of its first row, if expanded) with other strides, and with unrelated values between the rows.
 
-    Those are large, not NaN: oneDNN's half-precision product on the CPU reads past an unaligned width and multiplies by
-    zero.
+    The unrelated values are large, not NaN: oneDNN's half-precision product on the CPU reads past an unaligned width
+    and multiplies by zero.
     """
     M, H = x.shape
     foreign = 100.0
@@ -58,8 +58,7 @@ def make_case(
 ) -> Case:
     """`biases` holds any of the letters g, u, d. Padded columns of down are zero, as the kernels require.
 
-    Padded rows of gate_up are NaN: nothing may depend on them. In a `packed` one the up rows follow the gate rows
-    directly.
+    Padded rows of gate_up are NaN: nothing may depend on them. If `packed`, the up rows directly follow the gate rows.
     """
     generator = torch.Generator().manual_seed(seed)
     IP = padded_width(I)
@@ -96,7 +95,7 @@ def hidden_truth(case: Case) -> torch.Tensor:
 
 
 def truth(case: Case) -> torch.Tensor:
-    """The MLP's value, float64 `[M, H]`."""
+    """The output of the MLP, float64 `[M, H]`."""
     _, _, _, down, (_, _, down_bias) = _doubles(case)
     return hidden_truth(case) @ down.t() + down_bias
 

@@ -1,4 +1,4 @@
-"""What the tests of patching under other code compare."""
+"""Comparisons shared by the tests of patching together with other libraries."""
 
 import torch
 

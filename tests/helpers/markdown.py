@@ -30,20 +30,20 @@ def blocks(path):
 
 
 def links(path):
-    """Targets of the links and images of a file, code left out."""
+    """Targets of the links and images of a file, without code."""
     text = _FENCE.sub("", path.read_text(encoding="utf-8"))
     return [match["target"] for match in _LINK.finditer(re.sub(r"`[^`]*`", "", text))]
 
 
 def anchors(path):
-    """Anchors of a file's headings, as GitHub and MkDocs make them."""
+    """Anchors of a file's headings, as GitHub and MkDocs write them."""
     text = _FENCE.sub("", path.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ +(.+?)\s*$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def broken_links(path, root):
-    """Links to files or headings that are not there. Links to the web are not followed."""
+    """Links to files or headings that do not exist. Web links are not followed."""
     broken = []
     for target in links(path):
         if re.match(r"[a-z]+:", target):
@@ -62,7 +62,7 @@ def run_python(block, source, variables):
 
 
 def commands(block):
-    """Lines of a shell block as lists of arguments, comments left out."""
+    """Lines of a shell block as lists of arguments, without comments."""
     code = re.sub(r"\\\n", " ", block.code)
     return [arguments for line in code.splitlines() if (arguments := shlex.split(line, comments=True))]
 
@@ -81,7 +81,7 @@ def run_gluprune(arguments):
 
 
 def run_block(block, source, variables):
-    """Run a Python or shell block. Of a shell block, the lines that call gluprune."""
+    """Run a Python block, or the lines of a shell block that call gluprune."""
     if block.language == "python":
         run_python(block, source, variables)
     elif block.language == "sh":
@@ -91,12 +91,12 @@ def run_block(block, source, variables):
 
 
 def markdown_files(root):
-    """README, the other files of the front door, and the pages of docs."""
+    """README, CONTRIBUTING, CHANGELOG, and the pages of docs."""
     return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def table(text, heading):
-    """Rows of the first table after a heading, as lists of cells; the header and the rule are left out."""
+    """Rows of the first table after a heading, as lists of cells, without the header and the rule."""
     section = text.split(heading)[1]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]

@@ -1,10 +1,10 @@
-"""What the tests of patching compare."""
+"""Comparisons shared by the tests of patching."""
 
 import torch
 
 from gluprune.runtime.fusion import fusion_status
 
-# Logits are of order one; kernels and PyTorch add the same products in another order.
+# Logits are of order one; kernels and PyTorch sum the same products in different orders.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 

@@ -1,10 +1,10 @@
-"""Uninitialised memory that holds NaN, so that an element that is never written shows."""
+"""Uninitialised memory that holds NaN, so that tests detect elements that are never written."""
 
 import torch
 
 
 def poison_empty(monkeypatch):
-    """Let `torch.empty` return NaN in every floating-point element."""
+    """Patch `torch.empty` to return NaN in every floating-point element."""
     original = torch.empty
 
     def empty(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Python processes for what cannot run in the test's own."""
+"""Separate Python processes for tests that cannot run in the test process."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_without_interpreter(*arguments, **environment):
-    """Run Python with Triton compiling; without CUDA the tests' own process runs its interpreter."""
+    """Run Python with Triton's compiler; without CUDA the test process uses Triton's interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -16,7 +16,7 @@ def random_batches(shapes=((3, 40), (1, 25), (4, 31)), seed=0):
 
 
 def padded_batches():
-    """With padding on either side and in between, a row of padding alone, and a batch without a mask."""
+    """Batches with padding on both sides and in the middle, a row of only padding, and a batch without a mask."""
     first, second, third = random_batches()
     mask = torch.ones_like(first)
     mask[0, :7] = mask[1, 33:] = mask[2, 5:9] = 0

@@ -8,6 +8,6 @@ def random_batches(shapes=((3, 11), (1, 5), (2, 8)), seed=0):
     return [torch.randint(3, 64, shape, generator=generator) for shape in shapes]
 
 
-def drawn_from(monkeypatch, choose):
-    """Labels that the test can foretell, in place of drawn ones."""
+def choose_labels(monkeypatch, choose):
+    """Replace randomly drawn labels with labels that the test chooses."""
     monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: choose(p)[:, None])

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family, and how they are compared."""
+"""Tiny checkpoints of every family, and their comparison."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def tiny_model(model_type, dtype=torch.bfloat16, seed=0, **overrides):
 
 
 def load(file):
-    """Tensors of a file, not tied to it (the library maps the file, which the tests overwrite)."""
+    """Copies of the tensors of a file (the library maps the file, which the tests overwrite)."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
@@ -96,7 +96,7 @@ def assert_same_tensors(folder, expected_folder):
 
 
 def assert_same_config(folder, expected_folder):
-    """As transformers reads them; what its own writer adds does not count."""
+    """Compare configs as transformers reads them, ignoring the keys that its writer adds."""
     actual, expected = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, expected_folder))
     for document in (actual, expected):
         for key in ("_name_or_path", "transformers_version", "architectures", "dtype"):
@@ -105,5 +105,5 @@ def assert_same_config(folder, expected_folder):
 
 
 def contents(folder):
-    """Every file with its bytes."""
+    """The bytes of every file, by name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

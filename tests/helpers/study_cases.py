@@ -20,7 +20,7 @@ def words(*key):
 
 
 def rows(task, count=6):
-    """`count` documents of an lm-eval task, in the fields of its data set, by split."""
+    """`count` documents of an lm-eval task, with the fields of its data set, by split."""
     numbers = range(count)
     choices = [[words(task, n, c) for c in range(4)] for n in numbers]
     if task == "arc_challenge":
@@ -97,7 +97,7 @@ def write_data(folder, count=6):
 
 
 def save_tiny_model(folder, seed=1, **config):
-    """A random llama with a tokenizer of one token a word."""
+    """Save a random llama with a tokenizer that has one token per word."""
     model = make_tiny_model(seed=seed, **{"max_position_embeddings": 512, **config})
     model.save_pretrained(folder)
     vocabulary = {word: number + 3 for number, word in enumerate(WORDS)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
@@ -109,7 +109,7 @@ def save_tiny_model(folder, seed=1, **config):
 
 
 class OracleLM(LM):
-    """Answers that depend on the request alone; `seen` keeps all requests."""
+    """An lm-eval model whose answers depend only on the request; `seen` keeps all requests."""
 
     def __init__(self):
         super().__init__()

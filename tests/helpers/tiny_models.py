@@ -1,4 +1,4 @@
-"""Random models of every supported family, and what must be the same of a model before and after."""
+"""Random models of every supported family, and snapshots to check that a model is unchanged."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ VOCABULARY = 61
 
 
 def make_tiny_model(model_type="llama", dtype=torch.float32, seed=None, **overrides):
-    """A random model of a supported family: hidden size 32, 101 neurons, 3 layers, biases where the family has them."""
+    """A random model of a supported family: hidden size 32, 101 neurons, 3 layers, biases if the family has them."""
     settings = dict(
         hidden_size=32,
         intermediate_size=101,
@@ -29,7 +29,7 @@ def make_tiny_model(model_type="llama", dtype=torch.float32, seed=None, **overri
     if seed is not None:
         torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype).eval()
-    # transformers starts biases at zero, where a mistake would not show.
+    # transformers initialises biases to zero, which would hide mistakes.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -37,7 +37,7 @@ def make_tiny_model(model_type="llama", dtype=torch.float32, seed=None, **overri
 
 
 def tiny_model(family="llama", width=77, dtype=torch.float32, seed=0, device="cpu", **config):
-    """One to be patched: sizes that are quick in the interpreter and leave tails, two layers, logits of order one."""
+    """A model to patch: two layers, fast in the interpreter, sizes with partial tiles, logits of order one."""
     settings = dict(
         vocab_size=VOCABULARY,
         hidden_size=48,
@@ -75,7 +75,7 @@ def gradients(model, ids):
 
 
 def snapshot(model):
-    """All that patching and pruning may change: every module's attributes, every weight's identity, layout and bits."""
+    """Everything that patching and pruning can change: attributes of modules; identity, layout and bits of weights."""
     state = {"config": model.config.to_dict()} if hasattr(model, "config") else {}
     for name, module in model.named_modules():
         attributes = {
@@ -99,7 +99,7 @@ def _digest(weight):
 
 
 def assert_unchanged(model, before):
-    """The model must be exactly what it was when `before = snapshot(model)` was taken."""
+    """Assert that the model is exactly as it was at `before = snapshot(model)`."""
     after = snapshot(model)
     assert before.keys() == after.keys()
     for part, value in before.items():

@@ -1,9 +1,9 @@
-"""Run transformers' own tests of the Llama model, stock and patched; fails if one passes stock and fails patched.
+"""Run transformers' tests of the Llama model, stock and patched; fail if a test passes stock but fails patched.
 
     python tests/transformers_llama.py FOLDER [--backend triton] [-k EXPRESSION]
 
 FOLDER is a transformers source tree of the installed version, from its repository (its Llama test file is run) or its
-source distribution, which holds only the common model tests (they are run on Llama). Nothing is downloaded; the tests
+source distribution, which has only the common model tests (they are run on Llama). Nothing is downloaded; the tests
 need the package `parameterized`.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Tests that must fail patched, and why.
+# Tests that are expected to fail when patched, and why.
 EXPECTED = {"test_load_contiguous_weights": "the rows of a down projection of a padded width have gaps between them"}
 
 LLAMA_TESTS = Path("tests/models/llama/test_modeling_llama.py")
@@ -28,7 +28,7 @@ COMMON_TESTS = Path("tests/test_modeling_common.py")
 
 
 def common_llama_test():
-    """The common model tests on small Llama models. Mixins that a source distribution lacks become empty."""
+    """The common model tests on small Llama models. Mixins that a source distribution lacks are empty."""
     for name, mixin in (
         ("exporters.test_export", "ExportTesterMixin"),
         ("generation.test_utils", "GenerationTesterMixin"),
@@ -72,7 +72,7 @@ def common_llama_test():
 
 
 def patch_every_model(backend):
-    """Every Llama model is patched as soon as it is built."""
+    """Patch every Llama model when it is built."""
     from transformers.activations import ACT2FN
     from transformers.models.llama import modeling_llama
 
@@ -80,7 +80,7 @@ def patch_every_model(backend):
 
     build_mlp, build_model = modeling_llama.LlamaMLP.__init__, modeling_llama.LlamaPreTrainedModel.post_init
 
-    def build_silu_mlp(mlp, config):  # the common test configurations ask for gelu, which no Llama has
+    def build_silu_mlp(mlp, config):  # the common test configurations use gelu, which no Llama has
         build_mlp(mlp, config)
         mlp.act_fn = ACT2FN["silu"]
 
@@ -104,11 +104,11 @@ class Outcomes:
 
 
 def run_tests(folder, backend, expression, record):
-    """One run of the tests in this process; the outcomes go to the file `record`."""
+    """Run the tests in this process and write the outcomes to the file `record`."""
     import pytest
 
-    sys.path[:1] = [str(folder)]  # in place of this script's folder
-    sys.modules["tests"] = types.ModuleType("tests")  # theirs, even where this repository is on the path
+    sys.path[:1] = [str(folder)]  # instead of this script's folder
+    sys.modules["tests"] = types.ModuleType("tests")  # transformers' tests, even if this repository is on the path
     sys.modules["tests"].__path__ = [str(folder / "tests")]
     patch_every_model(backend)
     target = folder / LLAMA_TESTS
@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not any((arguments.folder / path).exists() for path in (LLAMA_TESTS, COMMON_TESTS)):
-        parser.error(f"{arguments.folder} holds neither {LLAMA_TESTS} nor {COMMON_TESTS}")
+        parser.error(f"{arguments.folder} contains neither {LLAMA_TESTS} nor {COMMON_TESTS}")
     if arguments.run:
         run_tests(arguments.folder, arguments.run, arguments.expression, arguments.record)
         return 0

@@ -1,4 +1,4 @@
-"""The re-solved down projection against least squares in float64."""
+"""The refitted down projection compared with least squares in float64."""
 
 import logging
 from contextlib import ExitStack
@@ -77,21 +77,21 @@ def test_much_better_where_neurons_are_correlated(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nothing_removed_gives_the_weights_back(dtype):
+def test_removing_nothing_keeps_the_weights(dtype):
     x, down, _ = case(50, 23, 9, 0.5, 2, seed=1, dtype=dtype)
     assert torch.equal(refitted_down(down, torch.arange(23), (x.T @ x).float()), down)
 
 
-def test_no_activity_gives_the_weights_back(caplog):
+def test_no_activity_keeps_the_weights(caplog):
     _, down, kept = case(50, 23, 9, 0.5, 0, seed=2)
     assert torch.equal(refitted_down(down, kept, torch.zeros(23, 23)), down[:, kept])
     assert not caplog.records
 
 
-def test_worse_after_rounding_gives_the_weights_back(caplog):
-    """Corrections that float32 holds but the rounding to float16 turns into noise: the plain weights must come back."""
+def test_a_fit_that_rounding_makes_worse_is_discarded(caplog):
+    """Corrections that are exact in float32 but noise after rounding to float16: the plain weights must be returned."""
     x = torch.eye(3, dtype=torch.float64)
-    x[0, 2] = 1e-4  # neuron 2 repeats a 1e-4 part of neuron 0
+    x[0, 2] = 1e-4  # neuron 2 is 1e-4 times neuron 0
     down = torch.tensor([[1000.0, 1.0, 1.0]], dtype=torch.float16)
     with caplog.at_level(logging.INFO, "gluprune"):
         found = refitted_down(down, torch.tensor([0, 1]), (x.T @ x).float(), "layer 7")
@@ -99,8 +99,8 @@ def test_worse_after_rounding_gives_the_weights_back(caplog):
     assert "layer 7: refitting gives no gain" in caplog.text
 
 
-def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
-    """The optimum is 0.6 of a step of float16; rounding takes the whole step, which is still nearer than none."""
+def test_a_step_beyond_the_optimum_is_kept_if_it_helps():
+    """The optimum is 0.6 float16 steps away; rounding moves one full step, which is still nearer than none."""
     step = 2.0**-10
     x = torch.eye(2, dtype=torch.float64)
     x[0, 1] = 0.61
@@ -109,7 +109,7 @@ def test_a_step_beyond_the_optimum_is_kept_while_it_gains():
     assert found.item() == 1 + step
 
 
-def test_dead_neurons_are_told(caplog):
+def test_dead_neurons_are_logged(caplog):
     x, down, _ = case(50, 12, 5, 0.5, 0, seed=3)
     x[:, :2] = 0
     with caplog.at_level(logging.INFO, "gluprune"):
@@ -119,7 +119,7 @@ def test_dead_neurons_are_told(caplog):
 
 
 def indefinite(neurons, share):
-    """A symmetric matrix of ones on the diagonal whose smallest eigenvalue over the first half is `-share`."""
+    """A symmetric matrix with a unit diagonal, whose first half has the smallest eigenvalue `-share`."""
     half = neurons // 2
     gram = torch.eye(neurons)
     gram[:half, :half] += (1 + share) / (half - 1) * (torch.eye(half) - torch.ones(half, half))
@@ -138,7 +138,7 @@ def test_singular_gram_is_solved_with_more_ridge(caplog):
 
 
 @pytest.mark.parametrize("gram", [indefinite(20, 5.0), torch.full((20, 20), torch.inf)], ids=["indefinite", "inf"])
-def test_hopeless_gram_gives_the_weights_back(gram, caplog):
+def test_a_gram_matrix_that_no_ridge_repairs_keeps_the_weights(gram, caplog):
     down = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(refitted_down(down, torch.arange(10), gram, "layer 4"), down[:, :10])
     assert "layer 4: the Gram matrix is singular with every ridge tried" in caplog.text

@@ -1,4 +1,4 @@
-"""`prune` in place: what stays is bit-equal, what fails changes nothing."""
+"""`prune` in place: remaining weights are bit-equal, and a failure changes nothing."""
 
 import itertools
 import subprocess
@@ -97,7 +97,7 @@ def test_narrowing_is_exact(family, dtype, neurons, ratio, multiple, score, laye
 
 
 def test_output_equals_the_model_with_zeroed_neurons(family_name, tiny_model):
-    """Narrowing is the same function as cutting the neurons' outputs: float64, tight."""
+    """Narrowing equals setting the neurons' outputs to zero, in float64 with a tight tolerance."""
     model = tiny_model(family_name, torch.float64, seed=3)
     ids = torch.randint(3, 64, (2, 9))
     zeroed = tiny_model(family_name, torch.float64, seed=3)
@@ -110,8 +110,8 @@ def test_output_equals_the_model_with_zeroed_neurons(family_name, tiny_model):
     torch.testing.assert_close(model(ids).logits, zeroed(ids).logits, rtol=1e-10, atol=1e-12)
 
 
-def test_no_second_copy_stays(tiny_model):
-    """Parameter objects stay, their storage is no larger than they need, stale gradients are gone."""
+def test_no_second_copy_remains(tiny_model):
+    """Parameter objects are kept, their storage has no slack, and stale gradients are removed."""
     model = tiny_model("llama", mlp_bias=True)
     model(torch.randint(3, 64, (1, 5))).logits.sum().backward()
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
@@ -138,7 +138,7 @@ model.to_empty(device="cpu")
 for parameter in model.parameters():
     for rows in parameter.data.split(64):
         rows.normal_()
-def peak():  # of this process alone: getrusage would tell its parent's, if that is larger
+def peak():  # of this process only: getrusage would return its parent's, if that is larger
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -152,7 +152,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("score", ["maw", "vow"])
 def test_memory_above_the_model_stays_under_two_layers(score):
-    """Peak resident memory of a process that prunes, above that of the same process with the model loaded."""
+    """Peak resident memory of pruning, above the peak of the same process after loading the model."""
     result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, score], capture_output=True, text=True, check=True)
     assert 0 < int(result.stdout) < 2 * 3 * 1024 * 8192 * 2
 
@@ -167,7 +167,7 @@ def test_prune_twice_and_layer_by_layer(tiny_model):
     assert model.config.intermediate_size == 32 and not model.config.is_heterogeneous
 
 
-def test_layers_of_different_widths_ask_for_separate_calls(tiny_model, unchanged):
+def test_layers_of_different_widths_need_separate_calls(tiny_model, unchanged):
     model = tiny_model()
     gluprune.prune(model, intermediate_size=80, multiple_of=1, layers=[1])
     with unchanged(model), pytest.raises(ValueError, match=r"different widths \[80, 101\]"):
@@ -197,9 +197,9 @@ BAD = {
     "ratio 0": (dict(pruning_ratio=0), ValueError, "between 0 and 1"),
     "ratio 1": (dict(pruning_ratio=1), ValueError, "between 0 and 1"),
     "ratio below 0": (dict(pruning_ratio=-0.5), ValueError, "between 0 and 1"),
-    "expansion above today's": (dict(expansion_ratio=3.2), ValueError, "between 0 and the current 3.156"),
-    "width above today's": (dict(intermediate_size=102), ValueError, "between 1 and 100"),
-    "rounds to today's": (dict(intermediate_size=100, multiple_of=101), ValueError, "rounds to 101"),
+    "expansion above the current": (dict(expansion_ratio=3.2), ValueError, "between 0 and the current 3.156"),
+    "width above the current": (dict(intermediate_size=102), ValueError, "between 1 and 100"),
+    "rounds to the current": (dict(intermediate_size=100, multiple_of=101), ValueError, "rounds to 101"),
     "rounds to 0": (dict(intermediate_size=3, multiple_of=128), ValueError, "rounds to 0"),
     "unknown score": (dict(pruning_ratio=0.5, score="wanda"), ValueError, "unknown score 'wanda'; allowed: maw"),
     "score with NaN": (
@@ -212,7 +212,7 @@ BAD = {
         ValueError,
         r"layer 0 must be a tensor of shape \[101\], got \[32\]",
     ),
-    "score that is no tensor": (dict(pruning_ratio=0.5, score=lambda g, u, d: 3), ValueError, "got int"),
+    "score that is not a tensor": (dict(pruning_ratio=0.5, score=lambda g, u, d: 3), ValueError, "got int"),
     "layer out of range": (dict(pruning_ratio=0.5, layers=[0, 3]), ValueError, "layer index 3 is out of range.*0 to 2"),
     "negative layer": (dict(pruning_ratio=0.5, layers=[-1]), ValueError, "layer index -1 is out of range"),
     "layer twice": (dict(pruning_ratio=0.5, layers=[1, 1]), ValueError, "layer index 1 is given twice"),
@@ -267,7 +267,7 @@ def test_shared_weights(tiny_model, unchanged, tie):
         gluprune.prune(model, pruning_ratio=0.5, multiple_of=1)
 
 
-def test_projection_that_is_no_plain_linear(tiny_model, unchanged):
+def test_projection_that_is_not_a_plain_linear(tiny_model, unchanged):
     class Adapted(nn.Linear):
         pass
 
@@ -290,7 +290,7 @@ class Injected(Exception):
 
 
 class _FailingStack(ExitStack):
-    """Fails at the n-th registration, which is before the n-th change of the model."""
+    """An undo stack that fails at the n-th registration, which precedes the n-th change of the model."""
 
     countdown = 0
 
@@ -340,7 +340,7 @@ def test_failure_after_every_step_changes_nothing(tiny_model, unchanged, monkeyp
 
 
 def test_out_of_memory_in_the_middle(tiny_model, unchanged, monkeypatch):
-    """The allocation of the 14th narrowed weight fails."""
+    """The allocation of the 14th narrowed weight fails; the model must be restored."""
     original, calls = narrow_module._shrink, 0
 
     def failing(*arguments):

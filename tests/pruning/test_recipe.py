@@ -11,7 +11,7 @@ from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
 @pytest.mark.parametrize(
     "compensate, allocation, reconstruct", list(itertools.product([False, True], ALLOCATIONS, [False, True]))
 )
-def test_every_recipe_is_read_back_from_its_name(score, compensate, allocation, reconstruct):
+def test_every_recipe_is_parsed_from_its_name(score, compensate, allocation, reconstruct):
     recipe = Recipe(score, compensate, allocation, reconstruct, multiple_of=1)
     assert Recipe.parse(str(recipe), multiple_of=1) == recipe
 

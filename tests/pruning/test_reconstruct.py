@@ -1,4 +1,4 @@
-"""Reconstruction against least squares in float64 on whole forward passes, layer after layer."""
+"""Reconstruction compared with float64 least squares, layer by layer, on whole forward passes."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ def masked_rows(batches):
 
 @torch.no_grad()
 def seen(model, index, rows):
-    """Of every row, the inputs of a layer's down projection and the layer's output, by a forward of the whole model."""
+    """Inputs of a layer's down projection and outputs of the layer, for each row, from forwards of the whole model."""
     found = []
     glu, layer = model_glus(model)[index], decoder_layers(model)[index]
     for ids, mask in rows:
@@ -44,14 +44,14 @@ def seen(model, index, rows):
 
 
 def ridge(x, e):
-    """argmin ||e - x d||^2 + lambda ||d||^2 as one stacked problem."""
+    """argmin ||e - x d||^2 + lambda ||d||^2, solved as one stacked problem."""
     weight = RIDGE * x.square().sum(0).mean()
     rows = torch.cat([x, weight.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
     return torch.linalg.lstsq(rows, torch.cat([e, torch.zeros(x.shape[1], e.shape[1], dtype=e.dtype)])).solution
 
 
 def expected(pruned, dense, batches, scale=1.0):
-    """The down projections in float64 and the factors, every layer found with the earlier ones in place."""
+    """Expected down projections (float64) and factors; each layer is solved after the layers before it are replaced."""
     pruned, dense = copy.deepcopy(pruned).double(), copy.deepcopy(dense).double()
     rows = list(masked_rows(batches))
     weights, factors = [], []
@@ -79,7 +79,7 @@ def test_every_layer_is_the_least_squares_solution(family, make_batches):
     pruned = narrowed(dense)
     before, dense_before = snapshot(pruned), snapshot(dense)
     wanted, factors = expected(pruned, dense, batches, scale=granite.get("residual_multiplier", 1.0))
-    assert max(factors) > 0.1, "a case in which nothing is to be done shows nothing"
+    assert max(factors) > 0.1, "the case must need a correction"
     pruned.train()
     dense.model.layers[1].train()
     reconstruct(pruned, dense, batches)
@@ -95,8 +95,8 @@ def test_every_layer_is_the_least_squares_solution(family, make_batches):
     assert all(after[part] == value for part, value in before.items() if not part.endswith("down_proj.weight"))
 
 
-def test_the_models_come_together():
-    """On held-out text of the same kind, on which the last layer of the pruned model was far from the dense one's."""
+def test_outputs_match_the_dense_model_better():
+    """On held-out text of the same kind, where the last layers of the pruned and the dense model differed a lot."""
     dense = make_tiny_model(seed=3, initializer_range=0.15)
     pruned = narrowed(dense, intermediate_size=80)
     rows = list(masked_rows(random_batches(seed=1)))
@@ -112,7 +112,7 @@ def test_the_models_come_together():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", DIRECT)
-def test_nothing_pruned_changes_nothing(family, dtype):
+def test_an_unpruned_model_does_not_change(family, dtype):
     dense = make_tiny_model(family, seed=3, dtype=dtype)
     pruned = copy.deepcopy(dense)
     before = snapshot(pruned)
@@ -131,7 +131,7 @@ def test_layers_of_different_widths():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_give_what_float32_gives(dtype):
+def test_other_dtypes_match_float32(dtype):
     dense, batches = make_tiny_model(seed=3, initializer_range=0.15, dtype=dtype), random_batches()
     pruned = narrowed(dense)
     plain = [glu.down.weight.data.float() for glu in model_glus(pruned)]
@@ -149,7 +149,7 @@ def test_other_dtypes_give_what_float32_gives(dtype):
         assert weight.dtype == dtype
         assert dtype != torch.float64 or not torch.equal(weight.float().double(), weight), "rounded to float32"
         moved = (same - before).norm()
-        # Weights and the angles of the positions are rounded to 8 bits, the changes are small beside the weights.
+        # bf16 has 8 significant bits for weights and rotary angles, and the changes are smaller than the weights.
         tolerance = 0.1 if dtype == torch.bfloat16 else 0.02
         assert moved > 0 and (weight.float() - same).norm() < tolerance * moved
 
@@ -169,7 +169,7 @@ def test_patched():
 
 @pytest.mark.parametrize("noise", [1.0, 5.0, 12.0, 200.0])
 def test_factor_is_the_best_one(noise):
-    """Against the best factor for endless text, known where e = X D + noise and the entries of X are independent."""
+    """The factor approximates the optimum for infinite text, which is known if e = X D + noise with independent X."""
     generator = torch.Generator().manual_seed(0)
     tokens, width, hidden = 1000, 40, 16
     best, found = [], []
@@ -192,7 +192,7 @@ def test_factor_stays_between_0_and_1():
     generator = torch.Generator().manual_seed(0)
     x, aim = torch.randn(50, 7, generator=generator), torch.randn(7, 3, generator=generator)
     gram, cross = x.T @ x, x.T @ x @ aim
-    # Halves that contradict each other say nothing; with no noise only the ridge shrinks, and nothing makes up for it.
+    # Halves that contradict each other give factor 0. Without noise only the ridge shrinks the fit: the factor is 1.
     change, factor = _shrunk_fit(SimpleNamespace(gram=gram, cross=cross), SimpleNamespace(gram=gram, cross=-cross), "")
     assert factor == 0 and not change.any()
     half = SimpleNamespace(gram=gram, cross=cross)
@@ -202,7 +202,7 @@ def test_factor_stays_between_0_and_1():
 
 @pytest.mark.parametrize("singular", [0, 1])
 def test_a_half_without_a_solution(singular, caplog):
-    """What no ridge makes solvable on one half of the text says nothing, and that is told."""
+    """If one half of the text is singular with every ridge, the correction is zero and the log says so."""
     halves = [SimpleNamespace(gram=torch.eye(3), cross=torch.ones(3, 2)) for _ in range(2)]
     halves[singular].gram = torch.tensor([[1.0, 1e6, 0], [1e6, 1, 0], [0, 0, 1]])
     change, factor = _shrunk_fit(*halves, "layer 4")
@@ -212,7 +212,7 @@ def test_a_half_without_a_solution(singular, caplog):
 
 @pytest.mark.parametrize("is_patched", [False, True])
 def test_failure_in_the_middle(caplog, is_patched):
-    """A layer that gives NaN is named, and nothing has changed: no weight, no hook, no forward."""
+    """A layer that outputs NaN is named, and nothing changes: no weight, no hook, no forward."""
     dense, batches = make_tiny_model(seed=3, initializer_range=0.15), random_batches()
     pruned = narrowed(dense)
     if is_patched:
@@ -253,8 +253,8 @@ def test_failure_before_the_first_layer():
     assert_unchanged(dense, dense_before)
 
 
-def test_rows_of_padding_are_no_rows():
-    """They would leave a half of the text empty; alone beside one row they are too little text."""
+def test_rows_of_padding_are_ignored():
+    """Otherwise half of the text could be empty. One row plus a row of padding is too little text."""
     dense, (ids,) = make_tiny_model(seed=3, initializer_range=0.15), random_batches(((8, 40),))
     pruned = narrowed(dense)
     same = copy.deepcopy(pruned)
@@ -283,8 +283,8 @@ def test_in_inference_mode():
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 
 
-def test_a_forward_of_its_own_stays():
-    """Such as accelerate gives to layers that it moves between devices."""
+def test_a_replaced_forward_is_kept():
+    """accelerate replaces the forward of layers that it moves between devices."""
     dense, batches = make_tiny_model(seed=3), random_batches()
     pruned = narrowed(dense)
     layer, calls = pruned.model.layers[1], []

@@ -14,7 +14,7 @@ from tests.helpers.tiny_models import make_tiny_model
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(DIRECT)))
-def test_families_that_normalise_are_refused(family, unchanged):
+def test_families_that_normalise_are_rejected(family, unchanged):
     dense = make_tiny_model(family)
     pruned = narrowed(dense)
     with (
@@ -24,8 +24,8 @@ def test_families_that_normalise_are_refused(family, unchanged):
         reconstruct(pruned, dense, random_batches())
 
 
-def test_table_knows_who_normalises(family_name):
-    """Doubling the output of the down projection moves the output of the layer by as much, unless a norm follows."""
+def test_table_lists_the_families_that_normalise(family_name):
+    """Doubling the output of the down projection adds that output to the layer's output, unless a norm follows."""
     model = make_tiny_model(family_name, seed=3).double()
     glu, layer = model_glus(model)[1], decoder_layers(model)[1]
     scale = getattr(layer, "residual_multiplier", 1.0)
@@ -55,13 +55,13 @@ def test_table_knows_who_normalises(family_name):
         ({"intermediate_size": 32}, "layer 0 has 33 neurons in pruned, 32 in dense"),
     ],
 )
-def test_models_that_do_not_belong_together(other, message, unchanged):
+def test_models_that_do_not_match(other, message, unchanged):
     pruned = narrowed(make_tiny_model())
     with unchanged(pruned), pytest.raises(ValueError, match=message):
         reconstruct(pruned, make_tiny_model(**other), random_batches())
 
 
-def test_models_that_are_one_or_share_weights(unchanged):
+def test_identical_models_and_shared_weights(unchanged):
     dense = make_tiny_model()
     pruned = copy.deepcopy(dense)
     pruned.model.layers[1].mlp.down_proj.weight = dense.model.layers[1].mlp.down_proj.weight

@@ -1,4 +1,4 @@
-"""Scores against formulas in float64 written out here, and against OptiPFair on the real model."""
+"""Scores compared with float64 formulas, and with OptiPFair on the real model."""
 
 import copy
 import logging
@@ -49,7 +49,7 @@ def test_formulas(neurons, hidden, dtype, name, strided, seed):
     torch.testing.assert_close(scores.double(), expected, rtol=2e-6, atol=0)
 
 
-def test_every_score_has_a_truth():
+def test_every_score_has_a_reference():
     assert TRUTH.keys() == STATIC_SCORES.keys()
 
 
@@ -63,7 +63,7 @@ def test_rows_beyond_one_block():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["PPM", "VOW", "PON", "L2"])
 def test_same_neurons_and_weights_as_optipfair(smollm2, name):
-    """10 ... 60 % in all 30 layers: kept neurons equal, pruned weights bit-equal."""
+    """Ratios 10 ... 60 % in all 30 layers: the same neurons are kept, and pruned weights are bit-equal."""
     import optipfair
 
     logging.disable(logging.INFO)
@@ -85,8 +85,8 @@ def test_same_neurons_and_weights_as_optipfair(smollm2, name):
 
 @pytest.mark.slow
 def test_kernel_on_the_real_model(smollm2, monkeypatch):
-    """The kernel's statistics in all 30 layers: peak-to-peak magnitudes equal torch bit for bit, scores within 2e-6."""
-    if operator.INTERPRETED:  # fewer, larger programs: the interpreter's time is a matter of their number
+    """The kernel's statistics in all 30 layers: peak-to-peak magnitudes bit-equal to torch, scores within 2e-6."""
+    if operator.INTERPRETED:  # fewer, larger programs, since the interpreter's time depends on their number
         monkeypatch.setattr(kernel, "TILE", 64 * kernel.TILE)
     for glu in model_glus(smollm2):
         weights = glu.weights()
@@ -107,8 +107,8 @@ def test_same_neurons_on_cuda_as_on_the_cpu(smollm2, name):
         assert torch.equal(kept, on_cuda.kept[index])
 
 
-def test_prune_takes_the_kernel_where_it_runs(tiny_model, monkeypatch):
-    """As on CUDA: with the kernel allowed on this device, `prune` calls it and keeps the same neurons."""
+def test_prune_uses_the_kernel_where_it_runs(tiny_model, monkeypatch):
+    """If the kernel is allowed on this device, as on CUDA, `prune` calls it and keeps the same neurons."""
     calls = []
     original = operator.neuron_statistics
     device = "cpu" if operator.INTERPRETED else "cuda"

@@ -1,4 +1,4 @@
-"""Widths and choices against rules written out again here."""
+"""Widths and selections compared with independent implementations of the rules."""
 
 import csv
 from fractions import Fraction
@@ -24,7 +24,7 @@ LLAMA_3_2 = {
 
 
 def nearest(wanted, multiple):
-    """The nearest multiple, halves upwards, in exact arithmetic."""
+    """The nearest multiple, with ties rounded up, in exact arithmetic."""
     return int(Fraction(wanted, multiple) + Fraction(1, 2)) * multiple
 
 
@@ -125,7 +125,7 @@ def test_targets_of_the_wrong_type(arguments):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_widths_by_cost_are_the_cheapest(seed):
-    """Against all combinations of widths, on random costs that rise ever more steeply."""
+    """Compared with all combinations of widths, on random convex costs."""
     generator = torch.Generator().manual_seed(seed)
     removed, neurons, layers = [0, 4, 8, 16, 24], 32, 3
     slopes = torch.rand(layers, 4, generator=generator).sort(1).values
@@ -143,15 +143,15 @@ def test_widths_by_cost_are_the_cheapest(seed):
     assert total(found) == pytest.approx(best, rel=1e-6)
 
 
-def test_widths_by_cost_where_the_costs_bend():
-    """A first step that costs much does not hide cheap ones behind it."""
+def test_widths_by_cost_with_costs_that_are_not_convex():
+    """An expensive first step does not hide cheap ones that follow it."""
     costs = [torch.tensor([0.0, 3.0, 3.5, 4.0]), torch.tensor([0.0, 2.0, 4.0, 6.0])]
     assert widths_by_cost(costs, [0, 4, 8, 12], 16, 10, multiple_of=1) == [4, 16]
-    # Few neurons: several steps are the same number of them, and the costs of that are the first.
+    # With few neurons, several steps remove the same number; the cost of the first counts.
     assert widths_by_cost(costs, [0, 0, 0, 6], 8, 5, multiple_of=1) == [2, 8]
 
 
-def test_widths_by_cost_beside_odd_sizes():
+def test_widths_by_cost_with_unaligned_sizes():
     costs = [torch.tensor([0.0, 1.0, 9.0]), torch.tensor([0.0, 2.0, 20.0])]
     assert widths_by_cost(costs, [0, 40, 90], 101, 101 - 10, multiple_of=8) == [80, 101]
     assert sum(widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=8)) in range(2 * 60 - 7, 2 * 60 + 1)
@@ -159,7 +159,7 @@ def test_widths_by_cost_beside_odd_sizes():
         widths_by_cost(costs, [0, 40, 90], 101, 10, multiple_of=1)
     with pytest.raises(ValueError, match="a mean width of 60"):
         widths_by_cost(costs, [0, 40, 90], 101, 60, multiple_of=128)
-    # The first step is the shorter one: what counts is what a neuron costs.
+    # The first step removes fewer neurons: the cost per neuron decides.
     costs = [torch.tensor([0.0, 6.0]), torch.tensor([0.0, 5.0])]
     assert widths_by_cost(costs, [0, 100], 101, 94, multiple_of=8) == [101, 80]
 
@@ -172,7 +172,7 @@ def test_shrunk_costs():
     torch.testing.assert_close(torch.stack(shrunk_costs(costs, 0.75)), expected, rtol=1e-4, atol=0)
 
 
-def test_the_more_goes_the_nearer_to_one_width():
+def test_widths_differ_less_at_higher_ratios():
     steps = torch.arange(16.0)
     costs = [steps**2, 4 * steps**2, 30 * steps**2]
     spread = []

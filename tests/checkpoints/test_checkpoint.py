@@ -1,4 +1,4 @@
-"""Saved and loaded again: bit-equal, stock where the widths allow it, whole or absent."""
+"""Saving and loading: bit-equal, stock where the widths allow it, and the folder is complete or absent."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_plain_save_pretrained_is_enough(tiny_model, tmp_path):
 
 
 def test_layers_of_different_widths(family_name, tiny_model, tmp_path):
-    """Stock loading raises, gluprune.load gives the same logits, tokens and class."""
+    """Stock loading raises; gluprune.load returns a model with the same logits, tokens and class."""
     model = tiny_model(family_name, torch.bfloat16)
     gluprune.prune(model, intermediate_size=64, multiple_of=1, layers=[0])
     gluprune.prune(model, intermediate_size=80, multiple_of=1, layers=[2])
@@ -73,7 +73,7 @@ def test_empty_model_has_the_shapes_of_the_real_one(family_name, tiny_model):
     assert {name: (parameter.shape, parameter.dtype) for name, parameter in empty.named_parameters()} == shapes
 
 
-def test_save_refuses_a_folder_with_something_in_it(tiny_model, tmp_path):
+def test_save_rejects_a_folder_that_is_not_empty(tiny_model, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="exists and is not empty"):
         gluprune.save(tiny_model(), tmp_path)
@@ -99,7 +99,7 @@ def test_interrupted_save_leaves_nothing(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, {}, "not json"])
-def test_a_path_that_is_no_model(tmp_path, content):
+def test_a_path_that_is_not_a_model(tmp_path, content):
     path = tmp_path / "model"
     if content is not None:
         path.mkdir()
@@ -126,7 +126,7 @@ def test_remote_code_stays_off(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_real_model_pruned_to_an_odd_width(smollm2, smollm2_tokenizer, tmp_path):
+def test_the_real_model_pruned_to_an_unaligned_width(smollm2, smollm2_tokenizer, tmp_path):
     report = gluprune.prune(smollm2, pruning_ratio=0.1, multiple_of=1)
     assert report.intermediate_size == 1383
     ids = smollm2_tokenizer("The lighthouse at the end of the peninsula", return_tensors="pt").input_ids

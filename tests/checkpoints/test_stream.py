@@ -43,7 +43,7 @@ def in_memory(source, destination, **arguments):
 @pytest.mark.parametrize("score", STATIC_SCORES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_pruning_in_memory(tmp_path, family, score, monkeypatch):
-    monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and flushing is tested elsewhere
     source = tmp_path / "source"
     tiny_model(family, DTYPES[len(family + score) % 3], seed=len(score)).save_pretrained(source)
     reshard(source, 3, seed=len(family))
@@ -73,8 +73,8 @@ CALIBRATED = [(family, "hybrid", True) for family in FAMILIES] + [
 
 
 @pytest.mark.parametrize("family, score, compensate", CALIBRATED)
-def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, compensate, monkeypatch):
-    monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and tested elsewhere
+def test_pruning_with_statistics_equals_calibrated_pruning_in_memory(tmp_path, family, score, compensate, monkeypatch):
+    monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and flushing is tested elsewhere
     source = tmp_path / "source"
     tiny_model(family, DTYPES[len(family + score) % 3], seed=len(score)).save_pretrained(source)
     reshard(source, 3, seed=len(family))
@@ -95,7 +95,7 @@ def test_statistics_do_what_calibration_does_in_memory(tmp_path, family, score, 
         assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(LAYERS)}
 
 
-def test_statistics_that_do_not_fit(llama, tmp_path):
+def test_statistics_that_do_not_match(llama, tmp_path):
     def refused(message, **arguments):
         before = sorted(path.name for path in tmp_path.iterdir())
         with pytest.raises((ValueError, OSError), match=message):
@@ -115,13 +115,13 @@ def test_statistics_that_do_not_fit(llama, tmp_path):
     prune_checkpoint(llama, tmp_path / "narrow", intermediate_size=20, multiple_of=1)
     other = calibrated(tmp_path / "narrow", tmp_path / "other")
     refused("layer 0 has 52 neurons, but the statistics were collected at 20", score="hybrid", statistics=other)
-    # A static score looks at none of it.
+    # A static score reads no statistics.
     prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, statistics=tmp_path / "absent")
     assert contents(tmp_path / "out") == contents(tmp_path / "narrow")
 
 
 def test_other_statistics_do_not_resume(llama, tmp_path, monkeypatch):
-    """What was written with one calibration is no beginning of a checkpoint with another."""
+    """A partial output of one calibration is not used for another."""
     arguments = dict(intermediate_size=20, multiple_of=1, score="activation", statistics=tmp_path / "statistics")
     calibrated(llama, tmp_path / "statistics", gram=False)
 
@@ -166,7 +166,7 @@ def test_any_sharding(tmp_path_factory, family, score, dtype, tied, shards, widt
     before = contents(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "_BLOCK_BYTES", block)
-        patch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and tested elsewhere
+        patch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and flushing is tested elsewhere
         prune_checkpoint(source, folder / "out", **arguments)
     gluprune.prune(model, **arguments)
     expected, actual = model.state_dict(), stored(folder / "out")
@@ -183,7 +183,7 @@ def test_any_sharding(tmp_path_factory, family, score, dtype, tied, shards, widt
 
 
 def test_selection_against_float64(llama, tmp_path):
-    """The paper's criterion worked out here, in float64, from the stored weights."""
+    """The paper's criterion, computed here in float64 from the stored weights."""
     before = stored(llama)
     report = prune_checkpoint(llama, tmp_path / "out", pruning_ratio=0.3, multiple_of=1, score="maw")
     after = stored(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Pruning on disk: corrupt and lying files."""
+"""Pruning on disk: corrupt files, and headers and indexes that contradict the data."""
 
 import json
 import random
@@ -77,7 +77,7 @@ def swap_entries(rng, file):
     join(file, json.dumps(header).encode(), data)
 
 
-def lie_about_length(rng, file):
+def change_length(rng, file):
     data = file.read_bytes()
     length = rng.choice([0, 1, 2**24 + 1, 10**8, 2**40, 2**63, 2**64 - 1, len(data) - 8, rng.randrange(len(data))])
     file.write_bytes(length.to_bytes(8, "little") + data[8:])
@@ -108,8 +108,8 @@ def change_index(rng, file):
     elif action == 3:
         del places[rng.choice(names)]
     else:
-        lies = ["../source.safetensors", "/etc/passwd", "a/b.safetensors", "no.safetensors", "", "\0.safetensors"]
-        places[rng.choice(names)] = rng.choice(lies)
+        wrong = ["../source.safetensors", "/etc/passwd", "a/b.safetensors", "no.safetensors", "", "\0.safetensors"]
+        places[rng.choice(names)] = rng.choice(wrong)
     file.write_text(json.dumps(index))
 
 
@@ -153,7 +153,7 @@ def damage(rng, folder):
     shard = rng.choice(sorted(folder.glob("*.safetensors")))
     index = folder / INDEX_FILE
     cases = [
-        *[(change_header, shard)] * 4, *[(flip_header, shard)] * 4, (swap_entries, shard), (lie_about_length, shard),
+        *[(change_header, shard)] * 4, *[(flip_header, shard)] * 4, (swap_entries, shard), (change_length, shard),
         (raw_header, shard), *[(damage_any, shard)] * 3, *[(change_index, index)] * 4, (damage_any, index),
         (change_config, folder / "config.json"), (damage_any, folder / "config.json"), (exchange, folder),
     ]  # fmt: skip
@@ -164,19 +164,19 @@ def damage(rng, folder):
 
 @contextmanager
 def memory_below(growth):
-    """The resident memory of this process rises by less than `growth` bytes at any moment of the block."""
+    """Check that the peak resident memory of this process grows by less than `growth` bytes within the block."""
 
     def status(name):
         return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     yield
     assert status("VmHWM") - before < growth
 
 
 def prune_damaged(case, what):
-    """Prune `case/source`, whatever is in it; True if something came out."""
+    """Prune `case/source`; return whether a checkpoint was written."""
     damaged = contents(case / "source")
     try:
         prune_checkpoint(case / "source", case / "out", **ARGUMENTS)
@@ -195,8 +195,8 @@ def prune_damaged(case, what):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_corrupt_files_are_refused_or_pruned(source, tmp_path, monkeypatch):
-    """Whatever is in the files, a checkpoint comes out or one clear error that names the file, in little memory."""
+def test_corrupt_files_are_rejected_or_pruned(source, tmp_path, monkeypatch):
+    """Any content leads either to a checkpoint or to one clear error that names the file, with little memory."""
     seed = random.randrange(10**6)
     rng, case, pruned = random.Random(seed), tmp_path / "case", 0
     monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)
@@ -209,16 +209,16 @@ def test_corrupt_files_are_refused_or_pruned(source, tmp_path, monkeypatch):
             pruned += prune_damaged(case, what)
             signal.alarm(0)
             shutil.rmtree(case)
-    print(f"seed {seed}: {pruned} of 600 were pruned, the others refused")
+    print(f"seed {seed}: {pruned} of 600 were pruned, the others rejected")
     assert 10 < pruned < 300
 
 
-def test_headers_that_the_library_refuses_are_refused(source, tmp_path):
-    """Nothing is believed that safetensors itself would not read."""
+def test_headers_that_the_library_rejects_are_rejected(source, tmp_path):
+    """No header is accepted that the safetensors library rejects."""
     seed = random.randrange(10**6)
     rng, original = random.Random(seed), max(source.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     file, both = tmp_path / "case.safetensors", 0
-    changes = [change_header, flip_header, swap_entries, lie_about_length, raw_header]
+    changes = [change_header, flip_header, swap_entries, change_length, raw_header]
     for number in range(800):
         shutil.copy(original, file)
         rng.choice(changes)(rng, file)
@@ -240,7 +240,7 @@ def entry(begin, end, dtype="U8", shape=None):
     return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
 
 
-HEADERS = {  # header for 10 bytes of data -> what is said about it
+HEADERS = {  # header for 10 bytes of data -> error message
     "hole": ({"a": entry(0, 4), "b": entry(6, 10)}, "tensor 'b' leaves a hole before it"),
     "hole at the beginning": ({"a": entry(2, 10)}, "tensor 'a' leaves a hole before it"),
     "overlap": ({"a": entry(0, 6), "b": entry(4, 10)}, "tensor 'b' overlaps the tensor before it"),
@@ -267,14 +267,14 @@ HEADERS = {  # header for 10 bytes of data -> what is said about it
 
 
 @pytest.mark.parametrize("header, message", HEADERS.values(), ids=HEADERS.keys())
-def test_bad_headers_are_told_apart(tmp_path, header, message):
+def test_bad_headers_get_specific_messages(tmp_path, header, message):
     file = tmp_path / "x.safetensors"
     join(file, json.dumps(header).encode(), bytes(10))
     with pytest.raises(ValueError, match=f"x.safetensors.*{message}"):
         read_shard(file)
 
 
-def test_truncated_files_are_called_truncated(source):
+def test_truncated_files_are_reported_as_truncated(source):
     file = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     whole, header = file.read_bytes(), len(split(file)[0])
     cuts = ((0, "too short"), (7, "too short"), (8, "truncated"), (header // 2, "truncated or corrupt"))
@@ -291,7 +291,7 @@ def test_truncated_files_are_called_truncated(source):
 NORM = "model.norm.weight"
 
 
-INDEXES = {  # change of the weight map -> what is said about it
+INDEXES = {  # change of the weight map -> error message
     "leads out": (lambda places: places.update({NORM: "../outside.safetensors"}), "not the name of a safetensors file"),
     "absolute": (lambda places: places.update({NORM: "/outside.safetensors"}), "not the name of a safetensors file"),
     "no safetensors": (lambda places: places.update({NORM: "model.bin"}), "not the name of a safetensors file"),
@@ -305,7 +305,7 @@ INDEXES = {  # change of the weight map -> what is said about it
 
 
 @pytest.mark.parametrize("change, message", INDEXES.values(), ids=INDEXES.keys())
-def test_lying_indexes_are_told_apart(source, tmp_path, change, message):
+def test_wrong_indexes_get_specific_messages(source, tmp_path, change, message):
     index = json.loads((source / INDEX_FILE).read_text())
     shutil.copy(source / index["weight_map"][NORM], tmp_path / "outside.safetensors")
     assert index["weight_map"][NORM] != min(index["weight_map"].values())
@@ -317,8 +317,8 @@ def test_lying_indexes_are_told_apart(source, tmp_path, change, message):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_lying_length_allocates_nothing(tmp_path):
-    """Sparse files: gigabytes on paper, nothing on disk."""
+def test_a_wrong_length_allocates_nothing(tmp_path):
+    """Sparse files: gigabytes in size, almost nothing on disk."""
     big, index = tmp_path / "big.safetensors", tmp_path / "index.json"
     with memory_below(20e6):
         for size, length in ((1 << 40, 1 << 39), (1 << 40, shards.MAX_JSON_BYTES + 1), (1 << 36, (1 << 36) - 8)):

@@ -24,7 +24,7 @@ from tests.helpers.streaming_faults import ARGUMENTS, make_source
 
 @pytest.fixture
 def expected(source, tmp_path):
-    """What comes out when nothing goes wrong."""
+    """The output of a run without faults."""
     prune_checkpoint(source, tmp_path / "expected", **ARGUMENTS)
     result = contents(tmp_path / "expected")
     shutil.rmtree(tmp_path / "expected")
@@ -34,7 +34,7 @@ def expected(source, tmp_path):
 class FaultyCalls:
     """Counts the calls of `files.write`, `files.fsync` and `files.rename` and makes one of them fail.
 
-    Nothing is flushed in truth: that takes most of the time, and only a power cut would tell.
+    Nothing is actually flushed: that would take most of the time, and only a power cut would show the difference.
     """
 
     def __init__(self, patch, fail_at=None, error=None):
@@ -50,7 +50,7 @@ class FaultyCalls:
                 number = len(self.log)
             if number == fail_at:
                 if name == "write":
-                    call(arguments[0], arguments[1][: len(arguments[1]) // 2])  # a full disk takes a part
+                    call(arguments[0], arguments[1][: len(arguments[1]) // 2])  # a full disk accepts a part
                 raise error
             if name == "write":
                 return call(arguments[0], arguments[1][:1500])  # calls may write less than they were given
@@ -60,7 +60,7 @@ class FaultyCalls:
 
 
 def in_order(patch):
-    """Small blocks, and none read ahead, so that the same calls come in the same order."""
+    """Use small blocks and no read-ahead, so that every run makes the same calls in the same order."""
     patch.setattr(write, "_BLOCK_BYTES", 700)
     patch.setattr(write, "_ahead", lambda items, *_: items)
 
@@ -92,7 +92,7 @@ def test_a_fault_at_every_call(source, expected, calls, tmp_path):
             path = calls[fail_at - 1][1].removesuffix(".unfinished")
             assert str(raised.value) == f"[Errno {errno.ENOSPC}] No space left on device: {path!r}"
         assert contents(source) == before
-        if out.exists():  # only the last flush, after the rename, comes too late to stop it
+        if out.exists():  # only the last flush, after the rename, fails too late to undo the output
             assert contents(out) == expected and fail_at == len(calls)
         else:
             assert not list(tmp_path.rglob("*.unfinished"))
@@ -106,7 +106,7 @@ def test_a_fault_at_every_call(source, expected, calls, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_interruption_while_reading_ahead(source, expected, calls, tmp_path):
-    """The same with the reading thread at work, where the order of calls is not fixed."""
+    """The same with the read-ahead thread, where the order of calls is not fixed."""
     for fail_at in range(1, len(calls), 4):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(write, "_BLOCK_BYTES", 700)
@@ -119,14 +119,14 @@ def test_an_interruption_while_reading_ahead(source, expected, calls, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_everything_is_on_the_disk_before_it_gets_its_name(calls, source):
-    """The order that survives a power cut: data, flush, rename, flush of the folder; then the same for the whole."""
+def test_everything_is_flushed_before_it_is_renamed(calls, source):
+    """The order that survives a power cut: write, flush, rename, flush the folder; then the same for the output."""
     for (name, path), following in zip(calls, [*calls[1:], None]):
-        if name == "rename":  # a finished shard must not outlive the selection that it was made with
+        if name == "rename":  # a finished shard must not outlive the selection that it was written with
             parent = Path(path).parents[1] if path.endswith("checkpoint") else Path(path).parent
             assert following == ("fsync", str(parent))
 
-    dirty = {}  # file or folder -> what was done to it since it was flushed
+    dirty = {}  # file or folder -> changes since its last flush
     for name, path in calls:
         if name == "fsync":
             dirty.pop(path, None)
@@ -134,7 +134,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(calls, source):
             dirty[path] = "written"
         else:
             assert path not in dirty, f"{path} is renamed before it is flushed"
-            assert not [p for p in dirty if p.startswith(path + "/")], f"{path} is renamed before what it holds"
+            assert not [p for p in dirty if p.startswith(path + "/")], f"{path} is renamed before its content"
             dirty[str(Path(path).parent)] = "renamed into"
     folders_gone = {path for path in dirty if ".partial" in path}
     assert set(dirty) == folders_gone, "not flushed at the end"
@@ -159,11 +159,11 @@ def test_resume_keeps_finished_shards(source, expected, tmp_path, monkeypatch):
     (partial,) = tmp_path.glob(".out.*.partial")
     assert sorted(contents(partial / "checkpoint")) == names[:2]
 
-    # Another recipe does not take them; its own failure leaves them alone.
+    # Another recipe does not use them; its failure does not remove them.
     prune_checkpoint(source, tmp_path / "other", resume=True, intermediate_size=21, multiple_of=1)
     assert contents(tmp_path / "other").keys() == expected.keys() and contents(tmp_path / "other") != expected
 
-    # A stranger under a shard's name is not believed.
+    # A different file with a shard's name is not used.
     (partial / "checkpoint" / names[1]).write_bytes(b"\0" * len(expected[names[1]]))
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write_file", lambda path, *rest: (written.append(path.name), real(path, *rest))[1])
@@ -186,23 +186,23 @@ def without_the_last_rename():
         yield
 
 
-def test_without_resume_it_begins_anew(source, expected, tmp_path):
+def test_without_resume_nothing_is_reused(source, expected, tmp_path):
     with without_the_last_rename():
         prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     (partial,) = tmp_path.glob(".out.*.partial")
     assert contents(partial / "checkpoint") == expected
-    # Whole as they look, they come from who knows where.
+    # The files look complete, but their content is wrong.
     for file in (partial / "selections").iterdir():
         file.write_text(json.dumps({layer: list(range(20)) for layer in (0, 1)}))
     for file in (partial / "checkpoint").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-2] + b"??")
-    (partial / "checkpoint" / "stranger").mkdir()
+    (partial / "checkpoint" / "other").mkdir()
     prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_selection_once_made_is_kept(source, expected, tmp_path):
-    """Shards that are finished and shards to come must agree, so no layer is scored a second time."""
+def test_resume_keeps_the_stored_selection(source, expected, tmp_path):
+    """Finished and remaining shards must use the same selection, so no layer is scored twice."""
     with without_the_last_rename():
         prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     (partial,) = tmp_path.glob(".out.*.partial")
@@ -224,7 +224,7 @@ def test_two_runs_do_not_mix(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_changes_is_noticed(source, tmp_path, monkeypatch):
+def test_a_source_that_changes_is_detected(source, tmp_path, monkeypatch):
     real, shard = atomic.write_file, max(source.glob("*.safetensors"))
 
     def touch(path, *rest):
@@ -255,7 +255,7 @@ def test_a_full_disk(source, expected, tmp_path, monkeypatch):
             prune_checkpoint(source, tmp_path / "out", **ARGUMENTS)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
-    # The kernel's own refusal in the middle of a file.
+    # The kernel returns an error in the middle of a file.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
     try:
@@ -268,7 +268,7 @@ def test_a_full_disk(source, expected, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that nobody can write to")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that root cannot write to")
 def test_a_folder_that_cannot_be_written(source, tmp_path):
     with pytest.raises(OSError, match="/proc/gluprune"):
         prune_checkpoint(source, "/proc/gluprune/out", **ARGUMENTS)
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_written(source, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "source"]
 
 
-def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+def test_a_file_gets_its_name_only_when_it_is_complete(tmp_path):
     path = tmp_path / "folder" / "file"
 
     def chunks(expected):
@@ -294,7 +294,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
 
 
 def test_saving_a_model_leaves_nothing_behind(tmp_path, monkeypatch):
-    """`save` goes the same way, without a second try to keep anything for."""
+    """`save` uses the same writer, but keeps nothing for a second attempt."""
     model = LlamaForCausalLM.from_pretrained(make_source(tmp_path / "source"))
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))

@@ -1,4 +1,4 @@
-"""Pruning on disk: what goes in, and what is rejected."""
+"""Pruning on disk: accepted and rejected inputs."""
 
 import json
 import os
@@ -86,7 +86,7 @@ BAD_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("damage, message", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS.keys())
-def test_bad_checkpoints_are_refused(llama, tmp_path, damage, message):
+def test_bad_checkpoints_are_rejected(llama, tmp_path, damage, message):
     damage(llama)
     before = contents(llama)
     with pytest.raises(ValueError, match=message):
@@ -128,7 +128,7 @@ def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_transformers_is_not_imported(llama, tmp_path):
-    """It takes longer than pruning a small checkpoint."""
+    """Importing it takes longer than pruning a small checkpoint."""
     script = """
         import sys
         from gluprune.cli import main
@@ -140,15 +140,15 @@ def test_transformers_is_not_imported(llama, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [None, [0]])
-def test_entries_that_the_config_leaves_to_transformers(llama, tmp_path, layers):
-    """The same with defaults left out, which only the config class knows."""
+def test_config_entries_left_at_their_defaults(llama, tmp_path, layers):
+    """A config without entries whose defaults only the config class defines gives the same output."""
     arguments = dict(intermediate_size=20, multiple_of=1, layers=layers)
-    told = prune_checkpoint(llama, tmp_path / "expected", **arguments)
+    reference = prune_checkpoint(llama, tmp_path / "expected", **arguments)
     file = llama / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "tie_word_embeddings"}))
     report = prune_checkpoint(llama, tmp_path / "out", **arguments)
-    assert report.to_dict()["kept"] == told.to_dict()["kept"] and report.parameters == told.parameters
+    assert report.to_dict()["kept"] == reference.to_dict()["kept"] and report.parameters == reference.parameters
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
     assert_same_config(tmp_path / "out", tmp_path / "expected")
 
@@ -156,9 +156,9 @@ def test_entries_that_the_config_leaves_to_transformers(llama, tmp_path, layers)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_one_layer_and_a_few_blocks(tmp_path):
-    """Peak resident memory of a process that prunes 380 MB, above what the imports take."""
+    """Peak resident memory of a process that prunes 380 MB, beyond the memory of the imports."""
     config = dict(vocab_size=256, hidden_size=1024, intermediate_size=5504, num_hidden_layers=11, head_dim=64)
-    # Not getrusage: its maximum begins with that of the process that started this one.
+    # Not getrusage: its maximum starts from that of the parent process.
     script = """
         import re, sys
         from pathlib import Path

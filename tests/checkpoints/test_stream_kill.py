@@ -1,4 +1,4 @@
-"""Pruning on disk, killed at any moment."""
+"""Pruning on disk, killed at random moments."""
 
 import json
 import os
@@ -20,7 +20,7 @@ KILL_SCRIPT = """
     from gluprune.checkpoints import write
     from gluprune.checkpoints.stream import prune_checkpoint
 
-    atomic.fsync = lambda descriptor: None  # slow, and a killed process loses nothing that it wrote
+    atomic.fsync = lambda descriptor: None  # slow, and a killed process loses nothing that it has written
     source, work, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     rng, out = random.Random(seed), work / "out"
 
@@ -54,15 +54,15 @@ KILL_SCRIPT = """
     assert contents(out) == expected
     shutil.rmtree(out)
 
-    found = {"absent": 0, "whole": 0, "with finished shards": 0}
-    while found["absent"] + found["whole"] < kills:
+    found = {"absent": 0, "complete": 0, "with finished shards": 0}
+    while found["absent"] + found["complete"] < kills:
         child = start(slow=True)
         time.sleep(rng.uniform(0, duration))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert contents(source) == before
         if out.exists():
-            found["whole"] += 1
+            found["complete"] += 1
             duration *= 0.9  # too late, most likely: the machine has become faster
         else:
             found["absent"] += 1

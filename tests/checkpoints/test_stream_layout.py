@@ -1,4 +1,4 @@
-"""Pruning on disk: the files that come out."""
+"""Pruning on disk: the output files."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def test_layers_of_different_widths_load_and_prune_again(llama, tmp_path):
     load_save.load(tmp_path / "second")
     with pytest.raises(ValueError, match=r"different widths \[12, 20\]"):
         prune_checkpoint(tmp_path / "second", tmp_path / "third", intermediate_size=4, multiple_of=1)
-    # Back to one width, the per-layer form goes.
+    # With one width again, the per-layer form is removed.
     prune_checkpoint(tmp_path / "second", tmp_path / "third", intermediate_size=12, multiple_of=1, layers=[1])
     config = json.loads((tmp_path / "third" / "config.json").read_text())
     assert config["intermediate_size"] == 12 and "per_layer_config" not in config
 
 
-def test_config_keeps_what_it_says_otherwise(llama, tmp_path):
+def test_other_config_entries_are_kept(llama, tmp_path):
     file = llama / "config.json"
     config = json.loads(file.read_text()) | {"transformers_version": "4.40.0", "made_by": "somebody é"}
     file.write_text(json.dumps(config))
@@ -94,7 +94,7 @@ def test_metadata_and_index(llama, tmp_path):
             assert name in shard.keys()
 
 
-def test_tied_head_in_the_file_counts_once(tmp_path):
+def test_a_stored_tied_head_counts_once(tmp_path):
     source = tmp_path / "source"
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(source)
@@ -105,14 +105,14 @@ def test_tied_head_in_the_file_counts_once(tmp_path):
     assert report.parameters == sum(p.numel() for p in load_save.load(tmp_path / "out").parameters())
 
 
-def test_other_files_come_along_and_other_weights_do_not(llama, tmp_path):
+def test_other_files_are_copied_but_not_other_weights(llama, tmp_path):
     copied = ["tokenizer.json", "chat_template.jinja", "modeling_custom.py", "additional_chat_templates/tool.jinja"]
     skipped = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "a.GGUF", "params.json"]
     skipped += [".gitattributes", "original/consolidated.00.pth"]
     for name in copied + skipped + [".git/config"]:
         (llama / name).parent.mkdir(exist_ok=True)
         (llama / name).write_bytes(os.urandom(3000))
-    (llama / INDEX_FILE).write_text("stale: a single file stands beside it")
+    (llama / INDEX_FILE).write_text("stale: there is also a single file")
     report = prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
     after = contents(tmp_path / "out")
     assert set(after) == {*copied, "config.json", "generation_config.json", SINGLE_FILE}
@@ -123,7 +123,7 @@ def test_other_files_come_along_and_other_weights_do_not(llama, tmp_path):
 
 
 def test_links_are_followed(llama, tmp_path):
-    """A folder of the Hub cache holds links to blobs."""
+    """A folder of the Hub cache consists of links to blobs."""
     blobs = tmp_path / "blobs"
     llama.rename(blobs)
     llama.mkdir()
@@ -135,15 +135,15 @@ def test_links_are_followed(llama, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_dry_run_tells_and_writes_nothing(llama, tmp_path):
+def test_dry_run_reports_and_writes_nothing(llama, tmp_path):
     reshard(llama, 3, seed=2)
     before = sorted(tmp_path.rglob("*"))
     arguments = dict(pruning_ratio=0.5, multiple_of=2, layers=[0, 2])
-    told = prune_checkpoint(llama, tmp_path / "out", dry_run=True, **arguments)
+    planned = prune_checkpoint(llama, tmp_path / "out", dry_run=True, **arguments)
     assert sorted(tmp_path.rglob("*")) == before
     done = prune_checkpoint(llama, tmp_path / "out", **arguments)
-    assert told.kept == {} and sorted(done.kept) == [0, 2]
-    assert told.files == {name: len(data) for name, data in contents(tmp_path / "out").items()}
-    assert {**told.to_dict(), "kept": 0} == {**done.to_dict(), "kept": 0}
-    assert f"{WIDTH} -> {WIDTH // 2} neurons in 2 layers" in str(told)
+    assert planned.kept == {} and sorted(done.kept) == [0, 2]
+    assert planned.files == {name: len(data) for name, data in contents(tmp_path / "out").items()}
+    assert {**planned.to_dict(), "kept": 0} == {**done.to_dict(), "kept": 0}
+    assert f"{WIDTH} -> {WIDTH // 2} neurons in 2 layers" in str(planned)
     json.dumps(done.to_dict())

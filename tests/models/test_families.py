@@ -1,4 +1,4 @@
-"""The table of families, and what it refuses."""
+"""The table of families, and the models it rejects."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from gluprune.models.glu import decoder_layers, model_glus
 
 
 def test_glu_computes_what_the_model_computes(family_name, tiny_model):
-    """The formula that the table stands for, in float64, against the module."""
+    """The formula given by the table, in float64, equals the module's output."""
     model = tiny_model(family_name, torch.float64)
     for glu in model_glus(model):
         gate, up, down = glu.weights()
@@ -23,35 +23,35 @@ def test_glu_computes_what_the_model_computes(family_name, tiny_model):
 
 
 @pytest.mark.parametrize("model_type", ["bitnet", "falcon_h1", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
-def test_refused_by_name(model_type):
+def test_rejected_by_name(model_type):
     with pytest.raises(ValueError, match=f"'{model_type}' is not supported: .*; supported are llama, "):
         family_of(AutoConfig.for_model(model_type))
 
 
-def test_gemma3n_is_refused_with_its_reason():
+def test_gemma3n_is_rejected_with_its_reason():
     with pytest.raises(ValueError, match="'gemma3n_text' is not supported: Gemma 3n sparsifies"):
         family_of(AutoConfig.for_model("gemma3n_text"))
 
 
-def test_refused_and_supported_do_not_overlap():
+def test_rejected_and_supported_do_not_overlap():
     from gluprune.models.families import FAMILIES
 
     assert not FAMILIES.keys() & REFUSED.keys()
 
 
-def test_a_model_without_a_glu_is_refused(unchanged):
+def test_a_model_without_a_glu_is_rejected(unchanged):
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=64)
     model = AutoModelForCausalLM.from_config(config)
     with unchanged(model), pytest.raises(ValueError, match="'gpt2' is not supported"):
         gluprune.prune(model, pruning_ratio=0.5, multiple_of=1)
 
 
-def test_something_that_is_no_model():
+def test_not_a_model():
     with pytest.raises(ValueError, match="expected a Hugging Face causal LM, got Linear"):
         gluprune.prune(nn.Linear(3, 4), pruning_ratio=0.5)
 
 
-def test_an_mlp_of_another_class_is_refused(tiny_model, unchanged):
+def test_an_mlp_of_another_class_is_rejected(tiny_model, unchanged):
     model = tiny_model()
 
     class Clamped(type(model.model.layers[1].mlp)):

@@ -1,4 +1,4 @@
-"""Small models on the device that runs kernels, and a count of what reaches the kernels."""
+"""Small models on the device that runs kernels, and a counter of kernel calls."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """Counts what reaches the kernels."""
+    """A list with the path of every call of the kernels."""
     calls, kernels = [], operator.run_kernels
     monkeypatch.setattr(operator, "run_kernels", lambda *args: calls.append(args[-1]) or kernels(*args))
     return calls

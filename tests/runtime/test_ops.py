@@ -15,7 +15,7 @@ DEVICE = "cpu" if operator.INTERPRETED else "cuda"
 
 
 def make_operands(width, hidden, dtype=torch.float32, bias=True, seed=0, aligned=True, device="cpu"):
-    """Operands whose outputs are of order one."""
+    """Operands whose MLP output is of order one."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape, scale):
@@ -42,7 +42,7 @@ def truth(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     return F.linear(a * u, down, down_bias)
 
 
-# Relative to outputs of order one: float32 sums of tens of terms, and half precision of the result and of `a`.
+# For outputs of order one: float32 sums of tens of terms; half precision rounds the result and the activation `a`.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -83,7 +83,7 @@ def test_pytorch_path_is_bit_equal_to_the_eager_formula(dtype, backend, aligned)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 21, 128, 200])
 def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
-    """From the second call on the launches for few tokens are replays of the first."""
+    """From the second call on, few tokens replay the launches of the first call."""
     monkeypatch.setattr(operator, "_replays", {})
     poison_empty(monkeypatch)
     for number in range(3):
@@ -164,7 +164,7 @@ def test_gradients_equal_eager(activation, create_graph):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-# Two products bring gate and up back, one gives the hidden gradient; the rest is what is wanted.
+# Two products recompute gate and up, one computes the hidden gradient; the others depend on what is wanted.
 @pytest.mark.parametrize("wanted, products", [(0, 5), (1, 4), (2, 4), (3, 4), (4, 3), (5, 3), (6, 3)])
 def test_only_wanted_gradients_are_computed(wanted, products):
     operands = make_operands(37, 48)

@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import DEVICE, logits, mlps, snapshot, tiny_model
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-def test_unpatch_brings_back_the_exact_former_state(family, backend):
+def test_unpatch_restores_the_exact_state(family, backend):
     model = tiny_model(family, device=DEVICE)
     before = snapshot(model)
     patch(model, backend)
@@ -51,7 +51,7 @@ def test_idempotent_and_switching_backends(kernel_calls):
     assert snapshot(unpatch(model)) == before
 
 
-def test_the_other_model_is_left_alone(kernel_calls):
+def test_other_models_are_not_affected(kernel_calls):
     forward = LlamaMLP.forward
     patched, other, ids = tiny_model(device=DEVICE), tiny_model(device=DEVICE), token_ids(device=DEVICE)
     before = snapshot(other)
@@ -84,7 +84,7 @@ def test_replaced_weights_are_noticed_and_patching_again_aligns_them(kernel_call
     assert_same(logits(model, ids), expected)
 
 
-def test_weights_in_a_foreign_buffer_stay_there():
+def test_weights_in_another_tensors_buffer_are_not_moved():
     model = tiny_model(device=DEVICE)
     weight = mlps(model)[0].gate_proj.weight
     flat = torch.cat([weight.data.flatten(), torch.zeros(5, device=DEVICE)])
@@ -97,7 +97,7 @@ def test_weights_in_a_foreign_buffer_stay_there():
 @pytest.mark.parametrize("order", ["prune first", "patch first"])
 @pytest.mark.parametrize("family, multiple_of", [("llama", 1), ("llama", 8), ("phi3", 1)])
 def test_prune_and_patch_in_either_order(order, family, multiple_of):
-    """Narrowing gives a patched model new weights; they are aligned again without another call of `patch`."""
+    """Narrowing replaces the weights of a patched model; they are aligned again without another call of `patch`."""
     model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)
     reference = copy.deepcopy(model)
     gluprune.prune(reference, pruning_ratio=0.3, multiple_of=multiple_of)
@@ -187,7 +187,7 @@ def test_compiled_modules(action):
     refused(model, "module 'model.layers.1' is compiled", action=action)
 
 
-def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
+def test_subclasses_and_replaced_forwards_are_not_patched(monkeypatch):
     model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
     mlps(model)[0].__class__ = OwnMLP
     expected = logits(model, ids)
@@ -208,7 +208,7 @@ def test_own_subclasses_and_replaced_forwards_are_left(monkeypatch):
     refused(tiny_model(), "the forward of LlamaMLP was replaced by .*OwnMLP.forward")
 
 
-def test_unpatch_refuses_a_class_that_was_wrapped_since():
+def test_unpatch_rejects_a_class_that_was_wrapped_after_patching():
     model = patch(tiny_model())
     mlp = mlps(model)[0]
     mlp.__class__ = type("Wrapped", (type(mlp),), {})
@@ -231,5 +231,5 @@ def test_failure_in_the_middle_changes_nothing(monkeypatch):
     assert snapshot(model) == before
 
 
-def test_the_llama_names_are_the_general_ones():
+def test_the_llama_names_are_aliases():
     assert patch_llama is patch and unpatch_llama is unpatch

@@ -57,7 +57,7 @@ def test_compiled_training(ids):
 
 
 @pytest.mark.slow
-def test_compiled_operator_copes_with_weights_that_left_their_storage(model, ids):
+def test_compiled_operator_accepts_weights_that_left_their_storage(model, ids):
     torch.compiler.reset()
     patch(model, "triton")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -67,8 +67,8 @@ def test_compiled_operator_copes_with_weights_that_left_their_storage(model, ids
     assert_same(logits(compiled, ids), expected)
 
 
-def test_patching_forgets_what_was_compiled(model, monkeypatch):
-    """Once for each change, and not where nothing changes: other models would compile again for nothing."""
+def test_patching_resets_the_compiler(model, monkeypatch):
+    """Once for each change, and not if nothing changes: a reset makes other models compile again."""
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     monkeypatch.setitem(sys.modules, "torch._dynamo", torch._dynamo)
@@ -92,7 +92,7 @@ def test_biases_that_do_not_fit_go_through_the_modules(spoil, kernel_calls):
 
 
 @pytest.mark.slow
-def test_patching_what_is_compiled_from_outside_compiles_anew(model, ids, kernel_calls):
+def test_patching_inside_a_compiled_function_recompiles(model, ids, kernel_calls):
     torch.compiler.reset()
     compiled = torch.compile(lambda ids: model(ids).logits, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_dispatch_modes_see_the_operator(model):
     assert torch.ops.gluprune.glu_mlp.default in seen
 
 
-def test_a_jit_trace_holds_pytorchs_operators(model):
+def test_a_jit_trace_contains_pytorchs_operators(model):
     patch(model, "triton")
     mlp = mlps(model)[0]
     x, other = torch.randn(2, 5, 48, device=DEVICE)
@@ -151,7 +151,7 @@ def test_a_jit_trace_holds_pytorchs_operators(model):
 
 
 @pytest.mark.skipif(not operator.INTERPRETED, reason="bit-equal only on the CPU")
-def test_smollm2_on_the_cpu_answers_the_same(smollm2_path, tmp_path):
+def test_smollm2_on_the_cpu_generates_the_same(smollm2_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(smollm2_path).eval()
     ids = torch.randint(0, 40000, (1, 12), generator=torch.Generator().manual_seed(0))
     expected = logits(model, ids)
@@ -161,15 +161,15 @@ def test_smollm2_on_the_cpu_answers_the_same(smollm2_path, tmp_path):
     assert (smollm2_path / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     configs = [json.loads((folder / "config.json").read_bytes()) for folder in (smollm2_path, tmp_path)]
     for config in configs:
-        config.pop("transformers_version")  # the cached model may have been made with another
+        config.pop("transformers_version")  # the cached model may have been written by another version
     assert configs[0] == configs[1]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not operator.INTERPRETED, reason="float32 of another summation order may choose other tokens")
+@pytest.mark.skipif(not operator.INTERPRETED, reason="float32 sums in another order may choose other tokens")
 @pytest.mark.parametrize("ratio, width", [(None, 1536), (0.4, 922)])
-def test_smollm2_fused_answers_the_same(smollm2_path, tmp_path, ratio, width):
-    """The whole model in aligned storage: its tokens, its checkpoint, and itself again once unpatched."""
+def test_smollm2_fused_generates_the_same(smollm2_path, tmp_path, ratio, width):
+    """The whole model in aligned storage: its tokens and checkpoint are the same, and unpatching restores it."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
     if ratio:
         gluprune.prune(model, pruning_ratio=ratio, multiple_of=1)
@@ -188,7 +188,7 @@ def test_smollm2_fused_answers_the_same(smollm2_path, tmp_path, ratio, width):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not operator.INTERPRETED, reason="takes the interpreter's path")
+@pytest.mark.skipif(not operator.INTERPRETED, reason="needs the interpreter")
 def test_one_smollm2_layer_fused(smollm2_path):
     """Real weights of real size: the first layer's MLP in float32."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32, num_hidden_layers=1).eval()

@@ -72,7 +72,7 @@ def check_fsdp():
                 continue
             patch(model, "triton")
             optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
-            for _ in range(2):  # gathered weights are freed and gathered again
+            for _ in range(2):  # gathered weights are freed, then gathered again
                 assert not any(entry.fused for entry in fusion_status(model))
                 torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=1e-5, rtol=1e-5)
                 for each, optimizer in zip((model, reference), optimizers):

@@ -1,4 +1,4 @@
-"""Patched models together with what people put on, in and around them. Before and after, answers must stay the same."""
+"""Patched models together with hooks, adapters, quantization and offloading: outputs must stay the same."""
 
 import copy
 
@@ -38,7 +38,7 @@ HOOKS = [add_forward_hook, add_forward_pre_hook, add_backward_hook, add_backward
 @pytest.mark.parametrize("add", HOOKS)
 @pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "act_fn"])
 @pytest.mark.parametrize("hook_first", [True, False])
-def test_hooks_inside_an_mlp_act(model, ids, add, where, hook_first):
+def test_hooks_inside_an_mlp_run(model, ids, add, where, hook_first):
     plain = copy.deepcopy(model)
     add(getattr(mlps(plain)[0], where))
     if not hook_first:
@@ -57,7 +57,7 @@ def test_hooks_inside_an_mlp_act(model, ids, add, where, hook_first):
 
 
 @pytest.mark.parametrize("add", HOOKS)
-def test_hooks_on_an_mlp_act_and_leave_it_fused(model, ids, add):
+def test_hooks_on_an_mlp_run_and_keep_it_fused(model, ids, add):
     plain = copy.deepcopy(model)
     add(mlps(plain)[0])
     patch(model, "triton")
@@ -80,7 +80,7 @@ def test_hooks_for_all_modules_see_the_projections(model, ids):
     assert mlps(model)[0].up_proj in seen
 
 
-def test_parametrized_and_pruned_projections_act(model, ids):
+def test_parametrized_and_pruned_projections_take_effect(model, ids):
     plain = copy.deepcopy(model)
     patch(model, "triton")
     for each in (model, plain):
@@ -207,8 +207,8 @@ def test_offloading(model, ids, tmp_path, place, fused, patch_first):
 
 
 @pytest.mark.parametrize("patch_first", [True, False])
-def test_placing_hooks_leave_the_mlps_fused(model, ids, tmp_path, patch_first, kernel_calls):
-    """With a device map every module is wrapped; without offloading, only to move inputs that need no moving."""
+def test_device_placement_hooks_keep_the_mlps_fused(model, ids, tmp_path, patch_first, kernel_calls):
+    """A device map wraps every module; without offloading, the wrappers only move inputs that are already in place."""
     expected = logits(model, ids)
     if patch_first:
         patch(model, "triton")

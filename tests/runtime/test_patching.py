@@ -28,7 +28,7 @@ def test_every_family_fused(family, dtype, kernel_calls):
     expected, expected_one = logits(model, ids), logits(model, one)
     assert patch(model, "triton") is model
     assert_fused(model)
-    # The interpreter's dot takes bf16 for integers; a single token needs no dot, and cuBLAS is PyTorch's product there.
+    # The interpreter's dot reads bf16 as integers. A single token needs no dot; `cublas` uses PyTorch's product here.
     if dtype != torch.bfloat16 or not operator.INTERPRETED:
         assert_same(logits(model, ids), expected, dtype)
     assert_same(logits(model, one), expected_one, dtype)
@@ -65,7 +65,7 @@ def test_every_family_on_the_cpu_is_bit_equal_and_moves_nothing(family, dtype):
     ],
     ids=str,
 )
-def test_activations_and_biases_other_than_the_family_usually_has(family, settings, kernel_calls):
+def test_unusual_activations_and_biases_of_a_family(family, settings, kernel_calls):
     model, ids = tiny_model(family, device=DEVICE, **settings), token_ids(device=DEVICE)
     expected = logits(model, ids)
     patch(model, "triton")
@@ -85,7 +85,7 @@ def test_biases_and_widths(family, width):
     assert_same(logits(model, ids), expected)
 
 
-def test_float64_is_left_to_pytorch():
+def test_float64_runs_in_pytorch():
     model, ids = tiny_model(dtype=torch.float64), token_ids()
     expected = logits(model, ids)
     patch(model, "triton")
@@ -120,7 +120,7 @@ def test_training_gradients_equal_eager(width, fused, checkpointing):
         )
 
 
-def test_gradients_in_eval_mode_pass_the_operator(kernel_calls):
+def test_gradients_in_eval_mode_flow_through_the_operator(kernel_calls):
     model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
     expected = gradients(model, ids)
     patch(model, "triton")
@@ -131,8 +131,8 @@ def test_gradients_in_eval_mode_pass_the_operator(kernel_calls):
 
 @pytest.mark.parametrize("fused_optimizer", [False, True])
 @pytest.mark.parametrize("width", [77, 128])
-def test_half_trained_models_train_on(width, fused_optimizer):
-    """Optimizer states made before patching stay valid, and fused optimizers meet no weight with gaps in it."""
+def test_training_continues_after_patching(width, fused_optimizer):
+    """Optimizer states from before patching stay valid, and fused optimizers get no weights with gaps."""
     model, ids = tiny_model(width=width, device=DEVICE), token_ids(device=DEVICE)
     plain = copy.deepcopy(model)
 
@@ -174,7 +174,7 @@ def test_function_transforms_run_the_modules():
 
 
 @pytest.mark.parametrize("x", [torch.randn(3, 47), torch.randn(3, 48, dtype=torch.float16)], ids=["width", "dtype"])
-def test_inputs_that_do_not_fit_fail_as_they_did(x):
+def test_bad_inputs_raise_the_stock_errors(x):
     mlp, x = mlps(tiny_model(device=DEVICE))[0], x.to(DEVICE)
     with pytest.raises(RuntimeError) as stock:
         mlp(x)

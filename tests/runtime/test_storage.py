@@ -39,7 +39,7 @@ def test_align_gives_the_padded_layout_with_zeros_and_keeps_every_bit(width, dty
     assert gate_up[:, width:].eq(0).all() and down[:, width:].eq(0).all()
     for weight, old, identity in zip(weights, before, identities):
         assert id(weight) == identity and torch.equal(weight, old)
-    # The buffers are the weights' own memory.
+    # The weights are views of the buffers.
     gate_up[1, 0, 0], down[0, 0] = 7, 8
     assert weights[1][0, 0] == 7 and weights[2][0, 0] == 8
 
@@ -73,7 +73,7 @@ def test_a_replaced_weight_is_noticed(width, replaced):
     weights = make_weights(width, 24)
     aligned.align(*weights)
     weights[replaced].data = weights[replaced].detach().clone(memory_format=torch.contiguous_format)
-    # A separate down weight of a padded width is in the layout by itself.
+    # A separate down weight whose width is a multiple of 128 already has the layout.
     assert aligned.is_aligned(*weights) == (replaced == 2 and width == 128)
 
 
@@ -87,8 +87,8 @@ def test_halves_of_different_buffers_are_not_aligned():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 300), st.data())
-def test_slices_within_a_buffer_are_not_taken_for_zero_padded(width, data):
-    """A weight cut narrower in place has the cut neurons, not zeros, behind it."""
+def test_slices_of_a_buffer_do_not_count_as_zero_padded(width, data):
+    """A weight that was sliced in place is followed by the removed neurons, not by zeros."""
     narrower = data.draw(st.integers(1, width - 1))
     weights = make_weights(width, 8)
     aligned.align(*weights)
@@ -115,7 +115,7 @@ def test_a_packed_weight_stays_contiguous_and_keeps_every_bit(width, monkeypatch
     assert gate_up.shape == (2, padded, 24) and gate_up.stride() == (width * 24, 24, 1)
     assert torch.equal(gate_up[0, :width], before[:width]) and torch.equal(gate_up[1, :width], before[width:])
     assert gate_up[1, width:].eq(0).all() and padded_down[:, width:].eq(0).all()
-    gate_up[1, 0, 0] = 7  # the weight's own memory
+    gate_up[1, 0, 0] = 7  # a view of the weight
     assert packed[width, 0] == 7
 
     address = packed.data_ptr()
@@ -137,13 +137,13 @@ def test_packed_halves_of_anything_else_are_not_aligned():
     assert aligned.is_aligned(gate, up, down)
     for first, second in ((up, gate), (gate, gate), (gate, other_up), (gate[:36], up[:36]), (gate, up[:36])):
         assert not aligned.is_aligned(first, second, down)
-    narrower = packed.data[:72]  # 36 neurons would follow each other here, but in the memory of 37
+    narrower = packed.data[:72]  # the halves are contiguous with 36 neurons, but lie in the memory of 37
     assert not aligned.is_aligned(*narrower.chunk(2), down)
     down.data = down.detach().clone()
     assert not aligned.is_aligned(gate, up, down)
 
 
-def test_only_memory_that_is_theirs_alone_may_be_replaced():
+def test_shared_memory_is_not_replaced():
     flat = torch.randn(3 * 37 * 24)
     borrowed = nn.Parameter(flat[: 37 * 24].view(37, 24))
     assert not aligned.is_alone(borrowed)
@@ -156,7 +156,7 @@ def test_only_memory_that_is_theirs_alone_may_be_replaced():
     assert all(map(aligned.is_alone, weights))
 
 
-def test_with_own_storage_shares_the_memory_and_spans_the_view():
+def test_with_own_storage_shares_the_memory_and_covers_the_view():
     weights = make_weights(37, 24, torch.bfloat16)
     aligned.align(*weights)
     for weight in weights:
@@ -179,7 +179,7 @@ def test_layout_survives_saving():
     assert aligned.is_aligned(*loaded) and all(torch.equal(new, old) for new, old in zip(loaded, weights))
 
 
-def test_copies_do_not_reach_into_the_original():
+def test_copies_are_independent_of_the_original():
     weights = make_weights(37, 24)
     aligned.align(*weights)
     copies = copy.deepcopy(weights)
@@ -191,7 +191,7 @@ def test_copies_do_not_reach_into_the_original():
 
 
 def test_extra_memory_is_gate_and_up_of_the_layer(monkeypatch):
-    """No buffer beyond the weights' own size, and the old memory of one weight goes before the next buffer comes."""
+    """No buffer is larger than its weights, and the old memory of a weight is freed before the next buffer."""
     width, hidden = 37, 24
     weights = make_weights(width, hidden)
     allocated = []

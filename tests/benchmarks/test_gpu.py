@@ -1,4 +1,4 @@
-"""The plan of a GPU run: what it selects, how it stops, continues and fails; and a part of it in the interpreter."""
+"""The GPU run: which cases its steps select, stopping, continuing, failing; and some steps in the interpreter."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def selected(step, case):
 
 @pytest.mark.parametrize("part, prefixes", [("forward", ("all",)), ("backward", ("backward",))])
 def test_the_parts_make_the_whole_grid(part, prefixes):
-    """Every case of the full set is selected by exactly one step, not counting those that run some of them first."""
+    """Every case of the full set is selected by exactly one step, not counting the steps that run some cases first."""
     full = SETS["full"]
     todo = [step for step in steps() if step.name.startswith(prefixes)]
     for case in [f"test_{part}[{model}-M{M:04}-I{I}]" for model, _, I, M in full.cases(full.tokens)]:
@@ -98,8 +98,8 @@ def test_a_second_call_continues(tmp_path):
 
 
 @pytest.mark.slow
-def test_failed_steps_wait_for_steps_without_a_chance(tmp_path, monkeypatch):
-    """A failing test must not take the time of every call; a step that ran out of time is first."""
+def test_failed_steps_run_after_steps_that_never_started(tmp_path, monkeypatch):
+    """A failing step must not use up the time of every call; a step that ran out of time comes first."""
     slow = python("slow", "import time; time.sleep(60)")
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
     times = iter((0.0, 10.0, 15.0, 598.0, 599.5))
@@ -118,7 +118,7 @@ def test_no_step_starts_without_time(tmp_path):
 
 @pytest.mark.slow
 def test_children_of_a_stopped_step_are_stopped(tmp_path):
-    """No process of a step survives to disturb the next one's timing."""
+    """No process of a step keeps running and disturbs the timing of the next step."""
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']); "
     code = child + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     go([python("slow", code, minutes=0.05)], tmp_path)

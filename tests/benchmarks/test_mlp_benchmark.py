@@ -1,4 +1,4 @@
-"""The MLP benchmark on a CPU: providers that are wrong or raise have no time on record, all others sizes and floor."""
+"""The MLP benchmark on a CPU: providers that are wrong or raise get no time; all others get sizes and floor."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ CEILINGS = Ceilings(bandwidth=1e9, rate=1e10)
 
 
 class Scaled(nn.Module):
-    """Right up to a factor, forward or backward."""
+    """Correct up to a factor, in the forward or the backward pass."""
 
     def __init__(self, weights, forward=1.0, backward=1.0):
         super().__init__()
@@ -50,7 +50,7 @@ def generated(weights):
 
 @pytest.fixture
 def kept():
-    """Records by provider of a run of one benchmark with these providers."""
+    """Records by provider from one benchmark run with the given providers."""
 
     def measured(what, **providers):
         records = []
@@ -103,7 +103,7 @@ def test_a_lost_device_ends_the_run(kept):
 
 
 @pytest.mark.parametrize("what", [FORWARD, BACKWARD])
-def test_providers_that_run_here_are_right(what):
+def test_providers_that_run_here_are_correct(what):
     weights = random_layers(1, 64, 153, torch.float32, CPU)[0]
     training = what == BACKWARD
     x = torch.randn(1, 7, 64).requires_grad_(training)
@@ -132,7 +132,7 @@ def test_forced_paths_run_kernels(name, monkeypatch):
     assert all(map(torch.equal, weights, before)) and module.down_proj.weight.data_ptr() != weights[2].data_ptr()
 
 
-def test_error_notices_missing_results():
+def test_error_detects_missing_results():
     exact = torch.ones(2, 3, dtype=torch.float64)
     assert error((torch.ones(2, 3),), (exact,)) == 0
     assert error((torch.full((2, 3), float("nan")),), (exact,)) == float("inf")

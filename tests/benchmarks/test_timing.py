@@ -1,4 +1,4 @@
-"""The benchmarks' timer on a scripted clock: what it divides by, the order of runs, drifts that cancel."""
+"""The benchmarks' timer on a scripted clock: time per step, order of runs, and cancellation of drift."""
 
 import statistics
 
@@ -28,8 +28,8 @@ class Machine:
         return step
 
 
-def test_seconds_a_step():
-    """Known sleeps: the mean over the layers, the warm-up not counted."""
+def test_seconds_per_step():
+    """Known sleeps: the mean over the layers, without the warm-up."""
     machine = Machine()
     run = timing.prepare([machine.work("short", 0.25), machine.work("long", 0.75)], CPU, machine.clock)
     assert machine.ran == ["short", "long"] and machine.now == 1.0
@@ -43,7 +43,7 @@ def measured(machine, seconds, repeats=9):
     return timing.in_turns(passes, repeats)
 
 
-def test_each_provider_once_a_round_in_changing_order():
+def test_each_provider_once_per_round_in_random_order():
     machine = Machine()
     times = measured(machine, {"a": 1.0, "b": 2.0, "c": 4.0})
     assert times == {"a": [1.0] * 9, "b": [2.0] * 9, "c": [4.0] * 9}

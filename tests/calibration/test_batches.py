@@ -1,4 +1,4 @@
-"""Windows of text as batches."""
+"""Batches of windows of text."""
 
 import pytest
 import torch
@@ -28,11 +28,11 @@ def test_windows_are_spread_over_the_text():
 def test_several_texts_give_as_many_windows_each():
     texts = [chr(1000 + number) * length for number, length in enumerate((300, 25, 300))]
     found = torch.cat(batches_from_text(Characters(), texts, windows=4, length=10))
-    assert found[:, 0].tolist() == [1000] * 4 + [1001] * 2 + [1002] * 4  # the second has no more than two
+    assert found[:, 0].tolist() == [1000] * 4 + [1001] * 2 + [1002] * 4  # the second has only two
     assert torch.equal(found, found[:, :1].expand(-1, 10))
     ordered = ["".join(chr(start + i) for i in range(100)) for start in (1000, 2000)]
-    alone = [torch.cat(batches_from_text(Characters(), text, windows=4, length=10)) for text in ordered]
-    assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(alone))
+    single = [torch.cat(batches_from_text(Characters(), text, windows=4, length=10)) for text in ordered]
+    assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(single))
     for given, message in [
         ([], "give at least one calibration text"),
         ([*texts, "x" * 9], "calibration text 4 of 4 has 9 tokens: one window needs 10"),

@@ -1,4 +1,4 @@
-"""Pruning by calibration data."""
+"""Pruning with calibration data."""
 
 import copy
 import logging
@@ -26,8 +26,8 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
-def test_activation_score_and_re_solved_weights(family):
-    """From the text to the weights: kept neurons and down projections follow from X in float64."""
+def test_activation_score_and_refitted_weights(family):
+    """End to end: kept neurons and down projections equal those computed from X in float64."""
     model, batches = make_tiny_model(family, seed=9), random_batches([(7, 40)] * 3)
     before = [glu.weights()[2].double() for glu in model_glus(model)]
     biases = [None if glu.down.bias is None else glu.down.bias.detach().clone() for glu in model_glus(model)]
@@ -48,7 +48,7 @@ def test_activation_score_and_re_solved_weights(family):
         assert (bias is None and glu.down.bias is None) or torch.equal(glu.down.bias, bias)
 
 
-def test_seven_widths_from_one_saved_pass_equal_seven_passes(tmp_path):
+def test_saved_statistics_give_the_same_models_as_new_passes(tmp_path):
     dense, batches = make_tiny_model(dtype=torch.bfloat16, seed=10), random_batches([(7, 40)] * 2)
     calibrate(dense, batches).save(tmp_path / "statistics.safetensors")
     statistics = Statistics.load(tmp_path / "statistics.safetensors")
@@ -143,8 +143,8 @@ def test_more_passes_give_the_same_model(monkeypatch, grams, passes):
         assert torch.equal(found, expected), name
 
 
-def test_only_one_pass_holds_its_grams(monkeypatch):
-    """While a pass runs, the Gram matrices of earlier passes are gone."""
+def test_only_one_pass_keeps_its_grams(monkeypatch):
+    """The Gram matrices of earlier passes are freed before the next pass."""
     monkeypatch.setattr(collect, "free_memory", lambda device: 2 * 4 * 101**2)
     alive = []
     empty = calibration_module.LayerStatistics.empty.__func__
@@ -194,7 +194,7 @@ def test_bad_input_changes_nothing(tiny_model, unchanged, given, error, message)
         gluprune.prune(model, **given)
 
 
-def test_statistics_of_another_model_change_nothing(tiny_model, unchanged):
+def test_statistics_of_another_model_are_rejected(tiny_model, unchanged):
     model = tiny_model()
     narrow = calibrate(tiny_model(intermediate_size=90), [IDS])
     with (
@@ -235,7 +235,7 @@ def test_failure_while_replacing_changes_nothing(tiny_model, unchanged, monkeypa
         gluprune.prune(model, **arguments(calibration=[IDS], compensate=True))
 
 
-def test_calibration_is_not_looked_at_by_static_scores(tiny_model):
+def test_static_scores_do_not_read_the_calibration(tiny_model):
     one, other = tiny_model(seed=15), tiny_model(seed=15)
     gluprune.prune(one, **arguments(score="maw"))
     gluprune.prune(other, **arguments(score="maw", calibration=iter(lambda: 1 / 0, 1)))

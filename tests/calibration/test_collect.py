@@ -1,4 +1,4 @@
-"""Calibration statistics, and pruning on them, against inputs of `down_proj` captured one sequence at a time."""
+"""Calibration statistics compared with inputs of `down_proj` captured one sequence at a time."""
 
 import copy
 from contextlib import nullcontext
@@ -44,9 +44,9 @@ def test_statistics(family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_calibrated_in_float32(family_name, dtype):
-    """The Gram matrices are close to those of the same weights in float32 (embeddings and angles keep their dtype); the
-    weights are the very tensors they were."""
-    tolerance = 5e-3 if family_name.startswith("gemma") else 5e-4  # Gemma scales its embeddings, in their dtype
+    """Gram matrices are close to those of the same weights in float32 (embeddings and rotary angles keep their dtype),
+    and the weights are the same tensors as before."""
+    tolerance = 5e-3 if family_name.startswith("gemma") else 5e-4  # Gemma scales its embeddings in their dtype
     model = make_tiny_model(family_name, dtype=dtype, seed=17)
     batches = [*random_batches(), padded((9, 4, 1, 12), "left")[:2]]
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
@@ -83,7 +83,7 @@ def padded(lengths, side, seed=3):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("form", ["dict", "tuple", "dataloader", "bool mask"])
-def test_padding_is_left_out(form, side):
+def test_padding_is_ignored(form, side):
     model = make_tiny_model(seed=3)
     ids, mask, sequences = padded((9, 4, 1, 12), side)
     batches = {
@@ -99,7 +99,7 @@ def test_padding_is_left_out(form, side):
         close(statistics.gram, x.T @ x, torch.float32)
 
 
-def test_batches_without_tokens_are_passed_over():
+def test_batches_without_tokens_are_skipped():
     model, batches = make_tiny_model(seed=4), random_batches()
     empty = [torch.zeros(0, 5, dtype=torch.long), (torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3))]
     found, expected = calibrate(model, [*empty, *batches]), calibrate(model, batches)
@@ -115,13 +115,13 @@ def test_without_gram_and_for_some_layers():
 
 
 @pytest.mark.parametrize("layers", [[], [0, 3], [-1]])
-def test_layers_that_are_not_there(layers):
+def test_layers_that_do_not_exist(layers):
     with pytest.raises(ValueError, match="layers must hold indices from 0 to 2"):
         calibrate(make_tiny_model(seed=5), random_batches(), layers=layers)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails):
+def test_the_model_is_unchanged(fails):
     model = make_tiny_model(seed=6, dtype=torch.bfloat16).train()
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
     model.model.layers[1].mlp.eval()
@@ -143,6 +143,6 @@ def test_dropout_is_off():
     assert torch.equal(calibrate(model.train(), random_batches()).layers[2].gram, expected)
 
 
-def test_few_tokens_are_told(caplog):
+def test_few_tokens_are_logged(caplog):
     calibrate(make_tiny_model(seed=8), random_batches([(2, 9)]))
     assert "18 calibration tokens for 101 neurons" in caplog.text

@@ -1,4 +1,4 @@
-"""Text that a model writes for its own calibration."""
+"""Calibration text that the model generates itself."""
 
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ def ids_of(tokenizer, text: str) -> list[list[int]]:
 
 
 def test_tokens_are_drawn_from_the_whole_distribution(tokenizer):
-    """A model with settings of its own for generation: they count for nothing. The frequencies are those of softmax."""
+    """The model's generation config is ignored: token frequencies are those of the softmax."""
     model = make_tiny_model(seed=1)
     model.generation_config.temperature, model.generation_config.top_k = 0.1, 2
     with torch.no_grad():
@@ -46,13 +46,13 @@ def test_tokens_are_drawn_from_the_whole_distribution(tokenizer):
 
 
 def first_tokens(model, tokenizer, windows: int) -> list[int]:
-    """The first token of every window; the beginning itself, which is left out of the text, counts as drawn."""
+    """The first token of every window; the begin-of-text token, which the text omits, can also be drawn."""
     text = sample_text(model, tokenizer, windows, 1, seed=3)
     return [ids[0] if ids else tokenizer.bos_token_id for ids in ids_of(tokenizer, text)]
 
 
 def test_windows_continue_as_the_model_would(tokenizer):
-    """Greedy where one token has all the probability: every window is the model's own continuation, of full length."""
+    """If one token has all the probability, every window is the model's greedy continuation, at full length."""
     model = make_tiny_model(seed=2, initializer_range=1.0)
     model.generation_config.repetition_penalty = 10.0
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_windows_continue_as_the_model_would(tokenizer):
             logits[tokenizer.eos_token_id] = -torch.inf
             ids = torch.cat([ids, logits.argmax()[None, None]], 1)
     expected = [token for token in ids[0, 1:].tolist() if token not in tokenizer.all_special_ids]
-    assert 1 < len(set(expected)) < len(expected), "no repetition to be punished"
+    assert 1 < len(set(expected)) < len(expected), "no repetition to be penalised"
     assert sample_text(model, tokenizer, 3, 40) == "\n\n".join([" ".join(f"w{token:02}" for token in expected)] * 3)
 
 
@@ -83,10 +83,10 @@ def test_seed_mode_and_random_state(tokenizer):
     assert one != sample_text(model, tokenizer, 2, 12, seed=2)
 
 
-def test_without_a_token_for_the_beginning(tokenizer):
+def test_without_a_begin_of_text_token(tokenizer):
     model = make_tiny_model(seed=4)
     tokenizer.bos_token = None
-    assert len(ids_of(tokenizer, sample_text(model, tokenizer, 2, 5))) == 2  # starts from the end of a text
+    assert len(ids_of(tokenizer, sample_text(model, tokenizer, 2, 5))) == 2  # starts from the end-of-text token
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a begin-of-text nor an end-of-text token"):
         sample_text(model, tokenizer, 2, 5)
@@ -99,7 +99,7 @@ def test_bad_numbers(tokenizer, given):
 
 
 def test_command(tokenizer, tmp_path, capsys):
-    """The file holds the text of the function in float32, calibrates beside another one, and is not overwritten."""
+    """The file contains the function's text (float32), is not overwritten, and can be combined with another text."""
     model = make_tiny_model(dtype=torch.bfloat16, seed=5, initializer_range=1.0)
     gluprune.save(model, tmp_path / "model", tokenizer)
     out = tmp_path / "own.txt"

@@ -1,4 +1,4 @@
-"""Sensitivities against float64: exact divergences, explicit gradients, and least squares one neuron at a time."""
+"""Sensitivities compared with float64: exact divergences, explicit gradients, least squares for each neuron."""
 
 import copy
 import weakref
@@ -25,7 +25,7 @@ from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapsho
 def random_layer(hidden=7, neurons=23, tokens=60, seed=0):
     """X `[T, I]`, down `[H, I]`, F `[H, H]`, all float64, and float32 gradients that hold F and another sample.
 
-    X has neurons that nearly follow from others, and a silent one.
+    X has neurons that are nearly linear in others, and a silent one.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, neurons, generator=generator, dtype=torch.float64)
@@ -54,7 +54,7 @@ def explicit_gradients(model, sequence, choose):
 
 
 def assert_near(found, expected):
-    """Equal but for a ten thousandth of the largest entry."""
+    """Equal up to 1e-4 of the largest entry."""
     torch.testing.assert_close(
         found.double() / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4
     )
@@ -80,27 +80,27 @@ def test_gradients(family_name, dtype, monkeypatch):
         assert layer.fisher.dtype == layer.coupling.dtype == torch.float32
         assert_near(layer.fisher, g.T @ g / len(g))
         torch.testing.assert_close(layer.coupling.double(), coupling, rtol=1e-3, atol=0)
-        # Of every row another quarter of the tokens.
+        # A different quarter of the tokens of every row.
         assert_near(layer.x, torch.cat([x[number % 4 :: 4] for number, (x, _) in enumerate(rows)]))
         assert_near(layer.g, torch.cat([g[number % 4 :: 4] for number, (_, g) in enumerate(rows)]))
 
 
-def test_coupling_of_what_is_silent():
+def test_coupling_of_silent_neurons():
     model = make_tiny_model(seed=1)
     glu = model_glus(model)[1]
     with torch.no_grad():
         glu.weights()[0][5] = 0  # the gate: the neuron is silent
-        glu.down.weight[:, 8] = 0  # the neuron writes nothing
+        glu.down.weight[:, 8] = 0  # the neuron's output is zero
     coupling = output_gradients(model, read_batches(model, random_batches()), [1])[1].coupling
     assert coupling[5] == coupling[8] == 1 and coupling.isfinite().all()
 
 
-def test_activations_of_a_row_go_before_those_of_the_next_come(monkeypatch):
+def test_activations_are_freed_before_the_next_row(monkeypatch):
     model, losses, compute = make_tiny_model(), [], torch.nn.functional.cross_entropy
 
     def followed(*arguments, **options):
         loss = compute(*arguments, **options)
-        losses.append(weakref.ref(loss))  # it holds the graph, and that the activations
+        losses.append(weakref.ref(loss))  # it keeps the graph alive, which keeps the activations
         return loss
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", followed)
@@ -117,7 +117,7 @@ def test_a_sample_does_not_keep_its_row():
 
 
 def test_labels_are_drawn_from_the_model():
-    """With labels of any other kind the Fisher matrix is another: here its expectation is known."""
+    """With other labels the Fisher matrix differs; here its expectation is known."""
     model = make_tiny_model(seed=5, initializer_range=0.5)
     token = torch.full((16, 512), 17)
     fisher = output_gradients(model, [(token, None)], [2])[2].fisher
@@ -128,7 +128,7 @@ def test_labels_are_drawn_from_the_model():
 
 
 def last_logits(model, token):
-    """Logits after a text of one token, as a function of what is added to the last layer's MLP output."""
+    """Logits of a one-token text, as a function of a term added to the last layer's MLP output."""
     model = copy.deepcopy(model).double()
 
     def logits(added):
@@ -142,8 +142,8 @@ def last_logits(model, token):
 
 
 @pytest.mark.slow
-def test_gradients_foretell_the_divergence():
-    """On a text of one token over and over all tokens are independent: the mean over the sample is the divergence."""
+def test_gradients_predict_the_divergence():
+    """In a text that repeats one token, positions are independent, and the mean over the sample is the divergence."""
     model = make_tiny_model(seed=5, initializer_range=0.3)
     text = torch.full((32, 512), 17)
     (layer,) = calibrate(model, [text], sensitivity=True, layers=[2]).layers.values()
@@ -155,8 +155,8 @@ def test_gradients_foretell_the_divergence():
     dense = last_logits(model, text[0, 0])(torch.zeros(32)).log_softmax(-1)
     for step in (5, 9):
         kept = order[: 101 - removed_counts(101)[step]].sort().values
-        # The step itself is too long for a second order, and re-solving leaves next to nothing of one token: plain
-        # narrowing, scaled down.
+        # The full step is too large for a second-order expansion, and a refit to one token leaves almost no error, so
+        # the test uses narrowing without a refit, scaled down.
         change = -down.clone()
         change[:, kept] += down[:, kept]
         error = gradients.x @ change.T
@@ -178,7 +178,7 @@ def _input_of_down(model, ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_saliency_is_the_least_that_a_removal_costs(dtype):
+def test_saliency_is_the_minimum_cost_of_a_removal(dtype):
     x, down, fisher, gradients = random_layer(seed=1)
     down, tokens = down.to(dtype), len(x)
     found = saliencies(down, (x.T @ x).float(), gradients, tokens)
@@ -189,7 +189,7 @@ def test_saliency_is_the_least_that_a_removal_costs(dtype):
     root, roots = torch.linalg.cholesky(gram), torch.linalg.cholesky(fisher)  # rows of root^T stand for tokens
     for neuron in range(23):
         others = [other for other in range(23) if other != neuron]
-        column = root.T[:, [neuron]] @ down[:, [neuron]].double().T  # [I, H], what the neuron writes
+        column = root.T[:, [neuron]] @ down[:, [neuron]].double().T  # [I, H], the neuron's output
         rest = root.T[:, others]
         residual = column - rest @ torch.linalg.lstsq(rest, column).solution
         expected = (residual @ roots).square().sum() / (2 * tokens) * (1 + gradients.coupling[neuron]) / 2
@@ -197,7 +197,7 @@ def test_saliency_is_the_least_that_a_removal_costs(dtype):
 
 
 def test_silent_neurons():
-    """Where nothing, or hardly anything, was active, what silent neurons would write tells them apart."""
+    """With few or no active neurons, silent neurons are ranked by what they would add to the output."""
     x, down, fisher, gradients = random_layer()
     damped = fisher + sensitivity_module._DAMPING * fisher.diagonal().mean() * torch.eye(7)
     written = (down * (damped @ down)).sum(0) * (1 + gradients.coupling)
@@ -219,7 +219,7 @@ def test_gram_matrix_with_nan():
         narrowing_costs(down.float(), gram, gradients, torch.ones(23))
 
 
-def test_a_gram_matrix_that_rounding_made_indefinite():
+def test_a_gram_matrix_that_is_indefinite_after_rounding():
     x, down, _, gradients = random_layer(seed=2)
     gram = (x.T @ x).float()
     gram[0, 1] = gram[1, 0] = 2 * (gram[0, 0] * gram[1, 1]).sqrt()
@@ -238,7 +238,7 @@ def test_narrowing_costs():
     for step, removed in enumerate(removed_counts(64)):
         kept = saliency.topk(64 - removed).indices.sort().values
         ridge = 0.01 * gram.double().diagonal().mean()
-        # Least squares with rows for the ridge, which pulls towards the weights that are there.
+        # Least squares with extra rows for the ridge, which shrinks towards the current weights.
         rows = torch.cat([x[:, kept], ridge.sqrt() * torch.eye(len(kept))])
         wanted = torch.cat([x @ down.T, ridge.sqrt() * down[:, kept].T])
         resolved = torch.linalg.lstsq(rows, wanted).solution
@@ -247,7 +247,7 @@ def test_narrowing_costs():
 
 
 def test_few_rows_of_a_long_text(monkeypatch):
-    """Of more than `FISHER_TOKENS` tokens rows are taken evenly, one at the least."""
+    """Beyond `FISHER_TOKENS` tokens, evenly spaced rows are used, at least one."""
     batches = read_batches(make_tiny_model(), random_batches(((3, 10), (5, 10), (2, 10))))
     rows = [row for ids, _ in batches for row in ids]
     for limit, chosen in ((50, [0, 2, 4, 6, 8]), (100, range(10)), (1, [0])):
@@ -256,7 +256,7 @@ def test_few_rows_of_a_long_text(monkeypatch):
         assert all(torch.equal(ids[0], rows[index]) for (ids, _), index in zip(found, chosen, strict=True))
 
 
-def test_the_one_row_is_not_of_padding_alone(monkeypatch):
+def test_a_single_row_is_not_only_padding(monkeypatch):
     monkeypatch.setattr(sensitivity_module, "FISHER_TOKENS", 1)
     ids, mask = torch.arange(8).view(2, 4), torch.tensor([[0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     ((row, _),) = sensitivity_module._rows([(ids, mask)])
@@ -264,10 +264,10 @@ def test_the_one_row_is_not_of_padding_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_is_left_out(side, monkeypatch):
+def test_padding_is_ignored(side, monkeypatch):
     choose_labels(monkeypatch, lambda p: p.argmax(-1))
     model, ids = make_tiny_model(seed=3), random_batches(((1, 9),))[0]
-    padded, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long)  # a row of padding alone
+    padded, mask = torch.zeros(2, 14, dtype=torch.long), torch.zeros(2, 14, dtype=torch.long)  # a row of only padding
     tokens = slice(0, 9) if side == "right" else slice(5, 14)
     padded[0, tokens], mask[0, tokens] = ids[0], 1
     expected = output_gradients(model, read_batches(model, [ids]), [0, 1, 2])
@@ -279,10 +279,10 @@ def test_padding_is_left_out(side, monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_model_is_left_as_it_was(mode, dtype):
+def test_the_model_is_unchanged(mode, dtype):
     model = make_tiny_model("gemma2", dtype=dtype, seed=1).train()
     before, state = snapshot(model), torch.get_rng_state()
-    with mode():  # a tensor made in inference mode is another kind of tensor
+    with mode():  # tensors created in inference mode behave differently
         mask = torch.ones(2, 8)
         mask[0, 5:] = 0
         calibrate(model, [*random_batches(), (random_batches(((2, 8),))[0], mask)], sensitivity=True)
@@ -329,13 +329,13 @@ def test_nan_in_the_logits(unchanged, spoil):
         calibrate(model, random_batches(), sensitivity=True)
 
 
-def test_a_decoder_without_a_head(unchanged):
+def test_a_decoder_without_a_lm_head(unchanged):
     model = make_tiny_model().model
     with unchanged(model), pytest.raises(ValueError, match="a language-model head, but LlamaModel has none"):
         calibrate(model, random_batches(), sensitivity=True)
 
 
-def test_calibration_logs_nothing_of_weights_that_it_leaves(caplog):
+def test_calibration_logs_nothing_about_other_weights(caplog):
     with caplog.at_level("INFO"):
         calibrate(make_tiny_model(seed=1), random_batches(((8, 40),)), sensitivity=True)
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Pruning by sensitivities: passes, allocation, bad input."""
+"""Pruning with sensitivities: passes, allocation, bad input."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from tests.helpers.sensitivities import choose_labels, random_batches
 from tests.helpers.tiny_models import make_tiny_model
 
 
-def test_text_in_place_of_statistics():
+def test_text_instead_of_statistics():
     arguments = dict(pruning_ratio=0.5, multiple_of=1, score="surgeon")
     statistics = calibrate(make_tiny_model(seed=1), random_batches(), sensitivity=True)
     expected = prune(make_tiny_model(seed=1), **arguments, calibration=statistics).kept
@@ -49,7 +49,7 @@ def sensitive(model, **arguments):
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_surgeon_by_layer(family, multiple_of, tmp_path):
     model = make_tiny_model(family, seed=4, intermediate_size=96)
-    with torch.no_grad():  # one layer hardly matters
+    with torch.no_grad():  # one layer has almost no effect
         model_glus(model)[1].down.weight.mul_(0.01)
     statistics, glus = sensitive(model), model_glus(model)
     before = [[weight.detach().clone() for weight in glu.weights()] for glu in glus]
@@ -89,9 +89,9 @@ def test_surgeon_by_layer(family, multiple_of, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_saved_statistics_and_the_disk(family, tmp_path):
-    """A checkpoint pruned on disk is what pruning in memory gives, bit for bit, uniform in width or by layer."""
+    """Pruning on disk equals pruning in memory bit for bit, with one width or a width per layer."""
     model = make_tiny_model(family, dtype=torch.bfloat16, seed=4)
-    with torch.no_grad():  # one layer hardly matters
+    with torch.no_grad():  # one layer has almost no effect
         model_glus(model)[2].down.weight.mul_(0.01)
     model.save_pretrained(tmp_path / "model")
     statistics = sensitive(model)
@@ -118,9 +118,9 @@ def test_saved_statistics_and_the_disk(family, tmp_path):
 
 
 def test_another_allocation_does_not_resume(tmp_path, monkeypatch):
-    """What was written with one width for all is no beginning of a checkpoint with widths by layer."""
+    """A partial output with one width is not used for an output with a width per layer."""
     model = make_tiny_model(seed=4)
-    with torch.no_grad():  # one layer hardly matters
+    with torch.no_grad():  # one layer has almost no effect
         model_glus(model)[2].down.weight.mul_(0.01)
     model.save_pretrained(tmp_path / "model")
     sensitive(model).save(tmp_path / "statistics")
@@ -172,7 +172,7 @@ def test_bad_input_changes_nothing(case, unchanged):
         prune(model, **target, multiple_of=1, **given)
 
 
-def test_unknown_allocation_is_told_before_a_download(tmp_path):
+def test_unknown_allocation_is_reported_before_a_download(tmp_path):
     with pytest.raises(ValueError, match="unknown allocation 'by size'; allowed: uniform, sensitivity"):
         prune_checkpoint("nobody/nothing", tmp_path / "out", pruning_ratio=0.5, allocation="by size")
 
@@ -183,7 +183,7 @@ def test_sensitivities_need_gram_matrices(unchanged):
         calibrate(model, random_batches(), gram=False, sensitivity=True)
 
 
-def test_without_being_asked_no_gradient_is_computed(monkeypatch):
+def test_no_gradient_is_computed_unless_requested(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("ran backward"))
     layer = calibrate(make_tiny_model(), random_batches()).layers[0]
     assert layer.saliency is None and layer.costs is None

@@ -94,7 +94,7 @@ def test_bad_checkpoints_are_rejected(llama, tmp_path, damage, message):
     assert [p.name for p in tmp_path.iterdir()] == ["llama"] and contents(llama) == before
 
 
-def test_bad_arguments_are_refused(llama, tmp_path, monkeypatch):
+def test_bad_arguments_are_rejected(llama, tmp_path, monkeypatch):
     def refused(message, source=llama, destination=tmp_path / "out", error=ValueError, **arguments):
         with pytest.raises(error, match=message):
             prune_checkpoint(source, destination, **{"intermediate_size": 20, "multiple_of": 1, **arguments})

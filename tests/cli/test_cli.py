@@ -1,4 +1,4 @@
-"""The command line as a stranger uses it: output, exit codes, one clear line on bad input."""
+"""The command line from outside: output, exit codes, one-line errors on bad input."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def test_help(command, capsys):
     assert "Usage: gluprune" in capsys.readouterr().out
 
 
-def test_prune_writes_what_prune_in_memory_writes(checkpoint, tiny_model, tmp_path, capsys):
+def test_prune_writes_the_same_as_pruning_in_memory(checkpoint, tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "maw_gud", "--json"]
     assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 0
@@ -81,7 +81,7 @@ def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsys):
-    """The command line does what the library does with the same text."""
+    """The command line writes the same weights as the library with the same text."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text((files("gluprune.demo") / "data" / "demo_text.txt").read_text())
     arguments = ["--expansion-ratio", "2", "--score", "hybrid", "--calibration", str(text), "--compensate", "--json"]
@@ -96,7 +96,7 @@ def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsy
 
 
 def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_path, capsys):
-    """On the shards, from statistics, the same comes out as from the text in memory; both files are told apart."""
+    """Pruning shards with statistics equals pruning in memory with the text; a text is rejected as statistics."""
     source, text, statistics = tmp_path / "source", tmp_path / "text.txt", tmp_path / "statistics"
     gluprune.save(
         tiny_model(dtype=torch.bfloat16, seed=1, vocab_size=len(smollm2_tokenizer)), source, smollm2_tokenizer
@@ -104,8 +104,8 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     text.write_text((files("gluprune.demo") / "data" / "demo_text.txt").read_text()[:20_000])
     calibrating = ["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--gram", "--json"]
     assert main(calibrating) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["layers"], told["gram"], told["file"]) == (3, True, str(statistics)) and told["tokens"] >= 512
+    output = json.loads(capsys.readouterr().out)
+    assert (output["layers"], output["gram"], output["file"]) == (3, True, str(statistics)) and output["tokens"] >= 512
     assert main(calibrating) == 2 and "must be a new file" in capsys.readouterr().err
 
     arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "hybrid", "--compensate", "--json"]
@@ -123,7 +123,7 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
 
 @pytest.mark.slow
 def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
-    """Statistics with sensitivities, and layers of the widths that the library gives them."""
+    """Statistics with sensitivities; layers get the same widths as in the library."""
     source, text, statistics, out = (tmp_path / name for name in ("source", "text.txt", "statistics", "out"))
     model = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer))
     gluprune.save(model, source, smollm2_tokenizer)
@@ -131,8 +131,8 @@ def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     assert (
         main(["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--sensitivity", "--json"]) == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert told["gram"] and told["sensitivity"]
+    output = json.loads(capsys.readouterr().out)
+    assert output["gram"] and output["sensitivity"]
     arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "surgeon", "--allocation", "sensitivity"]
     assert main(["prune", str(source), "--out", str(out), *arguments, "--statistics", str(statistics), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -151,7 +151,7 @@ def test_prune_by_sensitivity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
 
 
 def test_reconstruct(tiny_model, smollm2_tokenizer, tmp_path, capsys):
-    """The command line does what the library does with as many windows of each text, layers of different widths too."""
+    """The command line equals the library with the same number of windows per text, also with different widths."""
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     content = (files("gluprune.demo") / "data" / "demo_text.txt").read_text()
     text.write_text(3 * content)
@@ -164,10 +164,10 @@ def test_reconstruct(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     where = ["--dense", str(tmp_path / "dense"), "--text", str(text), str(other), "--windows", "3"]
     command = ["reconstruct", str(tmp_path / "pruned"), *where, "--out", str(tmp_path / "out"), "--json"]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out)
+    output = json.loads(capsys.readouterr().out)
     batches = batches_from_text(smollm2_tokenizer, [text.read_text(), other.read_text()], 3)
     windows = sum(map(len, batches))
-    assert told == {"windows": windows, "tokens": 512 * windows, "folder": str(tmp_path / "out")} and windows > 3
+    assert output == {"windows": windows, "tokens": 512 * windows, "folder": str(tmp_path / "out")} and windows > 3
     before = pruned.state_dict()["model.layers.2.mlp.down_proj.weight"].clone()
     gluprune.reconstruct(pruned, dense, batches)
     assert not torch.equal(pruned.state_dict()["model.layers.2.mlp.down_proj.weight"], before)

@@ -1,4 +1,4 @@
-"""What all commands share: help pages, values after one flag, errors, logs, missing extras, Ctrl-C."""
+"""Behaviour shared by all commands: help, flags with several values, errors, logs, missing extras, Ctrl-C."""
 
 import shlex
 import subprocess
@@ -33,7 +33,7 @@ def run(*arguments, code=None):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The parameters of every command that would have run."""
+    """The parsed parameters of every command, which is not run."""
     seen = []
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: seen.append(ctx.params))
     return seen
@@ -73,7 +73,7 @@ def test_every_help_has_an_example_of_the_command(command):
 
 
 def test_help_is_complete(capsys, monkeypatch):
-    """Names that are listed by hand in a help text or a signature are those of the library."""
+    """Names that are repeated in help texts and signatures match those of the library."""
     monkeypatch.setenv("COLUMNS", "100")
     main(["prune", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
@@ -98,7 +98,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_is_fast():
-    """0.3 s beyond an empty Python on a quiet machine; the limit leaves room for a busy one."""
+    """It takes 0.3 s more than an empty Python on an idle machine; the limit allows for a busy one."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -134,7 +134,7 @@ def test_no_command_and_unknown_ones(capsys):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell):
-    """The script that Typer writes, and the completions that it asks for."""
+    """The script that Typer prints, and the completions that the script requests."""
     environment = {"_GLUPRUNE_COMPLETE": f"complete_{shell}", "COMP_WORDS": "gluprune re", "COMP_CWORD": "1"}
     environment |= {"_TYPER_COMPLETE_ARGS": "gluprune re", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     command = [sys.executable, "-m", "gluprune"]
@@ -196,7 +196,7 @@ def test_ratios_without_a_value(parsed):
     assert [list(parameters["ratios"]) for parameters in parsed] == [[""], [""]]
 
 
-# --- what a command ends with ---
+# --- exit codes and errors ---
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_missing_extra_is_one_line_that_names_it(arguments, package, extra, mo
 
 @pytest.mark.parametrize("flag, shown", [("--json", ["warning"]), ("-v", ["info", "warning"]), ("-q", [])])
 def test_verbose_and_quiet(flag, shown):
-    """Logs and bars go to stderr: more with -v, errors only and no bars with -q; stdout has the result only."""
+    """Logs and progress bars go to stderr: more with -v, only errors with -q; stdout contains only the result."""
     code = """
 import logging, sys, types
 

@@ -1,4 +1,4 @@
-"""The demonstration from end to end on the real model, with fewer and shorter steps."""
+"""The demonstration end to end on the real model, with fewer and shorter steps."""
 
 import json
 import shlex
@@ -40,7 +40,7 @@ def test_demo(smollm2_path, tmp_path, monkeypatch):
     assert dense["perplexity"] < recommended["perplexity"] < rows[3]["perplexity"] < paper["perplexity"]
     assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows)
     speeds = {(row["intermediate_size"], row["decode_tokens_per_second"]) for row in rows}
-    assert len(speeds) == 3, "a width has one speed, whatever the recipe"
+    assert len(speeds) == 3, "the speed depends only on the width, not on the recipe"
     assert json.loads((output / "demo.json").read_text()) == record
     markdown = (output / "demo.md").read_text()
     assert markdown.count("\n| ") == 1 + len(rows) and "torch" not in record["hardware"]
@@ -61,7 +61,7 @@ def test_demo(smollm2_path, tmp_path, monkeypatch):
 
 
 def test_models_are_timed_in_turns_and_the_fastest_run_counts(monkeypatch, tiny_model):
-    """Two models, three rounds: a b a b a b; the least time to the first and per later token."""
+    """Two models, three rounds in the order a b a b a b; the shortest times count."""
     order = []
 
     def timed(generator, prompts, new_tokens):

@@ -1,4 +1,4 @@
-"""Official tasks on the Hub's data and on local files, the fixed subsets, and data that is not right."""
+"""Official tasks on the Hub's data and on local files, fixed subsets, and malformed data."""
 
 import datasets
 import pytest
@@ -14,7 +14,7 @@ CHECKED = ("arc_challenge", "hellaswag", "gsm8k", "wikitext", "lambada_openai", 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`datasets.load_dataset` with the documents of `rows` and, as there, splits that no score needs."""
+    """Replace `datasets.load_dataset`: the documents of `rows` and, as on the Hub, splits that no score needs."""
 
     def load(path, name=None, **_):
         task = {
@@ -33,7 +33,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_local_files_are_the_hubs_data(hub, tmp_path, name):
+def test_local_files_equal_the_hubs_data(hub, tmp_path, name):
     """The same documents, requests, metrics and definition."""
     data = write_data(tmp_path)
     there, here = build(name, Limits()), build(name, Limits(), data)
@@ -50,7 +50,7 @@ def test_local_files_are_the_hubs_data(hub, tmp_path, name):
 
 
 def test_shots_are_the_official_ones(tmp_path):
-    """Five for GSM8K (from the training split) and MMLU; none for the others."""
+    """Five shots for GSM8K (from the training split) and MMLU; none for the others."""
     data, model = write_data(tmp_path), OracleLM()
     result = evaluate(model, "gsm8k", Limits(), data=data, **IDENTITY)
     assert result.shots == 5 and result.task_version == "3.0"
@@ -61,7 +61,7 @@ def test_shots_are_the_official_ones(tmp_path):
 
 
 def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
-    """Its subjects' accuracies weigh as many documents as they have, and each has five shots of its own subject."""
+    """Subjects are weighted by their number of documents, and each question has five shots from its subject."""
     sizes = {"mmlu_anatomy": 23, "mmlu_virology": 8}
     made = {
         leaf: [
@@ -84,8 +84,8 @@ def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
     assert all(sum(f"shot {n}" in prompt for n in range(5)) == 5 for _, (prompt, _) in model.seen)
 
 
-def test_musr_leaves_samples_out(tmp_path, monkeypatch):
-    """On local files MuSR is murder mysteries alone: of the other two only samples are to be had."""
+def test_musr_on_local_files_has_only_murder_mysteries(tmp_path, monkeypatch):
+    """With local files MuSR consists only of murder mysteries: of the other two only samples are available."""
     monkeypatch.setattr(tasks, "_local_overrides", lambda manager, leaf, data: {"custom_dataset": lambda **_: {}})
     seen = []
     from lm_eval.tasks import TaskManager

@@ -1,4 +1,4 @@
-"""The command that makes the quality table: reading text, going on after an interruption, the table."""
+"""The command that writes the quality table: reading text, resuming after an interruption, the table."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_row_once(command, tmp_path, monkeypatch, capsys):
-    """A run that stops half-way and goes on gives the records of one run, and nothing is measured twice."""
+    """An interrupted and resumed run gives the records of an uninterrupted one, and nothing is measured twice."""
     out, measured, reconstructed = tmp_path / "out", [], []
     perplexity = quality.windows_perplexity
 
@@ -79,8 +79,8 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
     calibrations = [r.shape for r in records if r.what == "calibrate"]
-    assert len(calibrations) == 3, "a text is calibrated on again when a later method comes back to it"
-    assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "the model's own text is no other text"
+    assert len(calibrations) == 3, "calibration was repeated when a later method used the same text"
+    assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "own text differs between calibrations"
     (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
     windows = 6 + len(own.read_text().split()) // quality.WINDOW
     assert windows > 6
@@ -97,7 +97,7 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert "| reconstructed | 6 + 3 |" in table
     assert quality.main(command) == 0 and len(measured) == 43
     assert (out / "quality.md").read_text() == table
-    (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # another text of that name is measured anew
+    (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # a different text is measured again
     assert quality.main(command) == 0 and len(measured) == 43 + 21
 
 
@@ -138,7 +138,7 @@ def test_detokenised(tokens, text):
     assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
 
 
-def test_other_text_is_left_alone():
+def test_other_text_is_unchanged():
     text = '  A " b " , c . \n\n\n\n d \'s'
     assert detokenised(text) == text
 
@@ -154,5 +154,5 @@ def test_bad_input(command, tmp_path, capsys):
     assert "windows must be at least 1" in capsys.readouterr().err
     (tmp_path / "calibration.txt").write_text("w01 w02")
     assert quality.main(command) == 2
-    assert not (tmp_path / "cache").exists(), "told after the model wrote"
+    assert not (tmp_path / "cache").exists(), "the error must come before text is generated"
     assert "the calibration text has 2 tokens" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Prefix trees give lm-eval's log-likelihoods, and those of one forward pass a request."""
+"""Prefix trees give the same log-likelihoods as lm-eval and as one forward pass per request."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def loaded(tmp_path_factory):
 
 
 def requests(seed, count=60):
-    """Requests that share beginnings of all lengths, some the same, some with one-token continuations."""
+    """Requests that share prefixes of all lengths; some are equal, some have one-token continuations."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length):
@@ -55,7 +55,7 @@ def test_log_likelihoods(loaded, monkeypatch, packed, related):
     monkeypatch.setattr(shared_context, "RELATED", related)
     model, tokenizer = loaded
     lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    # lm-eval's cache of logits takes requests for one that differ in where the continuation begins.
+    # lm-eval's logits cache treats requests as equal if they differ only in where the continuation begins.
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, logits_cache=False)
     made = requests(seed=packed)
     found = lm._loglikelihood_tokens(made, disable_tqdm=True)
@@ -69,7 +69,7 @@ def test_log_likelihoods(loaded, monkeypatch, packed, related):
 
 
 def test_whole_documents(loaded):
-    """Perplexities of running text go through the same code: windows without a shared beginning."""
+    """Perplexities of running text use the same code: windows without a shared prefix."""
     model, tokenizer = loaded
     lm, stock = (kind(pretrained=model, tokenizer=tokenizer, batch_size=2) for kind in (SharedContextLM, HFLM))
     from types import SimpleNamespace
@@ -88,7 +88,7 @@ def test_tree():
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [4]]
 
 
-def test_shared_beginnings_are_run_once():
+def test_shared_prefixes_are_computed_once():
     rows = sorted({(1, *range(100), n, n + 1) for n in range(20)})
     sizes = [len(tree.tokens) for tree, _ in chunks(rows)]
     assert sizes == [101 + 2 * 20]

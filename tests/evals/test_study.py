@@ -1,4 +1,4 @@
-"""The study's folder: it goes on where it was, never makes a result twice, never mixes two studies."""
+"""The study folder: resuming, computing no result twice, not mixing two studies."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ TASKS = ["wikitext", "lambada_openai", "hellaswag", "arc_challenge"]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model and data; both are only read."""
+    """A model and data, which no test changes."""
     root = tmp_path_factory.mktemp("inputs")
     save_tiny_model(root / "tiny")
     write_data(root / "data", count=4)
@@ -52,7 +52,7 @@ def arguments(inputs, out, *more, tasks=TASKS, ratios=("0.4",)):
 
 
 def contents(folder):
-    """Results without what differs from run to run."""
+    """Results without the fields that differ from run to run."""
     found = {}
     for path in sorted(folder.glob("*/*/*.json")):
         result = json.loads(path.read_text())
@@ -90,8 +90,8 @@ def test_killed_and_started_again(inputs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_nothing_is_made_twice(inputs, tmp_path, monkeypatch):
-    """A second run evaluates nothing; more ratios and tasks only what is new."""
+def test_no_result_is_computed_twice(inputs, tmp_path, monkeypatch):
+    """A second run evaluates nothing; with more ratios and tasks, only the new ones."""
     out, ran, evaluate = tmp_path / "out", [], study.evaluate
 
     def counted(lm, task, limits, **named):
@@ -127,7 +127,7 @@ def test_two_studies_do_not_mix(inputs, tmp_path, capsys):
     assert "is not empty and does not hold a study" in capsys.readouterr().err
 
 
-def test_a_changed_model_is_told(inputs, tmp_path, capsys):
+def test_a_changed_model_is_rejected(inputs, tmp_path, capsys):
     save_tiny_model(tmp_path / "tiny", seed=1)
     folder = tmp_path / "out"
     command = [
@@ -147,7 +147,7 @@ def test_a_changed_model_is_told(inputs, tmp_path, capsys):
 
 
 def test_processes_share_a_study(inputs, tmp_path):
-    """A configuration that another process is at is left to it."""
+    """A configuration that another process is evaluating is skipped."""
     folder = Folder(tmp_path / "out")
     source = StudyModel.find(inputs / "tiny")
     settings = Settings(limits=Limits(2), data=inputs / "data")
@@ -164,7 +164,7 @@ def test_processes_share_a_study(inputs, tmp_path):
 
 @pytest.mark.slow
 def test_full_disk(inputs, tmp_path, monkeypatch, capsys):
-    """One line, what was finished stays, and the study goes on when there is room again."""
+    """The error is one line, finished results remain, and the study resumes when there is space again."""
     out, write = tmp_path / "out", atomic.write
 
     def full(descriptor, data):
@@ -182,18 +182,18 @@ def test_full_disk(inputs, tmp_path, monkeypatch, capsys):
     assert len(contents(out)) == 8 and kept.items() <= contents(out).items()
 
 
-def test_data_without_a_field_keeps_what_is_finished(inputs, tmp_path, capsys):
+def test_data_without_a_field_keeps_finished_results(inputs, tmp_path, capsys):
     data = write_data(tmp_path / "data", count=4)
     (data / "arc_challenge" / "test.jsonl").write_text('{"question": "w1"}\n')
     command = ["eval", str(inputs / "tiny"), "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", *TASKS]
     assert main(command) == 2
     assert "line 1 has no field 'choices'" in capsys.readouterr().err.splitlines()[-1]
-    finished = ["tiny/dense/lambada_openai.json", "tiny/dense/wikitext.json"]  # those before it
+    finished = ["tiny/dense/lambada_openai.json", "tiny/dense/wikitext.json"]  # the tasks before it
     assert sorted(contents(tmp_path / "out")) == finished
 
 
 def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
-    """The release of WikiText and the same text as written are one calibration: the folder takes both."""
+    """WikiText's tokenised release and the same text before tokenisation count as the same calibration."""
     words = (inputs / "text.txt").read_text()
     for name, joint in (("tokenised", " @-@ "), ("running", "-")):
         (tmp_path / name).write_text(words + f" well{joint}known")
@@ -206,8 +206,8 @@ def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["hybrid", "surgeon"])
-def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score):
-    """The model that is scored is the one that `prune` makes of the same texts; statistics are collected once."""
+def test_calibrated_recipe_prunes_like_the_library(inputs, tmp_path, capsys, score):
+    """The evaluated model equals the one that `prune` returns for the same texts; statistics are collected once."""
     recipe, out = f"{score}+compensate", tmp_path / "out"
     texts = [(inputs / "text.txt").read_text(), " ".join(reversed((inputs / "text.txt").read_text().split()))]
     (tmp_path / "second.txt").write_text(texts[1])
@@ -230,13 +230,13 @@ def test_calibrated_recipe_prunes_as_the_library(inputs, tmp_path, capsys, score
     assert "with calibration 'text " in capsys.readouterr().err
     more = ["--scores", recipe, "--calibration", inputs / "text.txt"]
     assert main(arguments(inputs, out, *more, tasks=["wikitext"])) == 2
-    assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # of no concern to MAW
+    assert main(arguments(inputs, out, tasks=["wikitext"])) == 0  # not relevant for MAW
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("auto", 1e-5), ("bfloat16", 0.1)])
 def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
-    """The checkpoint of a configuration in lm-eval's own hf backend scores as the model in memory does."""
+    """A configuration's checkpoint gets the same scores in lm-eval's hf backend as the model in memory."""
     assert main(arguments(inputs, tmp_path / "memory", tasks=TASKS[:2])) == 0
     more = ["--backend", "hf", "--dtype", dtype]
     assert main(arguments(inputs, tmp_path / "backend", *more, tasks=TASKS[:2])) == 0
@@ -246,7 +246,7 @@ def test_checkpoint_in_a_backend(inputs, tmp_path, dtype, tolerance):
         assert other["dtype"] == ("float32" if dtype == "auto" else dtype)
         for metric, value in result["metrics"].items():
             assert other["metrics"][metric]["value"] == pytest.approx(value["value"], rel=tolerance)
-        if result["task"] == "lambada_openai" and dtype != "auto":  # the dtype did reach the backend
+        if result["task"] == "lambada_openai" and dtype != "auto":  # the dtype was passed to the backend
             assert other["per_document"] != pytest.approx(result["per_document"], rel=1e-5)
 
 
@@ -265,8 +265,8 @@ def test_samples_and_lengths(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_patched_is_unpatched(smollm2_path, tmp_path):
-    """SmolLM2, patched and not: the same accuracies, perplexity within 0.1 %."""
+def test_patched_scores_equal_unpatched_scores(smollm2_path, tmp_path):
+    """SmolLM2, patched and unpatched: equal accuracies, perplexity within 0.1 %."""
     data = write_data(tmp_path / "data", count=2)
     command = [
         "eval",
@@ -330,7 +330,7 @@ def test_names():
 
 
 def test_fingerprint(tmp_path):
-    """Another weight or another config is another revision; the name of the folder is not."""
+    """A different weight or config changes the revision; a different folder name does not."""
     first, second = save_tiny_model(tmp_path / "a", seed=1), save_tiny_model(tmp_path / "b", seed=1)
     assert fingerprint(str(first), read_config(first)) == fingerprint(str(second), read_config(second))
     model = AutoModelForCausalLM.from_pretrained(second)
@@ -347,7 +347,7 @@ def test_a_context_too_short_for_the_task(inputs, tmp_path, capsys):
     assert "gsm8k cannot be run: Invalid configuration" in capsys.readouterr().err
 
 
-def test_statistics_of_another_version_are_not_taken_from_the_cache(monkeypatch):
+def test_statistics_of_another_version_are_not_read_from_the_cache(monkeypatch):
     batches = [torch.arange(8).view(2, 4)]
     names = {study.statistics_file("model", batches, sensitivity) for sensitivity in (False, True)}
     monkeypatch.setattr(study, "VERSION", study.VERSION + 1)

@@ -1,4 +1,4 @@
-"""The report: published figures recomputed, changes against their noise, findings, plots."""
+"""The report: published figures recomputed, changes compared with their noise, findings, plots."""
 
 import csv
 import dataclasses
@@ -119,7 +119,7 @@ def test_paired_change_of_perplexities():
 
 
 def made(task, ratio, values, recipe="maw", model="m", **more):
-    """A result whose documents have these values."""
+    """A result with these values per document."""
     spec = TASKS[task]
     mean = math.exp(-sum(values) / len(values)) if spec.lower_is_better else sum(values) / len(values)
     return Result(
@@ -156,7 +156,7 @@ def some(share, count=60):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A study in which MMLU falls, TruthfulQA rises, WinoGrande moves by a document, GSM8K is at zero."""
+    """A study in which MMLU falls, TruthfulQA rises, WinoGrande changes by one document, and GSM8K is zero."""
     found = []
     for step in range(5):
         ratio = step / 10
@@ -199,15 +199,15 @@ def test_marks_and_verdicts(folder):
     assert words["truthfulqa_mc2"].startswith("**holds**")
     assert words["gsm8k"] == "**cannot be judged**: the dense model is not above chance on gsm8k"
     assert words["ifeval"] == "not measured"
-    # The other way round.
-    turned = [made("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
-    (series,) = all_series(turned)
+    # The opposite change.
+    opposite = [made("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
+    (series,) = all_series(opposite)
     ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
     assert verdict(ifeval, series) == "**does not hold** (0 of 2 changes with it beyond the noise, 2 against it)"
 
 
-def test_one_mark_of_six_is_no_finding():
-    """A score that falls once and stays five times; one below chance; one that does both."""
+def test_one_mark_of_six_is_not_a_finding():
+    """A score that falls at one of six ratios, one below chance, and one that rises and falls."""
 
     def series_of(task, shares):
         found = [made(task, ratio / 10, some(share, 200)) for ratio, share in enumerate(shares)]
@@ -230,17 +230,17 @@ def test_one_mark_of_six_is_no_finding():
 
 @pytest.mark.parametrize("total, least", [(1, 1), (2, 1), (3, 2), (6, 2), (12, 2), (24, 3)])
 def test_marks_beyond_chance(total, least):
-    """The least number of marks that a binomial gives in less than one case in twenty, summed up by hand."""
+    """The smallest number of marks with a binomial tail probability below 5 %, summed directly."""
     chances = [math.comb(total, k) * 0.025**k * 0.975 ** (total - k) for k in range(total + 1)]
     assert sum(chances[least:]) < 0.05 <= sum(chances[least - 1 :])
     assert is_beyond_chance(least, total) and not is_beyond_chance(least - 1, total)
 
 
-def test_published_findings_are_told_plainly(folder):
+def test_verdicts_on_published_findings(folder):
     """IFEval rises for the two base models; the published instruct model falls."""
     ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
-    told = [published_verdict(ifeval, model) for model in scores.MODELS]
-    assert told == ["holds: 6 of 6", "holds: 6 of 6", "does not hold: 0 of 3"]
+    verdicts = [published_verdict(ifeval, model) for model in scores.MODELS]
+    assert verdicts == ["holds: 6 of 6", "holds: 6 of 6", "does not hold: 0 of 3"]
 
 
 @pytest.mark.slow

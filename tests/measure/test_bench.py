@@ -1,4 +1,4 @@
-"""`gluprune bench` on a tiny model: the right widths, tokens, bytes and joules in the records; errors."""
+"""`gluprune bench` on a tiny model: widths, tokens, bytes and joules in the records; errors."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_tied_embeddings_are_read_as_the_head(tiny_model):
 
 
 class ScriptedMeter(Meter):
-    """Every window takes 2 s; a run of it 6 J for each new token and 10 J beside them. At rest 3 W."""
+    """Every window takes 2 s; a run takes 10 J plus 6 J for each new token. Idle power is 3 W."""
 
     def __init__(self):
         super().__init__(Unmetered(""))
@@ -89,14 +89,14 @@ def test_joules(tiny_model):
     assert by["generation: energy of the prefill"].p50 == 10 + 6
 
 
-def test_energy_that_was_not_measured_has_words_and_no_figure(tiny_model):
+def test_energy_that_was_not_measured_has_a_reason_and_no_figure(tiny_model):
     meter = Meter(Unmetered("no counter"))
     made = measured(tiny_model(), Workload(1, 5, 2), meter, meter.idle())
     energy = [record for record in made if "energy" in record.what]
     assert [(record.p50, record.refusal) for record in energy] == [(None, "not measured: no counter")]
 
 
-def test_energy_that_nobody_asked_for_has_no_record(tiny_model):
+def test_energy_that_was_not_requested_has_no_record(tiny_model):
     plan = dataclasses.replace(TINY, energy_seconds=None)
     records = measured(tiny_model(), Workload(1, 5, 2), ScriptedMeter(), Energy(9.0, 3.0, ""), plan=plan)
     made = [record.what for record in records]
@@ -109,7 +109,7 @@ def test_a_decoding_that_the_model_does_not_support_is_recorded(tiny_model):
     assert (missing.what, missing.p50) == ("generation: TTLT", None) and "sliding window" in missing.refusal
 
 
-def test_prompts_are_those_of_the_seeds(tiny_model):
+def test_prompts_depend_only_on_the_seed(tiny_model):
     model = tiny_model()
     one, again, other = (bench.random_prompts(model, Workload(2, 5, 4), seed, 3) for seed in (1, 1, 2))
     assert len(one) == 3 and one[0].shape == (2, 5)
@@ -117,7 +117,7 @@ def test_prompts_are_those_of_the_seeds(tiny_model):
 
 
 def test_the_papers_preset():
-    """Six workloads, three seeds, six widths beside the dense one, half a minute at rest."""
+    """Six workloads, three seeds, six widths in addition to the dense one, 30 s idle."""
     plan = bench.bench_plan("paper", torch.device("cpu"))
     lengths = {(w.batch, w.new_tokens) for w in plan.workloads}
     assert len(plan.workloads) == 6 and lengths == {(batch, new) for batch in (1, 8) for new in (20, 50, 150)}
@@ -137,13 +137,13 @@ def test_default_plans_by_device():
 
 
 @pytest.mark.parametrize("name, parameters", [("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)])
-def test_shapes_are_those_of_the_real_models(name, parameters):
+def test_shapes_match_the_real_models(name, parameters):
     model = build_empty(CONFIGS[name])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_random_weights(monkeypatch, tiny_model):
-    """Drawn anew for every matrix, vectors of ones, tied head, rotary frequencies as the stock class has them."""
+    """A new draw for every matrix, vectors of ones, tied head, rotary frequencies as in the stock class."""
     stock = tiny_model(tie_word_embeddings=True)
     monkeypatch.setitem(CONFIGS, "tiny", stock.config)
     model = random_model("tiny", torch.float32)
@@ -215,7 +215,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, mess
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without CUDA says")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error on a machine without CUDA")
 def test_no_cuda(tmp_path, capsys):
     assert main(["bench", "--random", "llama-3.2-1b", "--device", "cuda:1", "--out", str(tmp_path / "out")]) == 2
     assert "device 'cuda:1' is not available: torch does not find a CUDA device" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The energy meter against a scripted NVML and a fake powercap tree: counters that wrap, stall or are missing."""
+"""The energy meter with a scripted NVML and a fake powercap tree: counters that wrap, stall or are missing."""
 
 import time
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ from gluprune.measure.energy import Energy, Meter, NvmlDevice, find_meter, integ
 
 
 class ScriptedNVML:
-    """Two GPUs: their power (W) and the readings of their counters (mJ), one after the other; None raises.
+    """Two GPUs with scripted sequences of power (W) and counter readings (mJ); None raises.
 
-    The second can hold a MIG slice. Every look at a GPU is written down.
+    The second can contain a MIG slice. Every access to a GPU is recorded.
     """
 
     NVMLError = pynvml.NVMLError
@@ -54,7 +54,7 @@ class ScriptedNVML:
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch):
-    """Scripted readings need no second."""
+    """Shorten the windows: scripted readings need no real time."""
     monkeypatch.setattr(NvmlDevice, "shortest_window", 0.1)
     monkeypatch.setattr(NvmlDevice, "settling", 0.02)
     monkeypatch.setattr(energy, "SAMPLING_INTERVAL", 0.02)
@@ -79,7 +79,7 @@ def test_counter():
         ([5_000_000, 5_000_000], "the energy counter did not advance"),
         ([None, None], "NVML has no energy counter here"),
         ([5_000_000, None], "NVML has no energy counter here"),
-        ([5_000_000, 1_000], "the energy counter reported"),  # reloaded: read as a wrapped counter it would be 4 MJ
+        ([5_000_000, 1_000], "the energy counter reported"),  # driver reloaded: as a wrapped counter this would be 4 MJ
         ([5_000_000, 5_000_100], "the energy counter reported 0.1 J"),  # stopped after the first tick
     ],
 )
@@ -109,8 +109,8 @@ def test_neither_counter_nor_power_is_not_measured(readings, complaint):
     assert used.method.startswith(f"not measured: {complaint}, and NVML reports no power (")
 
 
-def test_power_that_is_lost_in_the_window_is_no_power():
-    """Samples of a part of the window would tell a part of the energy."""
+def test_power_readings_that_stop_in_the_window_are_not_used():
+    """Samples from a part of the window would give only a part of the energy."""
     readings = iter([200.0, 200.0, None])
     assert measured(ScriptedNVML(lambda: next(readings), {"first": [0, 0]})).joules is None
     readings = iter([200.0, 200.0, None])
@@ -139,13 +139,13 @@ def test_an_error_in_the_window_ends_the_sampling():
 
 
 def visible(monkeypatch, uuid):
-    """torch's only visible device has this UUID, whatever its index there is."""
+    """Give torch's only visible device this UUID, independently of its index."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
 
 
 @pytest.mark.parametrize("uuid", ["bbbb", "GPU-bbbb"])
 def test_a_device_masked_by_uuid(monkeypatch, uuid):
-    """With CUDA_VISIBLE_DEVICES=GPU-bbbb (or 1), cuda:0 is NVML's second GPU: only that one is looked at."""
+    """With CUDA_VISIBLE_DEVICES=GPU-bbbb (or 1), cuda:0 is NVML's second GPU: only that one is accessed."""
     nvml = ScriptedNVML(200.0, {"first": [0, 999_000], "second": [0, 40_000]})
     visible(monkeypatch, uuid)
     with Meter(energy._nvml_source(torch.device("cuda:0"), nvml)).window() as window:
@@ -175,7 +175,7 @@ def test_a_gpu_that_nvml_does_not_know_is_not_measured(monkeypatch, nvml, uuid):
 
 @pytest.fixture
 def powercap(tmp_path, monkeypatch):
-    """Two packages, a part of one, and a domain that holds everything."""
+    """Two packages, a subdomain of one, and a domain that contains everything."""
     for folder, name, microjoules in [
         ("intel-rapl:0", "package-0", 1_000_000),
         ("intel-rapl:0:0", "dram", 77),
@@ -196,13 +196,13 @@ def test_rapl_sums_packages_and_unwraps(powercap):
     with find_meter("cpu").window() as window:
         time.sleep(0.06)
         (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
-        (powercap / "intel-rapl:1" / "energy_uj").write_text("1250000")  # 1 J to its range, and 1.25 J
+        (powercap / "intel-rapl:1" / "energy_uj").write_text("1250000")  # 1 J to the end of its range, plus 1.25 J
         (powercap / "intel-rapl:0:0" / "energy_uj").write_text("5000000")
     assert window.energy.joules == pytest.approx(2.5 + 2.25)
     assert window.energy.method == "RAPL, 2 processor packages"
 
 
-def test_rapl_that_stands_still_is_not_measured(powercap):
+def test_rapl_that_does_not_advance_is_not_measured(powercap):
     with find_meter("cpu").window() as window:
         time.sleep(0.06)
         (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
@@ -227,7 +227,7 @@ def test_rapl_that_may_not_be_read(powercap, monkeypatch):
 def test_no_counter_at_all(monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     meter = find_meter("cpu")
-    used, idle = meter.repeat(lambda: pytest.fail("run for nothing"))[0], meter.idle(seconds=100)
+    used, idle = meter.repeat(lambda: pytest.fail("run in vain"))[0], meter.idle(seconds=100)
     assert used.joules is None and used.above(idle) is None
     assert used.method == "not measured: this machine has no RAPL counter of a processor package"
     assert "meta devices" in find_meter("meta").repeat(lambda: None)[0].method
@@ -237,7 +237,7 @@ def test_no_counter_at_all(monkeypatch, tmp_path):
 
 
 def test_work_is_repeated_until_the_window_is_full(powercap):
-    """10 ms of work, 0.1 J each: the joules of a run come out, however many there were."""
+    """Runs of 10 ms and 0.1 J: the result is the energy per run, for any number of runs."""
     done = []
 
     def work():
@@ -248,9 +248,9 @@ def test_work_is_repeated_until_the_window_is_full(powercap):
             counter.write_text(str((int(counter.read_text()) + 50_000) % 10_000_000))
 
     used, runs = find_meter("cpu").repeat(work, seconds=0.3)
-    assert used.seconds >= 0.3 and 1 < runs <= 30 and runs == len(done) - 1  # and one before the window
+    assert used.seconds >= 0.3 and 1 < runs <= 30 and runs == len(done) - 1  # plus one before the window
     assert used.joules / runs == pytest.approx(0.1)
-    used, runs = find_meter("cpu").repeat(work, seconds=0)  # no shorter than what the counter resolves
+    used, runs = find_meter("cpu").repeat(work, seconds=0)  # not shorter than the counter's resolution
     assert used.seconds >= 0.05 and used.joules / runs == pytest.approx(0.1)
 
 

@@ -1,4 +1,4 @@
-"""The timer of generation, against a model whose steps take a known time; the ways of decoding, against each other."""
+"""The timer of generation, on a model whose steps take a known time; the decoding methods give equal tokens."""
 
 import time
 
@@ -20,8 +20,8 @@ NEW_TOKENS = 7
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prefill_and_decode_are_told_apart(tiny_model, monkeypatch, batch):
-    """Prefill sleeps 0.2 s and a decode step 0.02 s: the order and the lower bounds must show, whatever the machine."""
+def test_prefill_and_decode_are_timed_separately(tiny_model, monkeypatch, batch):
+    """Prefill sleeps 0.2 s and a decode step 0.02 s: the order and the lower bounds must hold on any machine."""
     model, steps = tiny_model(), []
     original = model.forward
 
@@ -63,22 +63,22 @@ def test_one_new_token_is_too_few(tiny_model):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=1)
 
 
-# --- the ways of decoding give the same tokens ---
+# --- all decoding methods give the same tokens ---
 
 
 def generate(generator, prompt, new_tokens=NEW_TOKENS):
-    """The tokens, and how many of them were announced."""
-    told = []
-    tokens = generator(prompt, new_tokens, lambda: told.append(1))
-    return tokens.tolist(), len(told)
+    """The tokens, and the number of calls of `on_token`."""
+    calls = []
+    tokens = generator(prompt, new_tokens, lambda: calls.append(1))
+    return tokens.tolist(), len(calls)
 
 
 def assert_same_tokens(model, generator):
-    """Also in later runs, whose cache holds what an earlier run left, and with fewer tokens than there is room for."""
+    """Also in later runs, whose cache contains values of an earlier one, and with fewer tokens than the cache allows."""
     for new_tokens in (NEW_TOKENS, NEW_TOKENS, 3, 1):
         prompt = torch.randint(3, 64, (2, 9), device=model.device)
-        plain, told = generate(make_generator("generate", model, prompt, new_tokens), prompt, new_tokens)
-        assert told == new_tokens
+        plain, count = generate(make_generator("generate", model, prompt, new_tokens), prompt, new_tokens)
+        assert count == new_tokens
         assert [len(row) for row in plain] == [new_tokens] * 2 and not any(2 in row for row in plain)
         assert generate(generator, prompt, new_tokens) == (plain, new_tokens)
 
@@ -90,7 +90,7 @@ def test_the_static_step_gives_the_tokens_of_generate(tiny_model, family):
 
 
 class HostTraffic(TorchDispatchMode):
-    """Notes what waits for a GPU or copies from Python's memory: neither may be in a CUDA graph."""
+    """Records operators that synchronise with the GPU or copy from host memory, which a CUDA graph cannot contain."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ def test_the_static_step_can_be_captured(tiny_model, family):
 
 
 def test_end_of_sequence_is_never_chosen(tiny_model):
-    """Token 2 would be: both ways must leave it out."""
+    """Token 2 would be chosen: both methods must suppress it."""
     model = tiny_model(seed=3)
     model.lm_head.weight.data[2] = 100 * model.lm_head.weight.data.abs().max()
     assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))
@@ -143,7 +143,7 @@ def test_the_graph_gives_the_tokens_of_generate(tiny_model, is_patched, width):
     assert_same_tokens(model, make_generator("graph", model, prompt, NEW_TOKENS))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without CUDA says")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error on a machine without CUDA")
 def test_a_graph_needs_cuda(tiny_model):
     with pytest.raises(ValueError, match="decoding 'graph' needs a CUDA device, the model is on cpu"):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="graph")
@@ -154,6 +154,6 @@ def test_unknown_decoding(tiny_model):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="fast")
 
 
-def test_sliding_windows_have_no_static_step(tiny_model):
+def test_sliding_windows_do_not_support_the_static_step(tiny_model):
     with pytest.raises(ValueError, match="this model has a sliding window"):
         make_generator("compiled", tiny_model("gemma2"), torch.tensor([[5, 6]]), 2)

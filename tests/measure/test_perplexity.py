@@ -1,4 +1,4 @@
-"""Perplexity against the sum of log-probabilities written out in float64."""
+"""Perplexity compared with the sum of log-probabilities in float64."""
 
 import math
 

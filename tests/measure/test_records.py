@@ -1,4 +1,4 @@
-"""Records: the spread of what was measured, one JSON line each, nothing made up."""
+"""Records: spread of the measurements, one JSON line each, no figures that were not measured."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_append_and_read(tmp_path):
 
 
 def test_floor_and_missing_figure(tmp_path):
-    """Half of the floor's speed is a share of one half; a missing figure has a reason; both survive the file."""
+    """Twice the floor's time is a share of one half; a missing figure has a reason; both can be read back."""
     slow = records.Record.of(
         "copy", "torch", {}, torch.float32, unit="s", values=[4.0], nbytes=10, flops=20, floor=2.0, method="clock"
     )
@@ -46,10 +46,10 @@ def test_floor_and_missing_figure(tmp_path):
 
 
 def test_committed_records_can_be_read():
-    """Those of earlier versions too."""
+    """Including records of earlier versions."""
     root = Path(__file__).parents[2]
     for path in [*root.glob("benchmarks/results/**/*.jsonl"), *root.glob("evals/results/**/*.jsonl")]:
-        if path.name != "kernels_aot.jsonl":  # of the ahead-of-time check, which has lines of its own
+        if path.name != "kernels_aot.jsonl":  # of the ahead-of-time check, which has a different format
             assert records.read(path), path
 
 

@@ -19,7 +19,7 @@ def test_every_recipe_is_parsed_from_its_name(score, compensate, allocation, rec
 @pytest.mark.parametrize(
     "text", ["", "best", "maw+", "maw+compensated", "maw+compensate+compensate", "compensate", "maw compensate", "+maw"]
 )
-def test_unknown_names_are_refused(text):
+def test_unknown_names_are_rejected(text):
     with pytest.raises(ValueError, match=r"unknown recipe .* give a score .*maw_gud.*surgeon.*\+compensate"):
         Recipe.parse(text)
 
@@ -37,7 +37,7 @@ def test_unknown_names_are_refused(text):
         ({"multiple_of": 2.0}, ValueError, "multiple_of must be an integer of at least 1, got 2.0"),
     ],
 )
-def test_bad_values_are_refused(arguments, error, message):
+def test_bad_values_are_rejected(arguments, error, message):
     with pytest.raises(error, match=message):
         Recipe(**arguments)
 

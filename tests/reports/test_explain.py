@@ -1,4 +1,4 @@
-"""The split of a difference: by a scripted clock, by records, and by the published figures."""
+"""The breakdown of a difference: with a scripted clock, from records, and for the published figures."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from gluprune.reports import breakdown, report
 from gluprune.reports.breakdown import Cost, split
 
 
-def test_every_part_alone():
+def test_every_part_separately():
     before = Cost(tokens=11, each=0.02, first=0.1, launch=0.015)
     assert before.total == pytest.approx(0.1 + 10 * 0.02)
     parts = [
@@ -33,7 +33,7 @@ def test_every_part_alone():
 
 
 def test_every_part_at_once():
-    """Tokens more at what a token cost before, everything else for the tokens that there are now."""
+    """Additional tokens count at the old time per token, all other parts with the new number of tokens."""
     found = split(Cost(11, 0.02, 0.1, 0.015), Cost(21, 0.05, 0.2, 0.025))
     expected = {"output_length": 10 * 0.02, "prefill": 0.1, "per_token": 20 * 0.02, "launches": 20 * 0.01}
     assert vars(found) == pytest.approx(expected)
@@ -41,7 +41,7 @@ def test_every_part_at_once():
 
 @pytest.mark.parametrize("has_first", [True, False])
 @pytest.mark.parametrize("has_launch", [True, False])
-def test_nothing_is_left_over(has_first, has_launch):
+def test_the_parts_add_up(has_first, has_launch):
     def cost():
         first, launch = random.random() if has_first else None, random.random() if has_launch else None
         return Cost(random.randint(2, 99), random.random(), first, launch)
@@ -52,13 +52,13 @@ def test_nothing_is_left_over(has_first, has_launch):
     assert (found.prefill is None, found.launches is None) == (not has_first, not has_launch)
 
 
-def test_unlike_costs_are_refused():
+def test_costs_with_different_parts_are_rejected():
     with pytest.raises(ValueError, match="the first token is separated in only one of the two costs"):
         split(Cost(3, 1.0), Cost(3, 1.0, 2.0))
 
 
-def test_a_scripted_clock_comes_out_part_by_part(monkeypatch):
-    """The second run has a prefill 2 s longer, 3 tokens more and 0.25 s more for each later token."""
+def test_a_scripted_clock_is_split_into_its_parts(monkeypatch):
+    """The second run has a 2 s longer prefill, 3 more tokens, and 0.25 s more per later token."""
     now = [0.0]
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: now[0])
 
@@ -102,7 +102,7 @@ def table_rows(markdown, title):
 
 @pytest.mark.slow
 def test_records_are_split_against_the_dense_models_plain_generate(tmp_path):
-    """Launches take 6 ms of the dense model's 10, 7 ms of the narrow one's 9 and none of a graph's."""
+    """Launches take 6 of the dense model's 10 ms, 7 of the narrow model's 9 ms, and no time in a graph."""
     records = [
         *run(128, "transformers", "generate", 0.1, 0.010, joules=2.0, prefill=4.0),
         *run(128, "transformers", "graph", 0.1, 0.004, joules=1.0, prefill=4.0),
@@ -116,18 +116,18 @@ def test_records_are_split_against_the_dense_models_plain_generate(tmp_path):
     assert rows["128", "transformers", "graph"] == pytest.approx([200, 140, -60, 0, 0, 0, -60])
     assert rows["99", "transformers", "generate"] == pytest.approx([200, 170, -30, 0, -20, -20, 10])
     assert rows["99", "transformers", "graph"] == pytest.approx([200, 100, -100, 0, -20, -20, -60])
-    alone = rows["99", "gluprune", "generate"]
-    assert alone[:6] == pytest.approx([200, 120, -80, 0, -30, -50]) and alone[6] is None
+    patched = rows["99", "gluprune", "generate"]
+    assert patched[:6] == pytest.approx([200, 120, -80, 0, -30, -50]) and patched[6] is None
     assert ("128", "transformers", "generate") not in rows
-    # 22 tokens of 2 J are 44 J, 40 of them after the prefill: 4 J a step, of which launching takes 4 - 1.8.
+    # 22 tokens of 2 J are 44 J, 40 of them after the prefill: 4 J per step, of which launches take 4 - 1.8.
     assert table_rows(markdown, "Energy")["128", "transformers", "graph"] == pytest.approx([44, 22, -22, 0, 0, 0, -22])
     for record in records:
         append(tmp_path / "model.jsonl", record)
     assert markdown in report.write(records, tmp_path / "out").read_text()
 
 
-def test_gains_beside_the_ratio_of_the_bytes(tmp_path):
-    """Half of the bytes in 1 / 1.6 of the time: 80 % of what the bytes promise."""
+def test_gains_compared_with_the_ratio_of_the_bytes(tmp_path):
+    """Half of the bytes in 1 / 1.6 of the time: 80 % of the speed-up that the bytes allow."""
     shape = {"model": "m", "H": 8, "batch": 1, "prompt": 5, "new tokens": 11, "decoding": "generate"}
     records = [
         Record.of("generation: TPOT", "p", {**shape, "I": I}, torch.float32, unit="s", values=[seconds], nbytes=nbytes)
@@ -146,14 +146,14 @@ def test_no_records_of_generation_no_section(tmp_path):
 # --- the published figures ---
 
 
-def test_the_published_latency_is_output_length():
+def test_output_length_explains_the_published_latency():
     errors = [abs(error) for error in latency.prediction_errors()]
     assert len(errors) == 2 * 3 * 6  # models, workloads at batch 1, prunings
     assert statistics.median(errors) < 0.03
 
 
 def test_predictions_by_hand_from_the_raw_rows():
-    """1B, HellaSwag at batch 1, half of the neurons: the three runs of both models, read here."""
+    """1B, HellaSwag at batch 1, half of the neurons: computed here from the three runs of both models."""
     document = json.loads((files("gluprune_evals.paper") / "data" / "published_inference.json").read_text())
     rows = [dict(zip(document["columns"], row, strict=True)) for row in document["rows"]]
     assert len(rows) == 2 * 7 * 6 * 3
@@ -176,7 +176,7 @@ def test_predictions_by_hand_from_the_raw_rows():
     assert document["source"]["licence"].startswith("MIT") and "2512.22671" in document["source"]["paper"]
 
 
-def test_odd_widths_pay_at_batch_8_and_not_at_batch_1():
+def test_odd_widths_cost_energy_at_batch_8_but_not_at_batch_1():
     for model in ("Llama-3.2-1B", "Llama-3.2-3B"):
         for workload in ("hellaswag", "mmlu", "ifeval"):
             batched = latency.odd_excess(model, f"{workload} b8")

@@ -1,4 +1,4 @@
-"""Reports from made-up records: the right figure in the right cell, plots that hold what they should, comparisons."""
+"""Reports from synthetic records: figures in the table cells, contents of the plots, comparisons."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def measured(provider, seconds, I=8192, M=1, what="mlp: forward", unit="s", repe
 
 @pytest.fixture
 def run():
-    """Two widths by two numbers of tokens, ceilings of 1 TB/s and 100 TFLOP/s; the peer takes no unaligned width."""
+    """Two widths, two numbers of tokens, ceilings of 1 TB/s and 100 TFLOP/s; the peer supports no unaligned width."""
     records = [
         Record.of("ceiling: copy", "torch", {"bytes": 10**9}, BF16, unit="s", values=[2e-3], nbytes=2 * 10**9),
         Record.of("ceiling: gemm", "torch", {"n": 8192}, BF16, unit="s", values=[0.01], flops=10**12),
@@ -77,15 +77,15 @@ def test_higher_is_better_for_rates():
     assert report.win(rows) == pytest.approx(3) and report.win([measured("eager", 4.0), measured("gluprune", 1.0)]) == 4
 
 
-def test_what_lies_within_the_spread_is_no_loss(tmp_path):
-    """Two percent behind is a loss at a spread of one percent, and none at one of ten."""
+def test_a_difference_within_the_spread_is_not_a_loss(tmp_path):
+    """Two percent slower is a loss with a spread of one percent, but not with ten."""
     for spread, lost in ((0.01, 1), (0.1, 0)):
         rows = [measured("eager", 1.0, spread=spread), measured("gluprune", 1.02, spread=spread)]
         markdown = report.write(rows, tmp_path).read_text()
         assert f"by more than the spread in {lost} of 1 cells; geometric mean 0.98×" in markdown
 
 
-def test_forced_paths_are_no_peers():
+def test_forced_paths_are_not_peers():
     rows = [measured("eager", 4.0), measured("gluprune", 2.0), measured("gluprune, triton", 1.0)]
     assert report.win(rows) == 2
     assert report.win(rows[1:]) is None and report.win(rows[:1]) is None
@@ -103,8 +103,8 @@ def test_report_of_a_folder(run, tmp_path, capsys):
     assert all(f"({name})" in markdown for name in pictures)
 
 
-def test_report_beside_its_records_and_of_one_width(tmp_path, capsys):
-    """One width has no plot against the width; one provider no wins; no ceilings no roofline."""
+def test_report_next_to_its_records_with_one_width(tmp_path, capsys):
+    """No plot against width for one width, no wins for one provider, no roofline without ceilings."""
     path = keep([measured("eager", 1.0, I=128)], tmp_path / "mlp.jsonl")
     assert main(["report", str(path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
@@ -117,7 +117,7 @@ def test_last_record_of_a_figure_counts(tmp_path):
 
 
 def test_points_of_the_plots(run, tmp_path, monkeypatch):
-    """What is drawn: the roof's knee, a gain of four over eager dense, and the logarithms of the wins."""
+    """The plotted points: the knee of the roofline, a fourfold gain over eager dense, and the logarithms of wins."""
     drawn = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path.name: figure}))
     report.write(run, tmp_path)
@@ -165,7 +165,7 @@ def test_regressions_beyond_the_spread(unit, worse):
 
 
 def test_ranges_that_touch_are_the_same():
-    """From p20 to p80 in both: neither a median outside of the other's range nor its end alone is enough."""
+    """The p20-p80 ranges must not overlap: a median or one end outside the other range is not enough."""
     old = dataclasses.replace(measured("eager", 10.0), p20=9.0, p50=10.0, p80=11.0)
     for p20, p50, p80, verdict in [
         (10.9, 12, 13, "same"),
@@ -176,7 +176,7 @@ def test_ranges_that_touch_are_the_same():
         assert compare([old], [dataclasses.replace(old, p20=p20, p50=p50, p80=p80)]).changes[0].verdict == verdict
 
 
-def test_what_cannot_be_compared():
+def test_figures_that_cannot_be_compared():
     once = measured("eager", 1.0, repeats=1)
     result = compare([once, measured("peer", 1.0)], [faster(once, 9), measured("eager", 1.0, M=8)])
     assert [change.verdict for change in result.changes] == ["no spread"] and not result.regressions
@@ -199,9 +199,9 @@ def test_compare_on_the_command_line(tmp_path, capsys):
     after = keep([old[0], faster(old[1], 2)], tmp_path / "new.jsonl")
     assert main(["report", "--compare", str(before), str(before)]) == 0
     assert main(["report", "--compare", str(before), str(after)]) == 1
-    told = capsys.readouterr().out
-    assert "worse: mlp: forward, gluprune, model 1b, H 2048, I 8192, M 1, bfloat16: 1 -> 2 s (+100.0%)" in told
-    assert "1 same, 1 worse" in told
+    printed = capsys.readouterr().out
+    assert "worse: mlp: forward, gluprune, model 1b, H 2048, I 8192, M 1, bfloat16: 1 -> 2 s (+100.0%)" in printed
+    assert "1 same, 1 worse" in printed
     assert main(["report", "--compare", str(before), str(after), "--json"]) == 1
     assert [change["verdict"] for change in json.loads(capsys.readouterr().out)["changes"]] == ["same", "worse"]
 
@@ -223,6 +223,6 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
         (tmp_path / "bad.jsonl").write_text("{}\n")
         (tmp_path / "empty.jsonl").write_text("")
     assert main(["report", *arguments]) == 2
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("gluprune report: error: ") and message in told
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("gluprune report: error: ") and message in printed
     assert not list(tmp_path.glob("*.md"))

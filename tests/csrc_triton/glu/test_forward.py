@@ -18,8 +18,8 @@ from csrc_triton.launch.paths import PATHS
 from tests.helpers.glu_cases import LAYOUTS, TOLERANCE, error, make_case
 from tests.helpers.poison import poison_empty
 
-WIDTHS = (7373, 6554, 5735, 4916, 4096, 3277)  # of Llama-3.2 at the pruning ratios 10 ... 60 %
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter runs where no GPU does
+WIDTHS = (7373, 6554, 5735, 4916, 4096, 3277)  # widths of Llama-3.2 at pruning ratios 10 ... 60 %
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter is used without a GPU
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="blocks chosen for the interpreter")
 
 
@@ -65,7 +65,7 @@ def power(low: int, high: int):
 
 @st.composite
 def decisions(draw, M: int, IP: int) -> Launch:
-    """Any launch of small blocks: many programs, many steps of K and many tails in a small problem."""
+    """Launches with small blocks, so that a small problem has many programs, K steps and tails."""
     pdl = draw(st.booleans())
     path = draw(st.sampled_from(("decode", "small", "prefill") + ("gemv",) * (M == 1)))
     if path == "gemv":
@@ -252,7 +252,7 @@ def test_bad_input(change, kind, message):
 @pytest.mark.parametrize("M", [1, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_aligned(layout, M):
-    """Rows meet the requirements of descriptors and 16-byte loads; x is copied only if it does not."""
+    """Rows meet the requirements of descriptors and 16-byte loads; x is copied only if its rows do not."""
     x = make_case(8, M, 40, 7, torch.float16, layout=layout).x
     y = _aligned(x)
     assert torch.equal(x, y)
@@ -321,7 +321,7 @@ def test_on_gpu(path, I, M, dtype):
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", PATHS)
 def test_cuda_graph(path):
-    """A captured call computes with what its input holds at replay."""
+    """A captured call uses the values that its input has at replay."""
     M = 1 if path == "gemv" else 40
     case, other = (make_case(seed, M, 1024, 1500, torch.float16, device="cuda") for seed in (5, 6))
     other.weights = case.weights

@@ -1,4 +1,4 @@
-"""Each planned kernel separately, against float64 and against its PyTorch twin."""
+"""Each planned kernel separately, compared with float64 and with its PyTorch reference."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def poisoned(monkeypatch):
 
 
 def planned(config, case):
-    """The plan of one half for the case, on sm_90 where there is no GPU."""
+    """The planned calls of one config for the case; for sm_90 if there is no GPU."""
     return config.plan(case.x, case.weights, case.weights.problem(case.x))
 
 
@@ -57,7 +57,7 @@ def planned(config, case):
 @pytest.mark.parametrize("kernel", GATE_UP)
 def test_gate_up(kernel, activation, biases, packed, seed):
     M, config = GATE_UP[kernel]
-    H = 96 if kernel == "tma" else 90  # the others mask a tail of K
+    H = 96 if kernel == "tma" else 90  # the other kernels mask a tail of K
     case = make_case(seed, M, H, 205, activation=activation, biases=biases, device=DEVICE, packed=packed)
     a = planned(config, case).run()
     assert hidden_error(a, case) < FLOAT32
@@ -66,7 +66,7 @@ def test_gate_up(kernel, activation, biases, packed, seed):
 
 
 @pytest.mark.parametrize("kernel", GATE_UP)
-def test_pad_columns_of_an_infinite_token_are_zero(kernel, seed):
+def test_padding_of_an_infinite_token_is_zero(kernel, seed):
     M, config = GATE_UP[kernel]
     case = make_case(seed, M, 64, 130, device=DEVICE)
     case.x[0, 5] = float("inf")
@@ -74,9 +74,9 @@ def test_pad_columns_of_an_infinite_token_are_zero(kernel, seed):
     assert a[:, 130:].eq(0).all()
 
 
-def test_persistent_programs_take_every_nth_tile(seed, monkeypatch):
+def test_persistent_programs_process_every_nth_tile(seed, monkeypatch):
     monkeypatch.setattr(gate_up_prefill, "sm_count", lambda device, sm: 5)
-    case = make_case(seed, 37, 64, 300, device=DEVICE)  # 3 x 6 tiles: some programs take four, some three
+    case = make_case(seed, 37, 64, 300, device=DEVICE)  # 3 x 6 tiles: some programs process four, some three
     plan = planned(GATE_UP["tma"][1], case)
     assert plan.calls[0].grid == (5,)
     assert hidden_error(plan.run(), case) < FLOAT32
@@ -87,7 +87,7 @@ def test_persistent_programs_take_every_nth_tile(seed, monkeypatch):
 def test_act_mul(I, biases, seed):
     case = make_case(seed, 7, 24, I, activation="gelu_tanh", biases=biases, device=DEVICE)
     h = case.x @ case.weights.gate_up.flatten(0, 1).t()
-    h.view(7, 2, -1)[:, :, I:] = float("nan")  # the values of the padding must not matter
+    h.view(7, 2, -1)[:, :, I:] = float("nan")  # the values in the padding must not matter
     a = plan_act_mul(h, case.weights).run()
     assert hidden_error(a, case) < FLOAT32
     twin = act_mul_reference(h, case.weights)
@@ -120,7 +120,7 @@ def test_reference_mlp(seed):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activation_over_its_whole_range(activation):
-    """Tails included: where exp overflows, where tanh rounds to -1, and at zero."""
+    """Includes the extremes: where exp overflows, where tanh rounds to -1, and zero."""
     g = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -1e4, 1e4, -1e15, 1e15, -200.0, 89.0, -89.0])])
     h = torch.zeros(1, 2 * 4096)
     h[0, : len(g)] = g
@@ -131,7 +131,7 @@ def test_activation_over_its_whole_range(activation):
     g = g.double()
     if activation == "silu":
         expected = F.silu(g)
-    else:  # without the cancellation of torch's 1 + tanh(z)
+    else:  # without the cancellation in torch's 1 + tanh(z)
         expected = g * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3))
         assert (expected - F.gelu(g, approximate="tanh")).abs().max() < 1e-14
     assert ((a - expected).abs() / g.abs().clamp_min(1)).max() < 4e-7

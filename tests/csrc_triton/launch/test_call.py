@@ -21,7 +21,7 @@ def test_call_passes_its_options(pdl):
 
 
 def test_compilations_are_distinguished():
-    """`KernelCall.run` finds a compiled kernel exactly where Triton would compile the same."""
+    """`KernelCall.run` reuses a compiled kernel exactly if Triton would compile the same one."""
     kernel = SimpleNamespace(fn=test_compilations_are_distinguished, do_not_specialize=["M"])
     memory = torch.zeros(64, dtype=torch.float16)
     args = dict(x=memory[:8], bias=None, M=3, H=32)

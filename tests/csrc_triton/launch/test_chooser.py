@@ -1,4 +1,4 @@
-"""The chooser: paths by problem, heuristics, tables before heuristics. Nothing here runs a kernel."""
+"""The chooser: paths by problem, heuristics, and tables, which take precedence. No test here runs a kernel."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_heuristics_are_valid_everywhere(path, M, H, IP, dtype, sm):
         assert config is None or config.valid(problem), config
 
 
-def test_prefill_kernel_by_chip_and_shape():
+def test_prefill_kernel_by_architecture_and_shape():
     def kind(M, H, IP, sm, dtype=BF16):
         return heuristic("prefill", Problem(M, H, IP, dtype, sm)).gate_up
 
@@ -96,7 +96,7 @@ def test_prefill_kernel_by_chip_and_shape():
     assert isinstance(kind(2048, 2080, 8192, 90), GateUpTile)  # a ragged last K tile
 
 
-def test_splits_fill_the_chip_and_never_exceed_the_steps():
+def test_splits_fill_the_gpu_and_never_exceed_the_steps():
     assert heuristic("decode", Problem(8, 2048, 8192, BF16, 90)).down.split_k == 8
     assert heuristic("decode", Problem(8, 3072, 8192, BF16, 90)).down.split_k == 5
     assert heuristic("decode", Problem(8, 16384, 8192, BF16, 90)).down.split_k == 1
@@ -119,7 +119,7 @@ def test_other_devices_have_a_default_and_no_table():
     assert tables.device_table(CPU) is None
 
 
-def test_table_goes_before_the_heuristic():
+def test_tables_take_precedence_over_the_heuristic():
     assert choose(Problem(9, 2048, 6656, BF16, 90), table=TUNED) == ENTRY
     assert choose(Problem(16, 2048, 6656, BF16, 90), table=TUNED) == ENTRY
     assert choose(Problem(4000, 2048, 6656, BF16, 90), table=TUNED).path == "cublas"

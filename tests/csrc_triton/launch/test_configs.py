@@ -1,4 +1,4 @@
-"""Launch configurations: which are valid for a problem. Nothing here runs a kernel."""
+"""Launch configurations: which are valid for a problem. No test here runs a kernel."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ VALID = {
 @pytest.mark.parametrize(
     "name, change, where",
     [
-        ("gemv", dict(block_n=256), {}),  # more neurons than a pad
+        ("gemv", dict(block_n=256), {}),  # more neurons than one unit of padding
         ("gemv", dict(num_warps=3), {}),
         ("gemv", dict(pdl=True), dict(sm=89)),
         ("gemv", {}, dict(M=2)),
@@ -44,7 +44,7 @@ VALID = {
         ("down gemv", {}, dict(M=2)),
         ("split", dict(split_k=0), {}),
         ("split", dict(split_k=65), {}),  # 64 steps
-        ("split", dict(block_k=256), {}),  # steps beyond the pad
+        ("split", dict(block_k=256), {}),  # steps beyond the padding
     ],
     ids=str,
 )
@@ -76,4 +76,4 @@ def test_shared_memory_limit_is_exact():
     )
     assert not GateUpSwap(block_m=128, block_n=32, block_k=64, num_warps=4, num_stages=6, pdl=False).valid(
         Problem(128, 2048, 8192, BF16, 87)
-    )  # unknown chip: the least
+    )  # unknown architecture: the smallest limit

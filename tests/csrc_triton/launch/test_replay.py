@@ -1,4 +1,4 @@
-"""Replays launch what the plan would launch, with other tensors. The launcher of the test only records its calls."""
+"""Replays launch the same kernels as the plan, with other tensors. The test's launcher only records its calls."""
 
 import pytest
 
@@ -93,7 +93,7 @@ for M, biases in itertools.product((1, 7, 128), (False, True)):
     for tensors, output, entries in ((first, y, planned), (second, z, replayed)):
         known = {tensor.data_ptr(): f"input {n}" for n, tensor in enumerate(tensors) if tensor is not None}
         known[output.data_ptr()] = "output"
-        del known[tensors[2].data_ptr()]  # up lies in the buffer of gate
+        del known[tensors[2].data_ptr()]  # up is in the buffer of gate
         seen = []
         for function, _, _, values in entries:
             for name, value in zip(arguments[function], values):
@@ -111,7 +111,7 @@ def count():
     return sum(found is not None for found in operator._replays.values())
 
 
-# Whatever changes a compilation or a launch gets its own replay.
+# Anything that changes a compilation or a launch gets a separate replay.
 before, some = count(), inputs(7, False)
 call(inputs(7, False, torch.float16))
 biased = inputs(7, True)
@@ -131,7 +131,7 @@ print("replays:", count())
 
 
 @pytest.mark.slow
-def test_replays_launch_what_the_plan_launches(tmp_path):
+def test_replays_launch_the_same_as_the_plan(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = run_without_interpreter(script)

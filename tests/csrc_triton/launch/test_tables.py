@@ -1,4 +1,4 @@
-"""Tables of tuned launches: what is written is read again, and anything else is rejected."""
+"""Tables of tuned launches: written tables can be read, and malformed ones are rejected."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_malformed_table(tmp_path, rows, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"entries": 3}'])
-def test_table_that_is_no_table(tmp_path, text):
+def test_a_file_that_is_not_a_table(tmp_path, text):
     path = tmp_path / "gpu.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"malformed table .*gpu\.json: "):
@@ -110,6 +110,6 @@ def test_table_of_a_device(tmp_path, monkeypatch, rows):
 
 
 def test_shipped_tables_load():
-    """Every table in the package is well formed (there may be none)."""
+    """Every table in the package is well-formed (there may be none)."""
     for path in tables.TUNED_DIRECTORY.glob("*.json"):
         assert tables.load_table(path)

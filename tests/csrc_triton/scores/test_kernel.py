@@ -1,4 +1,4 @@
-"""Neuron statistics against torch (bit for bit) and float64: unaligned shapes, poisoned padding, NaN, infinity."""
+"""Neuron statistics compared with torch (bit for bit) and float64; unaligned shapes, NaN in the padding, infinity."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from csrc_triton.layout import PAD
 from csrc_triton.scores.kernel import neuron_scores, plan_neuron_scores
 from csrc_triton.scores.reference import WeightStatistics
 
-# NumPy, which the interpreter runs on, warns where NaN and infinity are wanted.
+# NumPy, which the interpreter uses, warns about NaN and infinity, which are expected here.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +23,7 @@ UNWRITTEN = -7.0  # no statistic is negative, and unlike NaN it cannot come from
 
 
 def poisoned(rows, columns, pitch, dtype, generator, mean=0.0, std=1.0):
-    """A random matrix [rows, columns] with the given row pitch, in a buffer of NaN that has one more row."""
+    """A random matrix [rows, columns] with the given row pitch, in a buffer of NaN with one more row."""
     buffer = torch.full((rows + 1, pitch), torch.nan, dtype=dtype)
     buffer[:rows, :columns] = (mean + std * torch.randn(rows, columns, generator=generator)).to(dtype)
     return buffer.to(DEVICE)[:rows, :columns]
@@ -114,7 +114,7 @@ def test_matches_torch_on_random_shapes(I, H, dtype, pitches, seed):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_one_signed_weights(sign):
-    """max + |min| where both have the same sign: a masked lane read as zero would win there."""
+    """max + |min| if all values have the same sign: a masked lane read as zero would change the result."""
     gate, up, down = [(sign * (weight.abs() + 0.5)) for weight in weights(70, 45, torch.float32, seed=3)]
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=2e-6)
 
@@ -122,7 +122,7 @@ def test_one_signed_weights(sign):
 @pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3e4, 1.0), (1.0, 1e-4)])
 @pytest.mark.parametrize("H", [700, 2500])
 def test_variance_far_from_zero(mean, std, H):
-    """|mean| up to 30000 standard deviations: a variance from raw sums would keep no digit in float32."""
+    """|mean| up to 30000 standard deviations: a variance from raw sums would have no correct digit in float32."""
     gate, up, down = weights(6, H, torch.float32, seed=11, mean=mean, std=std)
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=1e-5)
 
@@ -136,7 +136,7 @@ def test_variance_when_the_first_chunk_is_unlike_the_rest():
 
 
 def test_variance_of_constant_rows_is_zero():
-    """Also where the mean of equal numbers is, rounded, not that number."""
+    """Also if the rounded mean of equal numbers differs from that number."""
     constants = torch.rand(200, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float32) + 0.5
     gate = constants.expand(200, 1030).contiguous().to(DEVICE)
     statistics = neuron_scores(gate, gate, gate.T.contiguous())
@@ -164,7 +164,7 @@ def test_nan_and_infinity_as_in_torch(dtype):
 
 
 def test_each_program_writes_only_its_own_part():
-    """Without the last third of the grid everything of `up`, and nothing else, stays unwritten."""
+    """Without the last third of the grid, all of `up`, and nothing else, is left unwritten."""
     I, H = 67, 100
     gate, up, down = weights(I, H, torch.float32, seed=8)
     call, _ = plan_neuron_scores(gate, up, down)
@@ -258,7 +258,7 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(error, match=words):
             neuron_scores(*bad)
-    neuron_scores(matrix(4, 2)[:, ::2], matrix(4, 1), matrix(1, 4))  # one column: its inner stride says nothing
+    neuron_scores(matrix(4, 2)[:, ::2], matrix(4, 1), matrix(1, 4))  # one column: its inner stride is irrelevant
 
 
 @pytest.mark.cuda

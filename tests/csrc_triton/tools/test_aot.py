@@ -1,4 +1,4 @@
-"""The decisions of the ahead-of-time check on invented facts, its readers on PTX, its table and its command."""
+"""The ahead-of-time check: its verdicts on synthetic facts, its PTX parsers, its table and its command."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_each_failure_is_found(change, reason):
 
 
 @pytest.mark.parametrize("sm, kilobytes", [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
-def test_shared_memory_of_every_chip(sm, kilobytes):
+def test_shared_memory_of_every_architecture(sm, kilobytes):
     matrix = {"HMMA": 1, "HGMMA": 1}
     fits = dataclasses.replace(GOOD, sm=sm, shared=kilobytes * 1024, matrix_instructions=matrix)
     assert failures(fits, {"down"}) == []
@@ -108,10 +108,10 @@ def test_weights_are_recognised_by_size():
     "facts, programs",
     [
         ({"registers": 32, "shared": 0, "num_warps": 4}, 16),  # 65536 registers of 128 x 32
-        ({"registers": 33, "shared": 0, "num_warps": 4}, 12),  # registers come by eights
+        ({"registers": 33, "shared": 0, "num_warps": 4}, 12),  # registers are allocated in multiples of eight
         ({"registers": 16, "shared": 0, "num_warps": 8}, 8),  # 2048 threads
         ({"registers": 16, "shared": 0, "num_warps": 1}, 32),
-        ({"registers": 16, "shared": 75 * 1024, "num_warps": 1}, 3),  # 228 KB, and one more for every program
+        ({"registers": 16, "shared": 75 * 1024, "num_warps": 1}, 3),  # 228 KB, plus 1 KB for every program
         ({"registers": 16, "shared": 75 * 1024 + 512, "num_warps": 1}, 2),
         ({"registers": 255, "shared": 227 * 1024, "num_warps": 8}, 1),
     ],
@@ -171,7 +171,7 @@ def test_accesses_follow_the_addresses():
     }
 
 
-def test_an_address_of_two_origins_counts_for_both():
+def test_an_address_with_two_sources_counts_for_both():
     changed = PTX.replace("add.s64 	%rd6, %rd5, 128;", "selp.b64 	%rd6, %rd5, %rd3, %p4;")
     assert {Access("gate", "ld", 2, 1), Access("down", "ld", 2, 1)} <= set(
         read_accesses(changed, ["gate", "up", "down"])

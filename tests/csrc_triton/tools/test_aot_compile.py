@@ -126,7 +126,7 @@ def test_real_compilations_fail_as_they_should(compiled):
     assert reason.startswith("does not compile: ") and "undefined_name" in reason
 
 
-def test_specialisation_is_that_of_a_launch(compiled):
+def test_specialisation_matches_a_launch(compiled):
     assert compiled["signature"] == {
         "x": "*bf16",
         "t": "tensordesc<bf16[16, 32]>",
@@ -143,19 +143,19 @@ def test_specialisation_is_that_of_a_launch(compiled):
 
 
 def test_packed_weights_of_an_unaligned_width_run_the_same_kernels(compiled):
-    """So the check of every shipped kernel covers them."""
+    """Therefore the check of all shipped kernels covers them."""
     split, packed = compiled["split and packed"]
     assert split == packed and all(split)
 
 
 def test_running_maximum_of_the_statistics_keeps_nan(compiled):
-    """The interpreter's maximum keeps NaN anyway: only the compiled code shows it."""
+    """The interpreter's maximum always keeps NaN, so this needs compiled code."""
     ptx = compiled["ptx"]
     assert ptx.count("max.NaN.f32") >= 80 and ptx.count("min.NaN.f32") >= 80  # one for each weight of the column loop
 
 
 @pytest.mark.slow
-def test_every_shipped_kernel_compiles_clean():
+def test_every_shipped_kernel_passes_the_check():
     run = run_without_interpreter("-m", "csrc_triton.tools.aot")
     assert run.returncode == 0, run.stdout + run.stderr
     assert " 0 failed" in run.stdout

@@ -1,4 +1,4 @@
-"""The tuner's search, ranking and table, with an injected timer. Nothing here needs a GPU or measures time."""
+"""The tuner's search, ranking and table, with an injected timer. No test here needs a GPU or measures time."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_variants_are_valid_distinct_and_of_the_path(path, M, sm):
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_search_finds_a_planted_best(data):
-    """Where the two halves cost independently of each other, the search is exact within a path and over paths."""
+    """If the costs of the two halves are independent, the search is exact, within a path and across paths."""
     M = data.draw(st.sampled_from((1, 4, 64, 512)))
     path = data.draw(st.sampled_from(tune.paths(M)))
     gate_up, down = (data.draw(st.sampled_from(configs)) if configs else None for configs in halves(path, M))
@@ -129,7 +129,7 @@ def test_precompiled_kernels_are_those_of_the_launches(tmp_path):
     assert int(done.stdout.split()[-1]) >= 5 and "0 rejected" in done.stderr
 
 
-def test_wrong_results_are_never_timed():
+def test_configs_with_wrong_results_are_never_timed():
     def wrong(decision):
         return decision.path == "gemv" and decision.gate_up.block_n == 2
 
@@ -141,12 +141,12 @@ def test_wrong_results_are_never_timed():
     assert found.best[0].path == "gemv" and found.best[0].gate_up.block_n != 2
 
 
-def test_nothing_right_gives_no_best():
+def test_without_correct_configs_there_is_no_best():
     found = search(problem(64), check=lambda decision: False, time=lambda decision: 1 / 0)
     assert found.best is None and not found.timed
 
 
-def test_ties_go_to_the_heuristic_of_the_first_path():
+def test_ties_are_won_by_the_heuristic_of_the_first_path():
     found = search(problem(1), check=yes, time=lambda decision: 7.0)
     assert found.best == (heuristic("gemv", problem(1)), 7.0)
 
@@ -226,7 +226,7 @@ ARGUMENTS = ["--device", "cpu", "--paths-only", "--hidden", "64", "--intermediat
 @pytest.mark.slow
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
 def test_rehearsal_in_the_interpreter(tmp_path, capsys):
-    """Everything without a GPU: every path runs, is checked and is written."""
+    """A complete run without a GPU: every path is run, checked and written to the table."""
     out = tmp_path / "table.json"
     assert tune.main([*ARGUMENTS, "--out", str(out), "--tokens", "1", "64"]) == 0
     assert {key.M for key in tables.load_table(out)} == {1, 64}

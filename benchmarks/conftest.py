@@ -1,4 +1,4 @@
-"""Options of a benchmark run: which shapes it measures, and where its records, tables and plots go.
+"""Options and fixtures of the benchmarks: the shapes to measure, and the folder for records, tables and plots.
 
 pytest benchmarks/ --benchmark-only [--shapes NAME] [--records FOLDER] [-k PART]
 """
@@ -35,18 +35,18 @@ def pytest_addoption(parser):
         choices=PROVIDERS,
         default=[],
         metavar="PROVIDER",
-        help="leave a provider out of the benchmarks of the MLP, where torch.compile takes most of the time; may be"
+        help="exclude a provider from the MLP benchmarks, in which torch.compile takes most of the time; may be"
         f" repeated (one of {'; '.join(PROVIDERS)})",
     )
     parser.addoption(
         "--resume",
         action="store_true",
-        help="leave out benchmarks that an earlier run with --resume and these records finished, with any --without",
+        help="skip benchmarks that an earlier run with --resume and the same --records finished, with any --without",
     )
 
 
 class Resumption:
-    """Keeps the names of finished benchmarks with their records, and deselects them in the next run."""
+    """Stores the names of finished benchmarks next to the records, and deselects these benchmarks in the next run."""
 
     def __init__(self, path):
         self.path = path
@@ -66,7 +66,7 @@ class Resumption:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.finished:
-            session.exitstatus = pytest.ExitCode.OK  # all were finished before
+            session.exitstatus = pytest.ExitCode.OK  # all were already finished
 
 
 def pytest_configure(config):
@@ -75,7 +75,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Parametrize by the chosen set: `case` and `training_case` (model, H, I, M), `score_case` (model, H, I)."""
+    """Parametrize by the selected set: `case` and `training_case` (model, H, I, M), `score_case` (model, H, I)."""
     shapes = SETS[metafunc.config.getoption("--shapes")]
     for name, tokens in (("case", shapes.tokens), ("training_case", shapes.training_tokens)):
         if name in metafunc.fixturenames:
@@ -88,13 +88,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def shapes(request):
-    """The chosen set of shapes."""
+    """The selected set of shapes."""
     return SETS[request.config.getoption("--shapes")]
 
 
 @pytest.fixture(scope="session")
 def providers(request):
-    """The providers of the benchmarks of the MLP, by name."""
+    """The providers of the MLP benchmarks, by name."""
     left_out = request.config.getoption("--without")
     return {name: build for name, build in PROVIDERS.items() if name not in left_out}
 
@@ -106,20 +106,20 @@ def device():
 
 @pytest.fixture(scope="session")
 def ceilings(request, shapes, device):
-    """The rates of copies and large matrix products, measured once per run, at first use."""
+    """The rates of a copy and a large matrix product, measured once per run, on first use."""
     path = request.config.getoption("--records") / "ceilings.jsonl"
     return ceilings_of_the_machine.measure(device, shapes, lambda record: records.append(path, record))
 
 
 @pytest.fixture
 def keep(request):
-    """A function that keeps a record in the file of the running module."""
+    """A function that appends a record to the file of the current module."""
     name = Path(request.node.path).stem.removeprefix("test_")
     return lambda record: records.append(request.config.getoption("--records") / f"{name}.jsonl", record)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Whole checkpoints of real sizes belong to the full set."""
+    """Skip benchmarks marked `large`, which use checkpoints of real sizes, unless the set is large."""
     name = config.getoption("--shapes")
     if not SETS[name].is_large:
         skip = pytest.mark.skip(reason=f"not in the {name} set of shapes")
@@ -129,7 +129,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session):
-    """Write the tables and plots of the folder of records."""
+    """Write tables and plots to the folder of records."""
     folder = session.config.getoption("--records", default=None)
     if folder and folder.is_dir() and any(folder.glob("*.jsonl")):
         path = report.write(report.read_all([folder]), folder)

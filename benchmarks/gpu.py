@@ -1,8 +1,8 @@
 """A GPU run of half an hour: `make gpu`, or `python -m benchmarks.gpu --help`.
 
-Runs the steps below in order, the most valuable first: tests, ceilings, tuner, kernel benchmarks with the peers, model
-benchmarks with energy. Every step is a separate process and ends within its limit; its measurements until then are
-kept. A second call continues where the first stopped. Everything is in one folder, to be copied from the machine.
+Runs the steps below in order, the most important first: tests, ceilings, tuner, kernel benchmarks with the peers, model
+benchmarks with energy. Every step is a separate process, which is stopped at its limit; measurements made until then
+are kept. A second call continues where the first stopped. All output is in one folder, to be copied from the machine.
 `--rehearse` does the same on a CPU, in Triton's interpreter, with tiny shapes.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
-LEAST_SECONDS = 30  # with less time left, no step is started
+LEAST_SECONDS = 30  # no step is started with less time left
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 REQUIRED = (
     "torch",
@@ -40,20 +40,20 @@ REQUIRED = (
     "tqdm",
 )
 OPTIONAL = {
-    "liger_kernel": "both of Liger's MLPs are on record as unsupported",
-    "flash_swiglu_mlp": "its MLP is on record as unsupported",
+    "liger_kernel": "both of Liger's MLPs will be recorded as unsupported",
+    "flash_swiglu_mlp": "its MLP will be recorded as unsupported",
     "hypothesis": "the tests that use it cannot be collected",
 }
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process.
+    """One step of the run, executed in a separate process.
 
     Attributes:
-        name: unique.
-        arguments: of `python -m`; {records} stands for the step's folder of records, {tuned} for the table to write.
-        minutes: after which it is stopped.
+        name: Unique name.
+        arguments: Arguments of `python -m`; {records} stands for the step's folder of records, {tuned} for the table.
+        minutes: Limit after which the step is stopped.
     """
 
     name: str
@@ -80,12 +80,12 @@ def _tuner(name: str, model: str, *options: str, minutes: float) -> Step:
 
 
 def _any(widths: Iterable[int]) -> str:
-    """Return a selection of the benchmarks of these widths."""
+    """Return a `-k` expression that selects the benchmarks of these widths."""
     return f"({' or '.join(f'I{width}' for width in widths)})"
 
 
 def steps() -> list[Step]:
-    """Return the steps on a GPU, in order; about a quarter of an hour up to the scores, some hours to the end."""
+    """Return the steps on a GPU, in order: about 15 minutes up to the scores, some hours in total."""
     small, large, huge = MODELS
     exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}
     few = {name: [widths[0], widths[4], aligned(widths[4]), widths[6]] for name, widths in exact.items()}  # 0, 40, 60 %
@@ -113,7 +113,7 @@ def steps() -> list[Step]:
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
         _tuner(f"tune-{large}", large, minutes=6),
         forward(large),
-        # torch.compile tunes for many seconds per shape: few shapes first, the others after everything else.
+        # torch.compile tunes for many seconds per shape: a few shapes now, the others after all other steps.
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
         _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=8),
@@ -125,7 +125,7 @@ def steps() -> list[Step]:
 
 
 def rehearsal() -> list[Step]:
-    """Return the same kinds of steps on tiny shapes, for a CPU and the interpreter."""
+    """Return the same kinds of steps with tiny shapes, for a CPU with the interpreter."""
     tiny = ("--shapes", "tiny")
     tuner = ("--hidden", "64", "--intermediate", "153", "256", "--dtype", "float16", "--device", "cpu", "--paths-only")
     picked = [
@@ -154,7 +154,7 @@ def rehearsal() -> list[Step]:
 
 @dataclass
 class Outcome:
-    """The result of a step: "done", "failed" (exit code not 0), "stopped" at its limit, or "out of time" before it."""
+    """The result of a step: "done", "failed" (exit code not 0), "stopped" (at its limit) or "out of time" (before)."""
 
     status: str
     code: int | None
@@ -163,7 +163,7 @@ class Outcome:
 
 
 def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run one command from the root of the tree with output to `log`; stop it and its children after `seconds`."""
+    """Run a command in the repository root, with output to `log`; stop it and its children after `seconds`."""
     start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -197,7 +197,7 @@ def _print_now(line: str) -> None:
 
 
 class State:
-    """Outcomes by step, in `state.json`; finished steps are not run again."""
+    """Outcomes of the steps, stored in `state.json`; finished steps are not run again."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -208,7 +208,7 @@ class State:
         return self.outcomes[step.name].status if step.name in self.outcomes else "not run"
 
     def pending(self, todo: Sequence[Step]) -> list[Step]:
-        """Return the unfinished steps: first those without a chance so far, in order, then failed and stopped ones."""
+        """Return the unfinished steps: first those that did not run or had no time, then failed and stopped ones."""
         had_chance = ("failed", "stopped")
         left = [step for step in todo if self.status(step) != "done"]
         return sorted(left, key=lambda step: self.status(step) in had_chance)
@@ -231,7 +231,7 @@ def run(
     report: Callable[[str], object] = _print_now,
     clock: Callable[[], float] = time.monotonic,
 ) -> State:
-    """Run the unfinished steps while there is time; the last one gets the remaining time."""
+    """Run the unfinished steps until the time is used up; the last one gets the remaining time."""
     state, start = State(out / "state.json"), clock()
     pending = state.pending(todo)
     if len(pending) < len(todo):
@@ -257,7 +257,7 @@ def run(
 
 
 def summarize(todo: Sequence[Step], state: State, out: Path, absent: dict[str, str]) -> str:
-    """Write the report of all records and a summary of the steps into the folder; return the summary."""
+    """Write the report of all records and a summary of the steps to the folder; return the summary."""
     from gluprune.reports import report
 
     folders = [folder for folder in sorted((out / "records").glob("*")) if any(folder.glob("*.jsonl"))]
@@ -302,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(todo: list[Step], names: Sequence[str] | None) -> list[Step]:
-    """Return the steps of these names, in their order; all of them for None. Raises ValueError for an unknown name."""
+    """Return the named steps in the given order, or all for None. Raises ValueError for an unknown name."""
     if not names:
         return todo
     by_name = {step.name: step for step in todo}
@@ -312,10 +312,10 @@ def _chosen(todo: list[Step], names: Sequence[str] | None) -> list[Step]:
 
 
 def _install(wheels: Path, folder: Path) -> None:
-    """Install the wheels of a folder, for this process too. Raises ValueError if there are none or pip fails."""
+    """Install the wheels of a folder, also for this process. Raises ValueError if there are none or pip fails."""
     files = [str(wheel) for wheel in sorted(wheels.glob("*.whl"))]
     if not files:
-        raise ValueError(f"{wheels} holds no wheel")
+        raise ValueError(f"{wheels} contains no wheel")
     offline = ("install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(folder))
     if subprocess.run([sys.executable, "-m", "pip", *offline, *files], check=False).returncode:
         raise ValueError(f"the wheels in {wheels} cannot be installed")
@@ -324,7 +324,7 @@ def _install(wheels: Path, folder: Path) -> None:
 
 
 def _tuned_table(rehearse: bool, out: Path) -> Path:
-    """Return the table that the tuner writes. Raises ValueError where there is no device."""
+    """Return the path of the table that the tuner writes. Raises ValueError if there is no CUDA device."""
     if rehearse:
         return out / "interpreter.json"
     import torch
@@ -356,7 +356,7 @@ def _run_all(options: argparse.Namespace, todo: list[Step]) -> int:
         environment.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     state = run(todo, out, tuned, options.minutes * 60, environment=environment)
     print(summarize(todo, state, out, absent))
-    print(f"everything is in {out}")
+    print(f"all output is in {out}")
     return 1 if state.pending(todo) else 0
 
 

@@ -1,4 +1,4 @@
-"""Copy bandwidth and the rate of a large matrix product; a run that needs them measures them first."""
+"""Copy bandwidth and the rate of a large matrix product; other benchmarks measure them when they need them."""
 
 
 def test_ceilings(benchmark, request):

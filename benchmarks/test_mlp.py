@@ -1,4 +1,4 @@
-"""The GLU MLP, forward and forward with backward: every provider, in turns, over weights past the cache."""
+"""The GLU MLP, forward and forward with backward: all providers in turns, over more weights than fit into the cache."""
 
 from benchmarks.lib.mlp import BACKWARD, FORWARD, measure
 

@@ -1,8 +1,8 @@
-"""Whole models at forced length: TTFT, TPOT, TTLT and tokens/s against the width; on a GPU also memory and joules.
+"""Whole models at a fixed output length: TTFT, TPOT, TTLT and tokens/s by width; on a GPU also memory and joules.
 
-The full set, which needs a GPU, uses random weights of the shapes of Llama-3.2-1B and 3B and runs what `gluprune bench`
-runs, in parts that `-k` selects: `I4916-graph` is one width decoded by CUDA graph. SmolLM2-135M-Instruct is timed
-everywhere, its widths in turns, so that a busy moment of the machine affects all of them.
+The full set needs a GPU. It uses random weights with the shapes of Llama-3.2-1B and 3B, and measures the same as
+`gluprune bench`, in parts that `-k` selects: `I4916-graph` is one width, decoding with a CUDA graph.
+SmolLM2-135M-Instruct is timed on every machine, its widths in turns, so that temporary load affects all of them.
 """
 
 import functools
@@ -47,7 +47,7 @@ def narrowed(name, dtype, width, device):
 
 @pytest.fixture(scope="module")
 def meter_and_idle(device):
-    """Measured once, before anything runs."""
+    """The energy meter and the idle power, measured once, before any benchmark."""
     return bench.calibrated_meter(device, PLANS["energy"])
 
 

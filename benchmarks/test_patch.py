@@ -1,7 +1,7 @@
 """`gluprune.patch_llama` on SmolLM2-135M-Instruct: its peak memory, and the memory that stays allocated.
 
-On the CPU the kernels' storage is used only in Triton's interpreter, so each measurement runs there, in a separate
-process. On a GPU the same amount is allocated, by another allocator.
+On the CPU the kernels' storage is used only with Triton's interpreter, so each measurement runs with it, in a separate
+process. On a GPU the same amount is allocated, by a different allocator.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from csrc_triton.layout import padded_width
 from gluprune.measure.records import Record
 
-PERCENTS = {1536: 0, 922: 40}  # the model's width, a multiple of 128, and 922, which is left at 40 % pruned
+PERCENTS = {1536: 0, 922: 40}  # the model's width, a multiple of 128, and 922, which remains at a ratio of 40 %
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def storage():
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
 
 model = AutoModelForCausalLM.from_pretrained(smollm2_checkpoint())
-for parameter in model.parameters():  # out of the mapped file, into memory
+for parameter in model.parameters():  # copy from the mapped file into memory
     parameter.data = parameter.data.clone()
 if int(sys.argv[1]):
     gluprune.prune(model, pruning_ratio=int(sys.argv[1]) / 100, multiple_of=1)
@@ -52,7 +52,7 @@ print(json.dumps({"width": model.config.intermediate_size, "layer": layer, "abov
 
 def measure(percent):
     command = [sys.executable, "-c", SCRIPT, str(percent)]
-    # A separate mapping for every tensor: freed memory is returned at once, and the peak counts allocated memory.
+    # A separate mapping for every tensor, so that freed memory is returned at once and does not count in the peak.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
@@ -60,7 +60,7 @@ def measure(percent):
 
 @pytest.mark.parametrize("width", PERCENTS)
 def test_memory(benchmark, keep, width):
-    """At most one layer above the model at a time; afterwards only the padding, and nothing once unpatched."""
+    """At most one layer of memory above the model during patching, only the padding afterwards, none once unpatched."""
     found = benchmark.pedantic(measure, args=(PERCENTS[width],), rounds=1)
     assert found["width"] == width and found["unpatched"] == found["before"]
     padding = found["after"] - found["before"]

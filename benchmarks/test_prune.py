@@ -40,7 +40,7 @@ def timed(provider, model):
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", pytest.param(LARGE, marks=pytest.mark.large)])
 def test_time(benchmark, keep, name):
-    """In turns in one run, after one warm-up; a new copy of the model each time."""
+    """Both in turns in one run, after one warm-up, each time on a new copy of the model."""
     logging.disable(logging.INFO)
     dense = MODELS[name]()
     results = {provider: copy.deepcopy(dense) for provider in PROVIDERS}
@@ -68,7 +68,7 @@ from benchmarks.test_prune import MODELS, PROVIDERS
 
 logging.disable(logging.INFO)
 model = MODELS[sys.argv[1]]()
-def peak():  # of this process only: getrusage would report its parent's, if that is larger
+def peak():  # of this process only: getrusage would return its parent's, if that is larger
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -80,7 +80,7 @@ print(peak() - before)
 
 @pytest.mark.large
 def test_memory(benchmark, keep):
-    """Peak resident memory above the model itself, each provider in a separate process."""
+    """Peak resident memory beyond the model, each provider in a separate process."""
     name = LARGE
     config = CONFIGS["llama-3.2-1b"]
     layer = 3 * config.hidden_size * config.intermediate_size * 2

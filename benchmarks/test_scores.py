@@ -1,6 +1,6 @@
-"""Scores of all neurons of a model's shapes, one layer after the other; equality is checked first.
+"""Scores of all neurons with a model's shapes, layer after layer; equality is checked first.
 
-On CUDA gluprune's scores take one kernel launch per layer; on a CPU they are PyTorch's operations, in an order that
+On CUDA, gluprune's scores take one kernel launch per layer. On a CPU they use PyTorch operations, in an order that
 saves memory traffic.
 """
 
@@ -15,7 +15,7 @@ SCORES = ("maw", "maw_gud")
 
 
 def plain(name, gate, up, down):
-    """Compute the formula of arXiv 2512.22671 literally."""
+    """Compute the formula of arXiv 2512.22671 as written."""
     parts = [(gate, 1), (up, 1), (down, 0)][: 3 if name == "maw_gud" else 2]
     return sum(weight.float().amax(dim) + weight.float().amin(dim).abs() for weight, dim in parts)
 

@@ -1,8 +1,8 @@
 """Pruning a checkpoint on disk: time compared with `cp` of the same folder, memory with OptiPFair's load, prune, save.
 
-The checkpoints have random weights and take up to 45 GB of disk; `--basetemp` sets where. The disk is not identified:
-its speed shows in the time of `cp`. gluprune flushes its output to disk within its time; `cp` and OptiPFair leave up
-to a few GB in memory for the kernel to write later.
+The checkpoints have random weights and take up to 45 GB of disk, in the folder given by `--basetemp`. The records do
+not name the disk; the time of `cp` shows its speed. gluprune's time includes the flush to disk; `cp` and OptiPFair
+leave up to a few GB in memory for the kernel to write later.
 """
 
 import json
@@ -49,7 +49,7 @@ PROGRAMS = {
     """,
 }
 PROLOGUE = "import json, re, sys, time; source, destination, ratio = sys.argv[1], sys.argv[2], float(sys.argv[3])\n"
-# Not getrusage: its maximum starts from that of the parent process.
+# Not getrusage, whose maximum starts from that of the parent process.
 EPILOGUE = """
 seconds = time.perf_counter() - start
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -58,7 +58,7 @@ print(json.dumps({"without imports": seconds, "peak": peak}))
 
 
 def run(provider, source, destination):
-    """Return seconds of one command, and what it reports: seconds without imports, peak resident memory."""
+    """Return the seconds of one command, and its output: seconds without imports, and peak resident memory."""
     command = ["cp", "-r", source, destination]
     if provider in PROGRAMS:
         program = PROLOGUE + textwrap.dedent(PROGRAMS[provider]) + EPILOGUE
@@ -72,7 +72,7 @@ def run(provider, source, destination):
 
 
 def mlp(folder, layer):
-    """Gate, up and down of one layer, read with the safetensors library."""
+    """Yield gate, up and down of one layer, read with the safetensors library."""
     places = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
     for name in ("gate_proj", "up_proj", "down_proj"):
         tensor = f"model.layers.{layer}.mlp.{name}.weight"
@@ -81,7 +81,7 @@ def mlp(folder, layer):
 
 
 def check(source, destination, layers):
-    """Check correctness: the first and the last layer, computed here."""
+    """Compare the first and the last layer with the result computed here."""
     for layer in (0, layers - 1):
         gate, up, down = mlp(source, layer)
         narrow = list(mlp(destination, layer))
@@ -95,7 +95,7 @@ def check(source, destination, layers):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_prune_checkpoint(benchmark, keep, tmp_path, name):
-    """In turns, so that a busy moment of machine or disk affects all of them."""
+    """All providers in turns, so that temporary load on the machine or the disk affects all of them."""
     shard_bytes, providers, disk_bytes = CASES[name]
     if shutil.disk_usage(tmp_path).free < disk_bytes:
         pytest.skip(f"needs {disk_bytes / 1e9:.0f} GB of free disk")
@@ -106,7 +106,7 @@ def test_prune_checkpoint(benchmark, keep, tmp_path, name):
     def one_round():
         for provider in providers:
             destination = tmp_path / provider
-            os.sync()  # no provider pays for what another left to be written
+            os.sync()  # no provider waits for data that another left unwritten
             runs[provider].append(run(provider, source, destination))
             written[provider] = sum(file.stat().st_size for file in destination.iterdir())
             if provider == "gluprune":

@@ -1,4 +1,4 @@
-"""The timer itself: a sleep and a kernel of known work, the order of providers, a repeated run."""
+"""The timer: a sleep and a kernel with known work, the order of providers, a repeated run."""
 
 import time
 
@@ -14,7 +14,7 @@ REPEATS = 31
 
 @pytest.fixture
 def products(device, shapes):
-    """Matrix products of once, twice and four times the same work; on a CPU by one thread, which is disturbed least."""
+    """Matrix products with one, two and four times the work; on a CPU with one thread, which is disturbed least."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     n = 2048 if device.type == "cuda" else 128  # short enough for one time slice of a busy CPU
@@ -33,13 +33,13 @@ def test_known_sleep(benchmark, keep, shapes):
     cpu = torch.device("cpu")
     times = benchmark.pedantic(measured, args=({"sleep": [lambda: time.sleep(SLEEP)]}, cpu), rounds=1)["sleep"]
     keep(record := Record.of("timer: sleep", "time.sleep", {"seconds": SLEEP}, shapes.dtype, unit="s", values=times))
-    assert SLEEP <= record.p50 < 1.05 * SLEEP  # a sleep may end late, never early
+    assert SLEEP <= record.p50 < 1.05 * SLEEP  # a sleep can end late, but never early
 
 
 def test_known_kernel(benchmark, keep, shapes, device, products):
-    """Twice the work takes twice the time: an overhead of the timer would show in the smallest.
+    """Twice the work takes twice the time; overhead of the timer would show at the smallest work.
 
-    The shortest of all repeats is compared, which other work on the machine disturbed least.
+    The shortest times are compared, since other load on the machine disturbs them least.
     """
     times = benchmark.pedantic(measured, args=(products, device), rounds=1)
     found = {}
@@ -61,6 +61,6 @@ def test_order_and_repetition(benchmark, device, products):
     first, second = ({name: sorted(values) for name, values in run.items()} for run in runs)
     for run in (first, second):
         assert sorted(run, key=lambda name: run[name][0]) == ["1 x", "2 x", "4 x"]
-    for name in products:  # the ranges of the inner three fifths meet
+    for name in products:  # the p20-p80 ranges overlap
         low, high = REPEATS // 5, REPEATS - 1 - REPEATS // 5
         assert first[name][low] <= second[name][high] and second[name][low] <= first[name][high], name

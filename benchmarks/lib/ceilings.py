@@ -1,4 +1,4 @@
-"""The limits of the machine, measured in the same run as everything else: a copy and a large matrix product."""
+"""The ceilings of the machine, a copy and a large matrix product, measured in the same run as the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Ceilings:
     rate: float
 
     def floor(self, nbytes: int, flops: int) -> float:
-        """Return the least seconds that moving `nbytes` and computing `flops` take."""
+        """Return the minimum time in seconds to move `nbytes` and compute `flops`."""
         return max(nbytes / self.bandwidth, flops / self.rate)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    if source.is_cuda:  # a captured `copy_` runs on the copy engine: 2.8 TB/s on an H200, where a kernel reaches 4.3
+    if source.is_cuda:  # a captured `copy_` runs on the copy engine: 2.8 TB/s on an H200, a kernel reaches 4.3
         torch.neg(source, out=target)
     else:
         target.copy_(source)
 
 
 def measure(device: torch.device, shapes: ShapeSet, keep: Callable[[Record], None]) -> Ceilings:
-    """Measure both, keep their records, and return the ceilings by the medians."""
+    """Measure both, keep their records, and return the ceilings computed from the medians."""
     dtype, nbytes, n = shapes.dtype, shapes.copied_bytes, shapes.gemm_size
     source = torch.randn(nbytes // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)

@@ -20,14 +20,14 @@ from gluprune.measure.random_models import CONFIGS
 def write_random_checkpoint(folder: Path, config: PreTrainedConfig, shard_bytes: int, seed: int = 0) -> int:
     """Write a checkpoint of bf16 weights in shards of at most `shard_bytes` (or one tensor), piece by piece.
 
-    The weights come from a pool of 2**26 normal numbers (standard deviation 0.02), each tensor from another position.
+    The weights are slices of a pool of 2**26 normal numbers (standard deviation 0.02), at a random offset each.
 
     Returns:
         Size of the shards in bytes.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = (torch.randn(1 << 26, generator=generator) * 0.02).bfloat16()
-    # The names of the causal LM itself; a tied head is not stored.
+    # Names as in the causal LM's state dict; a tied head is not stored.
     weights = [(name, tuple(parameter.shape)) for name, parameter in build_empty(config).named_parameters()]
 
     groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]

@@ -1,4 +1,4 @@
-"""Measuring GLU MLPs: random layers, the float64 reference, errors, and the records of all providers for one shape."""
+"""Benchmarks of GLU MLPs: random layers, the float64 reference, errors, and records of all providers for one shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 
 
 def random_layers(count, H, I, dtype, device):
-    """Return `count` layers of equal weights in separate memory; their standard deviation is 1 / sqrt(H)."""
+    """Return `count` layers with the same weights in separate memory, with standard deviation 1 / sqrt(H)."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((I, H), (I, H), (H, I))
     first = [torch.randn(shape, generator=generator, device=device).mul_(H**-0.5).to(dtype) for shape in shapes]
@@ -30,7 +30,7 @@ def random_layers(count, H, I, dtype, device):
 
 
 def run(module, x, grad):
-    """Return y, and with `grad` also the gradients of x, gate, up and down."""
+    """Return y and, if `grad` is given, the gradients of x, gate, up and down."""
     if grad is None:
         with torch.no_grad():
             return (module(x),)
@@ -39,7 +39,7 @@ def run(module, x, grad):
 
 
 def reference(weights, x, grad):
-    """Return the results of `run`, in float64."""
+    """Return the results of `run`, computed in float64."""
     inputs = [tensor.detach().double().requires_grad_(grad is not None) for tensor in (x, *weights)]
     x, gate, up, down = inputs
     y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -47,7 +47,7 @@ def reference(weights, x, grad):
 
 
 def error(results, expected):
-    """Return the largest error of any result over the largest magnitude expected of it; infinity if one is NaN."""
+    """Return the largest error of any result relative to its largest expected magnitude; infinity for NaN."""
     worst = 0.0
     for result, exact in zip(results, expected, strict=True):
         unpadded = result[tuple(slice(size) for size in exact.shape)]
@@ -57,12 +57,12 @@ def error(results, expected):
 
 
 def exception_text(raised):
-    """Return kind and message of an exception; without a message, the statement that raised it."""
+    """Return the type and message of an exception or, without a message, the statement that raised it."""
     return f"{type(raised).__name__}: {str(raised) or statement(traceback.extract_tb(raised.__traceback__)[-1])}"
 
 
 def statement(frame):
-    """Return the source of the current statement of a frame, in one line; its position if there is no source."""
+    """Return the source of a frame's current statement on one line, or its position if there is no source."""
     tree = ast.parse("".join(linecache.getlines(frame.filename)))
     around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= frame.lineno <= n.end_lineno]
     if not around:
@@ -73,24 +73,24 @@ def statement(frame):
 def measure(what, case, device, *, shapes, ceilings, providers, keep):
     """Keep records of all `providers` (name -> build function) for one shape.
 
-    Before anything is timed, every result is compared with one in float64. A provider that raises or is wrong has no
-    time on record, but its exception.
+    Before timing, the results of every provider are compared with float64. For a provider that raises or is wrong, the
+    record contains the exception instead of a time.
 
     Args:
         what: `FORWARD` or `BACKWARD`.
-        case: model, H, I and M.
-        device: where to run.
-        shapes: the `ShapeSet`.
-        ceilings: the limits of the machine.
-        providers: what to measure.
-        keep: called with each record.
+        case: Model, H, I and M.
+        device: Device to run on.
+        shapes: The `ShapeSet`.
+        ceilings: The ceilings of the machine.
+        providers: The providers to measure.
+        keep: Called with each record.
 
     Returns:
         The exceptions of the providers that must support every shape.
     """
     model, H, I, M = case
     dtype, method = shapes.dtype, timing.method(device)
-    torch.compiler.reset()  # past its limit of recompilations nothing would be compiled
+    torch.compiler.reset()  # beyond the limit of recompilations nothing would be compiled
     layer_bytes = 3 * H * I * dtype.itemsize
     count = shapes.layers or timing.layers_past_the_cache(layer_bytes, timing.last_level_cache(device))
     layers = random_layers(count, H, I, dtype, device)
@@ -108,7 +108,7 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
             passes[name] = timing.prepare([partial(run, module, x, grad) for module in modules], device)
         except torch.AcceleratorError:
             raise  # the device is lost
-        except Exception as raised:  # whatever a provider raises goes on record
+        except Exception as raised:  # any exception of a provider is recorded
             exceptions[name] = exception_text(raised)
     times = timing.in_turns(passes, shapes.repeats)
 

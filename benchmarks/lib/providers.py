@@ -1,7 +1,7 @@
 """The providers of a GLU MLP: gluprune and its peers, all on the same weights.
 
-A provider builds a module from gate and up `[I, H]` and down `[H, I]`. An exception, there or in the first run, means
-that the provider does not support the shape or the machine.
+A provider builds a module from gate and up `[I, H]` and down `[H, I]`. An exception, when it is built or first run,
+means that the provider does not support the shape or the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _config(rows: int, columns: int) -> LlamaConfig:
 
 
 def _filled(module: nn.Module, weights: Weights) -> nn.Module:
-    """Give a module on the meta device parameters that share the memory of `weights`."""
+    """Replace the parameters of a module on the meta device with parameters that share the memory of `weights`."""
     for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
         getattr(module, name).weight = nn.Parameter(weight.detach())
     return module.train()
@@ -41,18 +41,18 @@ def eager(weights: Weights) -> nn.Module:
 
 
 def eager_padded(weights: Weights) -> nn.Module:
-    """Pad the width to a multiple of 128 with zeros, which changes no result."""
+    """Pad the width with zeros to a multiple of 128, which does not change the result."""
     missing = -weights[0].shape[0] % PAD
     if not missing:
-        raise ValueError("the width is a multiple of 128 already: nothing to pad")
+        raise ValueError("the width is already a multiple of 128: nothing to pad")
     gate, up, down = weights
     return eager((F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing)), F.pad(down, (0, missing))))
 
 
 class _Compiled(nn.Module):
-    """One compiled function for all layers, whose weights are its arguments."""
+    """One compiled function for all layers, with the weights as arguments."""
 
-    # Its own CUDA graphs would be nested in the timer's.
+    # torch.compile's CUDA graphs would be nested in the timer's.
     mlp = staticmethod(
         torch.compile(
             lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),

@@ -1,4 +1,4 @@
-"""The measured shapes: models, widths and numbers of tokens, in named sets; `--shapes` selects one."""
+"""The shapes to measure: models, widths and numbers of tokens, in named sets; `--shapes` selects one."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def aligned(width: int) -> int:
 
 
 def all_widths(dense: int) -> tuple[int, ...]:
-    """Return the dense width, the study's widths and these aligned, wide to narrow."""
+    """Return the dense width, the study's widths, and their nearest multiples of 128, wide to narrow."""
     exact = paper_widths(dense)
     return tuple(sorted({dense, *exact, *map(aligned, exact)}, reverse=True))
 
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """One choice of what to measure.
+    """A named set of shapes to measure.
 
     models: name -> hidden size and intermediate sizes.
     tokens: M of the forward; training_tokens: M of the forward with backward.
     repeats: measurements of each provider and shape.
-    copied_bytes, gemm_size: sizes of the copy and the square matrix product that measure the ceilings.
-    layers: how many to rotate; None: more than the cache holds, at least four.
-    is_large: whether benchmarks marked `large` run: whole checkpoints of real sizes (45 GB on disk, minutes each).
+    copied_bytes, gemm_size: sizes of the copy and of the square matrix product that measure the ceilings.
+    layers: number of layers to rotate through; None: at least four, and more than fit into the cache.
+    is_large: whether to run benchmarks marked `large`, with checkpoints of real sizes (45 GB on disk, minutes each).
     """
 
     dtype: torch.dtype
@@ -69,7 +69,7 @@ SETS = {
         gemm_size=8192,
         is_large=True,
     ),
-    # What two cores of a CPU run in minutes. In float32, since few CPUs compute in bfloat16.
+    # Runs in minutes on two CPU cores. In float32, since few CPUs compute in bfloat16.
     "reduced": ShapeSet(
         dtype=torch.float32,
         models={"llama-3.2-1b": (2048, (8192, 4916, 4864))},
@@ -79,7 +79,7 @@ SETS = {
         copied_bytes=1 << 28,
         gemm_size=2048,
     ),
-    # Shows that every step runs; figures of these sizes mean nothing.
+    # Only to check that every step runs; times at these sizes are meaningless.
     "tiny": ShapeSet(
         dtype=torch.float32,
         models={"tiny": (64, (256, 153))},

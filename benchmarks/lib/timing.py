@@ -1,8 +1,8 @@
-"""The timer of the kernel benchmarks: providers in turns, over more weights than a cache holds.
+"""The timer of the kernel benchmarks: providers in turns, over more weights than fit into the cache.
 
-It times a list of steps, one per layer, with separate weights: a benchmark that repeats one layer finds its weights
-in the cache and appears faster than the memory. On a CPU the steps are called; on CUDA they are captured in a graph, so
-that no launch from Python is timed, and a graph that takes only microseconds holds its steps several times.
+It times a list of steps, one per layer, each with separate weights: a benchmark that repeats one layer would find its
+weights in the cache and appear faster than memory allows. On a CPU the steps are called. On CUDA they are captured in
+a graph, so that launches from Python are not timed; a graph that takes only microseconds contains the steps repeatedly.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from csrc_triton.tools.graph import capture, replay_seconds, warmed_up_stream
 Step = Callable[[], object]
 Pass = Callable[[], float]  # runs all steps once and returns seconds per step
 
-LEAST_SECONDS = 1e-3  # of one timed graph: above it the resolution and the launch of the graph are below 1 %
+LEAST_SECONDS = 1e-3  # length of a timed graph: above it, timer resolution and graph launch are below 1 %
 WARM_UPS = 3  # before a capture: lazy loading, autotuning, workspaces, autograd's first run
 
 
 def prepare(steps: Sequence[Step], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Pass:
-    """Run the steps to warm them up, and return a function that times one pass over all of them."""
+    """Warm up the steps, and return a function that times one pass over all of them."""
     return _capture(steps) if device.type == "cuda" else _call(steps, clock)
 
 
 def method(device: torch.device) -> str:
-    """Return how `prepare` times, in the words of the records."""
+    """Return the timing method of `prepare`, as written in records."""
     return "CUDA graph replay" if device.type == "cuda" else "wall clock"
 
 
 def in_turns(passes: Mapping[str, Pass], repeats: int, seed: int = 0) -> dict[str, list[float]]:
     """Return seconds per step, `repeats` of each provider.
 
-    Every round times each provider once, in a new random order: a busy moment of the machine affects all of them, and
-    none always runs after the same other one.
+    Every round times each provider once, in a new random order, so that temporary load on the machine affects all of
+    them, and no provider always runs after the same other one.
     """
     order: list[str] = list(passes)
     times: dict[str, list[float]] = {name: [] for name in passes}
@@ -79,7 +79,7 @@ def _capture(steps: Sequence[Step]) -> Pass:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Return the bytes of the largest cache: the L2 of a GPU, the last level of a CPU; 32 MiB if that is unknown."""
+    """Return the size in bytes of the last-level cache (L2 on a GPU), or 32 MiB if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -88,5 +88,5 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def layers_past_the_cache(layer_bytes: int, cache_bytes: int) -> int:
-    """Return how many layers to rotate: at least four, and more than twice the cache."""
+    """Return the number of layers to rotate through: at least four, and more than twice the cache size."""
     return max(4, 2 * cache_bytes // layer_bytes + 1)

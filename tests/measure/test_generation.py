@@ -74,7 +74,7 @@ def generate(generator, prompt, new_tokens=NEW_TOKENS):
 
 
 def assert_same_tokens(model, generator):
-    """Also in later runs, whose cache contains values of an earlier one, and with fewer tokens than the cache allows."""
+    """Also in later runs, whose cache has values of an earlier one, and with fewer tokens than the cache has room."""
     for new_tokens in (NEW_TOKENS, NEW_TOKENS, 3, 1):
         prompt = torch.randint(3, 64, (2, 9), device=model.device)
         plain, count = generate(make_generator("generate", model, prompt, new_tokens), prompt, new_tokens)

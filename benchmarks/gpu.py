@@ -291,13 +291,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_output"), metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=28, help="for everything (default: %(default)s)")
-    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument("--minutes", type=float, default=28, help="total time (default: %(default)s)")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="run only these steps, in this order")
     parser.add_argument(
-        "--wheels", type=Path, metavar="FOLDER", help="wheels to install into the output folder, for a machine offline"
+        "--wheels",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of wheels to install into the output folder, for a machine without network",
     )
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in Triton's interpreter, with tiny shapes")
-    parser.add_argument("--list", action="store_true", help="list the steps and their limits, run nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run on a CPU, in Triton's interpreter, with tiny shapes"
+    )
+    parser.add_argument("--list", action="store_true", help="list the steps with their limits and commands, and exit")
     return parser
 
 

@@ -25,7 +25,7 @@ def hub(monkeypatch):
             "EleutherAI/lambada_openai": "lambada_openai",
             "google/IFEval": "ifeval",
         }[path]
-        splits = {split: datasets.Dataset.from_list(made) for split, made in rows(task).items()}
+        splits = {split: datasets.Dataset.from_list(documents) for split, documents in rows(task).items()}
         other = next(iter(splits.values()))
         return datasets.DatasetDict({"train": other, "validation": other, **splits})
 
@@ -63,7 +63,7 @@ def test_shots_are_the_official_ones(tmp_path):
 def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
     """Subjects are weighted by their number of documents, and each question has five shots from its subject."""
     sizes = {"mmlu_anatomy": 23, "mmlu_virology": 8}
-    made = {
+    documents = {
         leaf: [
             {"question": f"{leaf} {n}", "subject": leaf, "choices": list("abcd"), "answer": n % 4} for n in range(size)
         ]
@@ -72,7 +72,10 @@ def test_mmlu_is_weighted_by_size(tmp_path, monkeypatch):
     shots = [{"question": f"shot {n}", "subject": "s", "choices": list("abcd"), "answer": 1} for n in range(5)]
 
     def source(leaf, folder):
-        return lambda **_: {"test": datasets.Dataset.from_list(made[leaf]), "dev": datasets.Dataset.from_list(shots)}
+        return lambda **_: {
+            "test": datasets.Dataset.from_list(documents[leaf]),
+            "dev": datasets.Dataset.from_list(shots),
+        }
 
     monkeypatch.setattr(tasks, "local_source", source)
     monkeypatch.setattr(Limits, "leaves", lambda self, spec, names: sorted(sizes))

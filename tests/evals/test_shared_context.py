@@ -28,17 +28,17 @@ def requests(seed, count=60):
         return int(torch.randint(below, (), generator=generator))
 
     stems = [tokens(length) for length in (1, 7, 33, 70, 120)]
-    made = []
+    instances = []
     for _ in range(count):
         context = [*stems[pick(5)], *tokens(pick(4))]
-        made += [(None, context, tokens(1 + pick(3))) for _ in range(1 + pick(4))]
-    return [*made, made[0], (None, tokens(400), tokens(5)), (None, tokens(1), tokens(256))]
+        instances += [(None, context, tokens(1 + pick(3))) for _ in range(1 + pick(4))]
+    return [*instances, instances[0], (None, tokens(400), tokens(5)), (None, tokens(1), tokens(256))]
 
 
-def reference(model, made, limit):
+def reference(model, instances, limit):
     answers = []
     double = model.double()
-    for _, context, continuation in made:
+    for _, context, continuation in instances:
         row = (context + continuation)[-(limit + 1) :]
         with torch.no_grad():
             logits = double(torch.tensor([row[:-1]])).logits[0]
@@ -57,10 +57,10 @@ def test_log_likelihoods(loaded, monkeypatch, packed, related):
     lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     # lm-eval's logits cache treats requests as equal if they differ only in where the continuation begins.
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, logits_cache=False)
-    made = requests(seed=packed)
-    found = lm._loglikelihood_tokens(made, disable_tqdm=True)
-    others = stock._loglikelihood_tokens(made, disable_tqdm=True)
-    expected = reference(model, made, lm.max_length)
+    instances = requests(seed=packed)
+    found = lm._loglikelihood_tokens(instances, disable_tqdm=True)
+    others = stock._loglikelihood_tokens(instances, disable_tqdm=True)
+    expected = reference(model, instances, lm.max_length)
     for (value, greedy), (other, _), (target, is_greedy) in zip(found, others, expected, strict=True):
         assert value == pytest.approx(target, abs=2e-4, rel=1e-5)
         assert value == pytest.approx(other, abs=2e-4, rel=1e-5)
@@ -75,8 +75,8 @@ def test_whole_documents(loaded):
     from types import SimpleNamespace
 
     texts = [" ".join(f"w{n * k % 60}" for n in range(1, length)) for k, length in ((1, 40), (7, 700), (11, 300))]
-    made = [SimpleNamespace(args=(text,)) for text in texts]
-    assert lm.loglikelihood_rolling(made) == pytest.approx(stock.loglikelihood_rolling(made), rel=1e-5)
+    instances = [SimpleNamespace(args=(text,)) for text in texts]
+    assert lm.loglikelihood_rolling(instances) == pytest.approx(stock.loglikelihood_rolling(instances), rel=1e-5)
 
 
 def test_tree():

@@ -118,7 +118,7 @@ def test_paired_change_of_perplexities():
     assert plain.difference == pytest.approx(np.mean([d[0] - o[0] for d, o in zip(dense, other, strict=True)]))
 
 
-def made(task, ratio, values, recipe="maw", model="m", **more):
+def make_result(task, ratio, values, recipe="maw", model="m", **more):
     """A result with these values per document."""
     spec = TASKS[task]
     mean = math.exp(-sum(values) / len(values)) if spec.lower_is_better else sum(values) / len(values)
@@ -161,11 +161,11 @@ def folder(tmp_path):
     for step in range(5):
         ratio = step / 10
         found += [
-            made("mmlu", ratio, some(0.9 - 0.15 * step)),
-            made("truthfulqa_mc2", ratio, some(0.3 + 0.12 * step + 0.01 * (step % 2))),
-            made("winogrande", ratio, some(0.6 + (step % 2) / 60)),
-            made("gsm8k", ratio, [0.0] * 8, lengths=[20 * step + n for n in range(8)]),
-            made("lambada_openai", ratio, [-2.0 - step - 0.1 * (n % 3) for n in range(20)]),
+            make_result("mmlu", ratio, some(0.9 - 0.15 * step)),
+            make_result("truthfulqa_mc2", ratio, some(0.3 + 0.12 * step + 0.01 * (step % 2))),
+            make_result("winogrande", ratio, some(0.6 + (step % 2) / 60)),
+            make_result("gsm8k", ratio, [0.0] * 8, lengths=[20 * step + n for n in range(8)]),
+            make_result("lambada_openai", ratio, [-2.0 - step - 0.1 * (n % 3) for n in range(20)]),
         ]
     study = Folder(tmp_path / "study")
     study.path.mkdir()
@@ -200,7 +200,7 @@ def test_marks_and_verdicts(folder):
     assert words["gsm8k"] == "**cannot be judged**: the dense model is not above chance on gsm8k"
     assert words["ifeval"] == "not measured"
     # The opposite change.
-    opposite = [made("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
+    opposite = [make_result("ifeval", ratio, some(0.8 - ratio)) for ratio in (0.0, 0.3, 0.5)]
     (series,) = all_series(opposite)
     ifeval = next(claim for claim in CLAIMS if claim.tasks == ("ifeval",))
     assert verdict(ifeval, series) == "**does not hold** (0 of 2 changes with it beyond the noise, 2 against it)"
@@ -210,7 +210,7 @@ def test_one_mark_of_six_is_not_a_finding():
     """A score that falls at one of six ratios, one below chance, and one that rises and falls."""
 
     def series_of(task, shares):
-        found = [made(task, ratio / 10, some(share, 200)) for ratio, share in enumerate(shares)]
+        found = [make_result(task, ratio / 10, some(share, 200)) for ratio, share in enumerate(shares)]
         return all_series(found)[0]
 
     claims = {claim.tasks[0]: claim for claim in CLAIMS}

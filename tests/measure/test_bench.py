@@ -20,9 +20,9 @@ TINY = BenchPlan((Workload(2, 5, 4),), ("generate",), ratios=(0.4,), repeats=3)
 
 
 def run(model, plan=TINY):
-    made = []
-    bench.bench(model, "tiny", plan, torch.device("cpu"), made.append)
-    return made
+    found = []
+    bench.bench(model, "tiny", plan, torch.device("cpu"), found.append)
+    return found
 
 
 def measured(model, workload, meter, idle, decoding="generate", plan=TINY):
@@ -33,11 +33,11 @@ def measured(model, workload, meter, idle, decoding="generate", plan=TINY):
 def test_records_of_every_width(tiny_model):
     model = tiny_model(intermediate_size=256, seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    made = run(model)
+    found = run(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     # dense, 256 - int(0.4 * 256), and the multiple of 128 nearest to that
-    assert list(dict.fromkeys(record.shape["I"] for record in made)) == [256, 154, 128]
-    by = {(record.shape["I"], record.what): record for record in made}
+    assert list(dict.fromkeys(record.shape["I"] for record in found)) == [256, 154, 128]
+    by = {(record.shape["I"], record.what): record for record in found}
     for width in (256, 154, 128):
         assert by[width, "generation: TPOT"].repeats == 3
         first, each, whole = (by[width, f"generation: {what}"].p50 for what in ("TTFT", "TPOT", "TTLT"))
@@ -59,7 +59,7 @@ def test_records_of_every_width(tiny_model):
         }
         weights = 4 * (3 * layer + 32 + 2 * 64 * 32)
         assert by[width, "generation: peak memory"].p50 >= weights
-    assert {record.provider for record in made} == {"transformers"}
+    assert {record.provider for record in found} == {"transformers"}
 
 
 def test_tied_embeddings_are_read_as_the_head(tiny_model):
@@ -80,8 +80,8 @@ class ScriptedMeter(Meter):
 
 def test_joules(tiny_model):
     model = tiny_model(seed=1)
-    made = measured(model, Workload(2, 5, 4), ScriptedMeter(), Energy(9.0, 3.0, "scripted"))
-    by = {record.what: record for record in made}
+    found = measured(model, Workload(2, 5, 4), ScriptedMeter(), Energy(9.0, 3.0, "scripted"))
+    by = {record.what: record for record in found}
     assert by["generation: energy"].p50 == (10 + 6 * 4) / (2 * 4)
     assert by["generation: energy"].method == "scripted"
     assert by["generation: energy above idle"].p50 == (4 * (10 + 6 * 4) - 3 * 2) / (4 * 2 * 4)
@@ -91,16 +91,16 @@ def test_joules(tiny_model):
 
 def test_energy_that_was_not_measured_has_a_reason_and_no_figure(tiny_model):
     meter = Meter(Unmetered("no counter"))
-    made = measured(tiny_model(), Workload(1, 5, 2), meter, meter.idle())
-    energy = [record for record in made if "energy" in record.what]
+    found = measured(tiny_model(), Workload(1, 5, 2), meter, meter.idle())
+    energy = [record for record in found if "energy" in record.what]
     assert [(record.p50, record.refusal) for record in energy] == [(None, "not measured: no counter")]
 
 
 def test_energy_that_was_not_requested_has_no_record(tiny_model):
     plan = dataclasses.replace(TINY, energy_seconds=None)
     records = measured(tiny_model(), Workload(1, 5, 2), ScriptedMeter(), Energy(9.0, 3.0, ""), plan=plan)
-    made = [record.what for record in records]
-    assert "generation: TTLT" in made and not any("energy" in what for what in made)
+    found = [record.what for record in records]
+    assert "generation: TTLT" in found and not any("energy" in what for what in found)
 
 
 def test_a_decoding_that_the_model_does_not_support_is_recorded(tiny_model):
@@ -172,9 +172,9 @@ def test_command(tiny_model, tmp_path, capsys):
     assert main(["bench", str(tmp_path / "tiny"), *FAST, "--pruning-ratio", "0.1", "0.4", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "TPOT ms" in text and "not measured: " in text and f"{out / 'report.md'}: tables and plots" in text
-    made = read(out / "model.jsonl")
-    assert {record.shape["I"] for record in made} == {256, 231, 154, 128}
-    assert {(record.shape["model"], record.dtype) for record in made} == {("tiny", "bfloat16")}
+    found = read(out / "model.jsonl")
+    assert {record.shape["I"] for record in found} == {256, 231, 154, 128}
+    assert {(record.shape["model"], record.dtype) for record in found} == {("tiny", "bfloat16")}
     assert "Where the difference comes from" in (out / "report.md").read_text()
 
 
@@ -184,9 +184,9 @@ def test_command_with_random_weights_says_so(monkeypatch, tiny_model, tmp_path, 
     monkeypatch.setitem(CONFIGS, "tiny", tiny_model().config)
     arguments = ["bench", "--random", "tiny", *FAST, "--out", str(tmp_path), "--json"]
     assert main(arguments) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert {record["shape"]["model"] for record in made} == {"tiny, random weights"}
-    assert {record["shape"]["I"] for record in made} == {101, 61}  # 128 would be wider than the model
+    found = json.loads(capsys.readouterr().out)
+    assert {record["shape"]["model"] for record in found} == {"tiny, random weights"}
+    assert {record["shape"]["I"] for record in found} == {101, 61}  # 128 would be wider than the model
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_patched_and_not_through_every_decoding_on_a_gpu(tiny_model):
     plan = BenchPlan(
         (Workload(1, 5, 4),), ("generate", "compiled", "graph"), repeats=2, energy_seconds=1, idle_seconds=1
     )
-    made = []
-    bench.bench(model, "tiny", plan, torch.device("cuda"), made.append)
-    cells = {(r.shape["I"], r.provider, r.shape["decoding"]) for r in made if r.what == "generation: TPOT" and r.p50}
+    found = []
+    bench.bench(model, "tiny", plan, torch.device("cuda"), found.append)
+    cells = {(r.shape["I"], r.provider, r.shape["decoding"]) for r in found if r.what == "generation: TPOT" and r.p50}
     assert len(cells) == 3 * 2 * 3
     assert {model_glus(model)[0].intermediate_size, 154, 128} == {width for width, _, _ in cells}

@@ -18,6 +18,7 @@ import torch
 
 from gluprune.io.atomic import write_file
 from gluprune.measure import records
+from gluprune.models.device import AUTO, choose_device
 from gluprune_evals.tasks import TASKS, Limits, build
 
 CPU_BATCH = 16  # sequences generated at a time; on a GPU lm-eval finds the largest batch that fits
@@ -143,13 +144,14 @@ def model_in_memory(model: torch.nn.Module, tokenizer):
     return chosen(pretrained=model.eval(), tokenizer=tokenizer, batch_size=CPU_BATCH if on_cpu else "auto")
 
 
-def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: str = ""):
+def model_by_backend(backend: str, path: str, *, dtype: str = "auto", device: str = AUTO, model_args: str = ""):
     """Return the lm-eval model of a checkpoint in any backend of lm-eval.
 
     Args:
         backend: lm-eval's name for it: hf, vllm, sglang, ...
         path: Folder or Hub id.
-        dtype: Dtype of the weights; auto is the checkpoint's own.
+        dtype: Dtype of the weights; auto is that of the checkpoint.
+        device: Where it runs; see `gluprune.models.device.choose_device`.
         model_args: lm-eval's `key=value,...` arguments for it, such as `tensor_parallel_size=2`.
 
     Raises:
@@ -163,9 +165,9 @@ def model_by_backend(backend: str, path: str, dtype: str = "auto", model_args: s
     except (KeyError, ValueError, ImportError) as error:
         raise ValueError(f"backend {backend!r} cannot be used: {error}") from None
     arguments = ",".join(part for part in (f"pretrained={path},dtype={dtype}", model_args) if part)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = "auto" if torch.cuda.is_available() or backend != "hf" else CPU_BATCH
-    return chosen.create_from_arg_string(arguments, {"batch_size": batch, "device": device})
+    target = choose_device(device)
+    batch = CPU_BATCH if target.type == "cpu" and backend == "hf" else "auto"
+    return chosen.create_from_arg_string(arguments, {"batch_size": batch, "device": str(target)})
 
 
 def _configure(tasks: dict, shots: int | None, limits: Limits) -> int | None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
@@ -29,14 +28,16 @@ from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.io.atomic import write_file
+from gluprune.io.progress import progress
+from gluprune.io.text import read_text
 from gluprune.measure.perplexity import perplexity
 from gluprune.measure.records import Record, append, read
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
+from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
 from gluprune_evals.study import statistics_file
-from gluprune_evals.text import digest, read_text
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Method:
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
+# Fields that hold the text in JSON Lines: of plain text, of WikiText's pages, of questions with answers.
+FIELDS = ("text", "page", "question", "answer")
 # The labels are the names in the records.
 METHODS = {
     "surgeon by layer, reconstructed, + own text": Method.parse(
@@ -218,7 +221,7 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
     both = calibration, own_text(model, tokenizer, source)
     calibrations = Calibrations(model, tokenizer, source.name, both, measurements)
     rows = [("dense", None, 0.0), *((label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS)]
-    for label, method, ratio in tqdm(rows, unit="row"):
+    for label, method, ratio in progress(rows, desc="quality", unit="row"):
         shape = {"model": source.name, "window": WINDOW, "ratio": ratio}
         if method:
             shape |= calibrations.shape(method) | calibrations.reconstruction_shape(method)
@@ -344,8 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
-        texts = {name: read_text(path) for name, _, path in (text.partition("=") for text in given.text)}
-        calibration = "\n\n".join(read_text(path) for path in given.calibration)
+        texts = {name: read_text(path, FIELDS) for name, _, path in (text.partition("=") for text in given.text)}
+        calibration = "\n\n".join(read_text(path, FIELDS) for path in given.calibration)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         records = measure(source, calibration, texts, given.windows, given.out)
         result = table(records)

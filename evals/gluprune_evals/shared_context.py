@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from tqdm.auto import tqdm
+
+from gluprune.io.progress import progress
 
 # Tokens of a chunk: unrelated requests are packed up to the first limit, so that attention over what a token must not
 # see stays cheap; requests that share at least SHARED tokens with the one before are added up to the second.
@@ -101,7 +102,8 @@ class SharedContextLM(HFLM):
             row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             by_row.setdefault(row, []).append(index)
         answers: list = [None] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods", leave=False) as progress:
+        hidden = {"disable": True} if disable_tqdm else {}  # otherwise as the environment says
+        with progress(total=len(requests), desc="log-likelihoods", unit="request", **hidden) as bar:
             for tree, nodes in chunks(sorted(by_row)):
                 wanted = []  # (request, nodes whose logits predict its continuation)
                 for row, path in nodes.items():
@@ -111,7 +113,7 @@ class SharedContextLM(HFLM):
                     answers[index] = answer
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-                progress.update(len(wanted))
+                bar.update(len(wanted))
         return answers
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from gluprune.calibration.batches import batches_from_text
@@ -28,15 +28,17 @@ from gluprune.calibration.statistics import VERSION, Statistics
 from gluprune.checkpoints.load_save import build_empty, load, read_config, save
 from gluprune.demo.smollm2 import cache_folder
 from gluprune.io import atomic
+from gluprune.io.progress import progress
+from gluprune.models.device import AUTO, choose_device, loading_options
 from gluprune.models.glu import count_parameters, model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.runtime.patching import patch_llama
 from gluprune_evals.configuration import Configuration
+from gluprune_evals.digests import digest
 from gluprune_evals.folder import Folder, StudyModel
 from gluprune_evals.harness import Result, evaluate, model_by_backend, model_in_memory, require_lm_eval
-from gluprune_evals.tasks import Limits, check_tasks
-from gluprune_evals.text import digest
+from gluprune_evals.tasks import Limits, check_data, check_tasks
 
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 128, 512
 
@@ -49,6 +51,7 @@ class Settings:
         limits: Which documents are run.
         data: Local files. None: the Hub's data.
         dtype: Dtype of the weights.
+        device: Where models in memory run; see `gluprune.models.device.choose_device`.
         calibration: Texts for the recipes that need calibration.
         windows: Number of windows per text.
         patch: Whether the model runs with `patch_llama`.
@@ -63,6 +66,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     data: Path | None = None
     dtype: str = "auto"
+    device: str = AUTO
     calibration: tuple[str, ...] = ()
     windows: int = CALIBRATION_WINDOWS
     patch: bool = False
@@ -77,6 +81,7 @@ class Settings:
             raise ValueError("--model-args needs --backend")
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"data folder {self.data} does not exist")
+        choose_device(self.device)
 
     def identity(self) -> dict:
         """Return what two results must share to appear in one table."""
@@ -128,6 +133,8 @@ def run(
     tasks = check_tasks(tasks)
     calibrated = any(c.recipe and c.recipe.needs.calibration for c in configurations)
     _check(models, calibrated, settings)
+    if settings.data is not None:
+        check_data(tasks, settings.data)
     is_first = int(os.environ.get("RANK", "0")) == 0  # accelerate and torchrun start one process for each rank
     if is_first:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,7 @@ def run(
                 pinned["calibration"] = settings.calibration_identity()
             folder.claim(settings.identity(), pinned)
     pairs = [(model, configuration) for model in models for configuration in configurations]
-    with tqdm(total=len(pairs) * len(tasks), unit="task", desc="study") as progress:
+    with progress(total=len(pairs) * len(tasks), unit="task", desc="study") as bar:
         for model, configuration in pairs:
             with contextlib.ExitStack() as stack:
                 if is_first:
@@ -146,7 +153,7 @@ def run(
                     try:
                         stack.enter_context(atomic.locked(place))
                     except ValueError:  # another process is working on it
-                        progress.update(len(tasks))
+                        bar.update(len(tasks))
                         continue
                 _evaluate_missing(
                     folder,
@@ -155,7 +162,7 @@ def run(
                     tasks=tasks,
                     settings=settings,
                     is_first=is_first,
-                    progress=progress,
+                    bar=bar,
                 )
     return folder.results() if is_first else []
 
@@ -176,16 +183,16 @@ def _evaluate_missing(
     tasks: list[str],
     settings: Settings,
     is_first: bool,
-    progress: tqdm,
+    bar: tqdm,
 ) -> None:
     """Compute the missing results of one configuration."""
     missing = [task for task in tasks if not folder.file(model.name, configuration, task).is_file()]
-    progress.update(len(tasks) - len(missing))
+    bar.update(len(tasks) - len(missing))
     if not missing:
         return
     with _language_model(model, configuration, settings) as (lm, shape, dtype):
         for task in missing:
-            progress.set_description(f"{model.name} {configuration} {task}")
+            bar.set_description(f"{model.name} {configuration} {task}")
             path = folder.file(model.name, configuration, task)
             result = evaluate(
                 lm,
@@ -202,7 +209,7 @@ def _evaluate_missing(
             )
             if result is not None and is_first:
                 atomic.write_file(path, [result.to_json().encode()])
-            progress.update()
+            bar.update()
         del lm
     gc.collect()
     if torch.cuda.is_available():
@@ -231,20 +238,28 @@ def _language_model(
             del loaded
             if settings.dtype != "auto":
                 dtype = settings.dtype
-            lm = model_by_backend(settings.backend, path, settings.dtype, settings.model_args)
+            lm = model_by_backend(
+                settings.backend,
+                path,
+                dtype=settings.dtype,
+                device=settings.device,
+                model_args=settings.model_args,
+            )
         yield lm, shape, dtype
 
 
 def _load(model: StudyModel, configuration: Configuration, settings: Settings) -> Any:
     """Load the model of a configuration, pruned and patched."""
-    loaded: Any = load(model.path, dtype=settings.dtype).eval()
-    if torch.cuda.is_available():
-        loaded = loaded.cuda()
+    loaded: Any = _load_dense(model, settings)
     recipe = configuration.recipe
     if recipe:
         statistics = _statistics(model, recipe, settings) if recipe.needs.calibration else None
         prune(loaded, pruning_ratio=configuration.ratio, **recipe.options(), calibration=statistics)
     return patch_llama(loaded) if settings.patch else loaded
+
+
+def _load_dense(model: StudyModel, settings: Settings) -> Any:
+    return load(model.path, dtype=settings.dtype, **loading_options(settings.device)).eval()
 
 
 def statistics_file(label: str, batches: Sequence[torch.Tensor], sensitivity: bool) -> Path:
@@ -261,7 +276,7 @@ def _statistics(model: StudyModel, recipe: Recipe, settings: Settings) -> Statis
     path = statistics_file(f"study-{model.name}-{model.revision}-{settings.dtype}", batches, sensitivity)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(load(model.path, dtype=settings.dtype).eval(), batches, sensitivity=sensitivity).save(path)
+        calibrate(_load_dense(model, settings), batches, sensitivity=sensitivity).save(path)
     return Statistics.load(path)
 
 

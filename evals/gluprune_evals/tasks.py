@@ -194,6 +194,25 @@ def local_files(leaf: str, folder: Path) -> tuple[dict[str, Path], tuple[str, ..
     return {split: folder / name for split, name in names.items()}, fields
 
 
+def check_data(names: Iterable[str], folder: Path) -> None:
+    """Check the files in a local folder that some tasks need.
+
+    Raises:
+        ValueError: A file is missing, a line is not a JSON object or lacks a field; the message names them.
+    """
+    for name in names:
+        if name == "mmlu":  # one file per subject; which are needed depends on the limits
+            for split in ("test", "dev"):
+                if not (folder / "mmlu" / split).is_dir():
+                    raise ValueError(f"{folder / 'mmlu' / split} does not exist")
+            continue
+        for leaf in TASKS[name].leaves:
+            if leaf in FILES:
+                paths, fields = local_files(leaf, folder)
+                for path in paths.values():
+                    read_jsonl(path, fields)
+
+
 def local_source(leaf: str, folder: Path) -> Callable[..., dict]:
     """Return a replacement for `datasets.load_dataset` that reads local files: split -> Dataset."""
     import datasets

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from gluprune.calibration.batches import Batch, read_batches, token_count
-from gluprune.calibration.running import evaluating, in_float32, run_decoder
+from gluprune.calibration.running import check_ran, evaluating, in_float32, run_decoder
 from gluprune.calibration.sensitivity import LayerGradients, narrowing_costs, output_gradients, saliencies
 from gluprune.calibration.statistics import LayerStatistics, Statistics
+from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, decoder_layers, model_glus
+from gluprune.models.wrappers import check_weights, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +73,9 @@ def calibrate(
     """
     if sensitivity and not gram:
         raise ValueError("sensitivity=True needs gram=True")
+    model = unwrapped(model)
     glus = model_glus(model)
+    check_weights(model)
     layers = range(len(glus)) if layers is None else layers
     if not layers or not all(index in range(len(glus)) for index in layers):
         raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
@@ -94,6 +97,7 @@ def calibrate_in_passes(
         Layer index and statistics, in the order of `layers`.
     """
     glus = model_glus(model)
+    check_weights(model)
     batches = read_batches(model, calibration)
     gradients = _output_gradients(model, batches, layers) if sensitivity else None
     passes = [list(layers)]
@@ -161,6 +165,7 @@ class _Pass:
         self._model, self._glus, self._batches = model, glus, batches
         self._gram, self._gradients = gram, gradients
         self._mask: torch.Tensor | None = None  # of the batch that is running
+        self._ran: set[int] = set()  # the statistics that got tokens
 
     @torch.no_grad()
     def collect(self, layers: Sequence[int], label: str) -> Statistics:
@@ -187,22 +192,23 @@ class _Pass:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0].detach().flatten(0, -2)  # [B * S, I]
             statistics.add(x if self._mask is None else x[self._mask.flatten().to(x.device)])
+            self._ran.add(id(statistics))
 
         return hook
 
     def _run(self, found: dict[int, LayerStatistics], label: str) -> None:
-        progress = tqdm(self._batches, desc=label, unit="batch", disable=None, leave=False)
-        for number, (ids, mask) in enumerate(progress):
+        for number, (ids, mask) in enumerate(progress(self._batches, desc=label, unit="batch")):
             self._mask = mask
             run_decoder(self._model, ids, mask)
             for index, statistics in found.items():
+                check_ran(index, id(statistics) in self._ran)
                 if not statistics.squares.isfinite().all():
                     raise ValueError(f"layer {index} has NaN or Inf in its activations on calibration batch {number}")
 
     def _add_sensitivities(
         self, found: dict[int, LayerStatistics], gradients: Mapping[int, LayerGradients], tokens: int
     ) -> None:
-        for index, statistics in tqdm(found.items(), desc="sensitivities", unit="layer", disable=None, leave=False):
+        for index, statistics in progress(found.items(), desc="sensitivities", unit="layer"):
             down, gram = self._glus[index].down.weight.detach(), statistics.gram
             assert gram is not None
             statistics.saliency = saliencies(down, gram, gradients[index], tokens)

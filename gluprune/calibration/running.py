@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_ran(index: int, has_run: bool) -> None:
+    """Check that a layer ran on text; those for images do not.
+
+    Raises:
+        ValueError: It did not run.
+    """
+    if not has_run:
+        raise ValueError(f"layer {index} does not run on text: it cannot be calibrated, prune other layers")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to eval mode; afterwards, every module is in its former mode."""
@@ -69,7 +79,7 @@ def run_decoder(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | 
         ids: Token ids `[B, S]`.
         mask: bool `[B, S]`, True is a token; None if all are.
     """
-    decoder = getattr(model, model.base_model_prefix, model)
+    decoder: Any = model.get_decoder()
     embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device
     attention_mask = None if mask is None else mask.long().to(device)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gluprune.calibration.running import evaluating
+from gluprune.io.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def sample_text(
     with (
         evaluating(model),
         torch.random.fork_rng(range(torch.cuda.device_count())),
-        tqdm(total=length, desc="sampling", unit="token", leave=False, disable=None) as bar,
+        progress(total=length, desc="sampling", unit="token") as bar,
     ):
         torch.manual_seed(seed)
         ids = generate(

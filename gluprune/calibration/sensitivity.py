@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from gluprune.calibration.batches import Batch, token_count
 from gluprune.calibration.least_squares import RIDGE, damped_cholesky
-from gluprune.calibration.running import is_half_on_cpu
+from gluprune.calibration.running import check_ran, is_half_on_cpu
+from gluprune.io.progress import progress
 from gluprune.models.glu import model_glus
 
 if TYPE_CHECKING:
@@ -102,6 +102,11 @@ class _Accumulator:
         self._active, self._sensitive, self._joint = torch.zeros(3, size, device=device).unbind()
         self._sample: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    @property
+    def has_run(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._sample)
+
     def add(self, x: torch.Tensor, g: torch.Tensor, row: int) -> None:
         """Add x `[S, I]` and g `[S, H]` of the tokens of row number `row`."""
         # The first sampled token differs from row to row. Without the copy, a slice would keep the whole row in memory.
@@ -171,8 +176,8 @@ class _BackwardPasses:
         tokens = 0
         generator = torch.Generator().manual_seed(0)
         device = self._embedding.weight.device
-        progress = tqdm(self._rows, desc="gradients", unit="row", disable=None, leave=False)
-        for self._row, (row_ids, row_mask) in enumerate(progress):
+        for number, (row_ids, row_mask) in enumerate(progress(self._rows, desc="gradients", unit="row")):
+            self._row = number
             # Autograd does not take tensors that were created in inference mode.
             ids, mask = row_ids.clone(), None if row_mask is None else row_mask.clone()
             self._mask = mask
@@ -186,6 +191,8 @@ class _BackwardPasses:
             loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             loss.backward(inputs=[self._embedded])
             tokens += len(drawn)
+            for index, accumulator in self._accumulators.items():
+                check_ran(index, accumulator.has_run)
             del logits, loss  # frees the activations before those of the next row are computed
         return {index: accumulator.result(tokens) for index, accumulator in self._accumulators.items()}
 

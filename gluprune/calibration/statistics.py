@@ -28,7 +28,7 @@ VERSION = 2
 _FORMAT = f"gluprune statistics {VERSION}"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class LayerStatistics:
     """Statistics of X `[T, I]` of one layer, all float32 on the device of the layer's weights.
 
@@ -46,6 +46,10 @@ class LayerStatistics:
     gram: torch.Tensor | None = None
     saliency: torch.Tensor | None = None
     costs: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        held = ", ".join(name for name, tensor in vars(self).items() if tensor is not None)
+        return f"LayerStatistics({len(self.squares)} neurons: {held})"
 
     @property
     def norms(self) -> torch.Tensor:
@@ -87,7 +91,7 @@ class LayerStatistics:
                 self.gram[stop:, start:stop] = self.gram[start:stop, stop:].T
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Statistics:
     """Statistics of several layers of one model: collected once, valid for pruning it to any number of widths.
 
@@ -110,6 +114,9 @@ class Statistics:
 
     layers: dict[int, LayerStatistics]
     tokens: int
+
+    def __repr__(self) -> str:
+        return f"Statistics({len(self.layers)} layers, {self.tokens} tokens)"
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file. It gets its final name only when it is complete.

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from gluprune.io.atomic import complete_folder
 from gluprune.io.hub import first_line
 from gluprune.models.families import family_of
-from gluprune.models.glu import model_glus, resize
+from gluprune.models.glu import model_glus, resize, text_configs
 from gluprune.models.widths import layer_widths, set_config_widths
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     family_of(config)
     if len(set(layer_widths(config))) == 1:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
+        return _auto_class(config).from_pretrained(path, config=config, **kwargs)
     model_class = _model_class(config)
     model = model_class.from_pretrained(path, config=config, **kwargs)
     model.__class__ = stock_class(config)
@@ -104,10 +110,22 @@ def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
         return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
 
 
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads whole models: with the vision part, where there is one."""
+    is_composite = config.get_text_config() is not config
+    return AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+
+
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the causal LM class of transformers for a config."""
-    found: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    return found
+    """Return the class of transformers for the whole model of a config.
+
+    Raises:
+        ValueError: transformers has no class for whole models of this type.
+    """
+    mapping: Any = _auto_class(config)._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"model type {config.model_type!r} is not supported: transformers has no class that generates")
+    return mapping[type(config)]
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -121,8 +139,10 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         text = config.get_text_config()
         set_config_widths(text, [max(widths)] * len(widths))
         stock.__init__(self, config, *args, **options)
-        set_config_widths(text, widths)
+        for own in (text, *text_configs(self)):
+            set_config_widths(own, widths)
         for glu, width in zip(model_glus(self), widths, strict=True):
             resize(glu, width)
 
-    return type(stock.__name__, (stock,), {"__init__": build})
+    # transformers renames the tensors of a checkpoint only for classes of its modules.
+    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})

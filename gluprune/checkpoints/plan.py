@@ -20,7 +20,7 @@ from gluprune.pruning.report import PruneReport
 from gluprune.pruning.widths import allocated_widths, target_width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CheckpointReport(PruneReport):
     """What `prune_checkpoint` wrote, or with `dry_run` would write (`kept` is empty then).
 
@@ -218,8 +218,10 @@ def _pruned_tensors(
 def _parameters(shards: list[OutputShard], config: SourceConfig) -> list[OutputTensor]:
     """Return the tensors that count as parameters."""
     # A checkpoint may hold the tied head besides the embedding; it still counts as one parameter.
-    tied = {"lm_head.weight"} if config.tied else set()
-    return [tensor for shard in shards for tensor in shard.tensors if tensor.stored.name not in tied]
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    if not config.tied:
+        return tensors
+    return [tensor for tensor in tensors if tensor.stored.name.rpartition("lm_head.")[1:] != ("lm_head.", "weight")]
 
 
 def _plan_shard(shard: Shard, pruned: dict[str, OutputTensor]) -> OutputShard:
@@ -239,9 +241,10 @@ def _documents(
     """Return the JSON files of the output: the config and, if there are several shards, the index."""
     widths = [pruned.get(index, width) for index, width in enumerate(config.widths)]
     # The rest of the config stays as it is, so that the output loads wherever the source loads.
-    entries = {**config.raw, **width_entries(widths)}
+    entries = {**config.text_entries, **width_entries(widths)}
     entries = {key: value for key, value in entries.items() if key != "per_layer_config" or value is not None}
-    documents = {"config.json": _json_bytes(entries)}
+    document = entries if config.text_entries is config.raw else {**config.raw, "text_config": entries}
+    documents = {"config.json": _json_bytes(document)}
     if len(shards) > 1 or shards[0].name != SINGLE_FILE:
         outputs = [(shard.name, tensor) for shard in shards for tensor in shard.tensors]
         metadata = {"total_parameters": parameters, "total_size": sum(tensor.nbytes for _, tensor in outputs)}

@@ -20,6 +20,9 @@ _OTHER_WEIGHTS = {
 }
 _OTHER_DESCRIPTIONS = ("params.json", ".index.json")
 
+# Entries of the configs of composite models.
+_PARTS = ("text_config", "vision_config", "audio_config")
+
 _PRUNABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 _MLP_TENSOR = re.compile(r"(?P<prefix>(?:.*?\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\.mlp\.(?P<name>.+)", re.DOTALL)
 
@@ -37,6 +40,7 @@ class SourceConfig:
         hidden_size: H.
         widths: Intermediate size of every layer.
         tied: Whether the head is the embedding.
+        is_composite: Whether the model has other parts than text, such as vision.
     """
 
     raw: dict
@@ -44,26 +48,32 @@ class SourceConfig:
     hidden_size: int
     widths: list[int]
     tied: bool
+    is_composite: bool = False
+
+    @property
+    def text_entries(self) -> dict:
+        """The part of `raw` that describes the text part; older composite configs do not nest it."""
+        return self.raw["text_config"] if isinstance(self.raw.get("text_config"), dict) else self.raw
 
 
 def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
     """Read the config of a checkpoint with `tensor_count` tensors.
 
     Raises:
-        ValueError: It is missing or unusable, of a composite model, or names more layers than there are tensors.
+        ValueError: It is missing or unusable, or names more layers than there are tensors.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json")
     raw = read_json_object(file)
     # Before transformers reads the number: some configs build a list of that length.
-    layers = raw.get("num_hidden_layers")
+    nested = raw.get("text_config")
+    layers = (nested if isinstance(nested, dict) else raw).get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= tensor_count:
         found = f"num_hidden_layers={str(layers)[:40]}"
         raise ValueError(f"{file} says {found}, but the checkpoint holds {tensor_count} tensors")
-    if "text_config" in raw:
-        raise ValueError(f"{file}: model type {raw.get('model_type')!r} is composite: only text models can be pruned")
-    is_plain = all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
+    is_composite = any(key in raw for key in _PARTS)
+    is_plain = not is_composite and all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
     if isinstance(raw.get("model_type"), str) and is_plain and raw.get("per_layer_config") is None:
         return SourceConfig(
             raw=raw,
@@ -80,12 +90,14 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
         config = read_config(folder)
     except Exception as error:  # a corrupt config can make transformers raise anything
         raise ValueError(f"{file} is not a usable config: {first_line(error)}") from error
+    text = config.get_text_config()
     return SourceConfig(
         raw=raw,
-        family=family_of_type(config.model_type),
-        hidden_size=config.hidden_size,
+        family=family_of_type(text.model_type),
+        hidden_size=text.hidden_size,
         widths=layer_widths(config),
-        tied=config.tie_word_embeddings,
+        tied=getattr(config, "tie_word_embeddings", False),
+        is_composite=is_composite,
     )
 
 
@@ -95,7 +107,7 @@ def mlp_tensors(folder: Path, tensors: Sequence[StoredTensor], config: SourceCon
     Raises:
         ValueError: A tensor is unknown, mis-shaped or of another dtype, or a layer is missing; the message names it.
     """
-    mlps = _group_by_layer(folder, tensors, config.family)
+    mlps = _group_by_layer(folder, tensors, config)
     if len(mlps) != len(config.widths):
         raise ValueError(f"{folder} holds the MLPs of {len(mlps)} layers, its config says {len(config.widths)}")
     for index, mlp in enumerate(mlps):
@@ -103,14 +115,19 @@ def mlp_tensors(folder: Path, tensors: Sequence[StoredTensor], config: SourceCon
     return mlps
 
 
-def _group_by_layer(folder: Path, tensors: Sequence[StoredTensor], family: Family) -> list[dict[str, StoredTensor]]:
+def _group_by_layer(
+    folder: Path, tensors: Sequence[StoredTensor], config: SourceConfig
+) -> list[dict[str, StoredTensor]]:
+    family = config.family
     projections = {family.gate, family.up, family.down}
+    found = [(tensor, match) for tensor in tensors if (match := _MLP_TENSOR.fullmatch(tensor.name))]
+    if config.is_composite:  # stacks of layers without such projections are those of other parts
+        names = [(match["prefix"], match["name"].partition(".")[0]) for _, match in found]
+        stacks = {prefix for prefix, name in names if name in projections}
+        found = [(tensor, match) for tensor, match in found if match["prefix"] in stacks]
     layers: dict[int, dict[str, StoredTensor]] = {}
     prefixes: dict[str, StoredTensor] = {}
-    for tensor in tensors:
-        match = _MLP_TENSOR.fullmatch(tensor.name)
-        if match is None:
-            continue
+    for tensor, match in found:
         projection, _, kind = match["name"].partition(".")
         if projection not in projections or kind not in ("weight", "bias"):
             raise ValueError(

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from gluprune.calibration.statistics import LayerStatistics, Statistics
 from gluprune.checkpoints.plan import OutputPlan, OutputShard, OutputTensor
 from gluprune.io import atomic
+from gluprune.io.progress import progress
 from gluprune.io.shards import DTYPES, StoredTensor
 from gluprune.models.families import Family
 from gluprune.pruning.compensate import refitted_down
@@ -54,7 +54,7 @@ def write_plan(plan: OutputPlan, folder: Path) -> dict[int, torch.Tensor]:
     threads = torch.get_num_threads() if plan.recipe.compensate else 1
     chunks = _ahead(_chunks(unfinished, selector), depth, threads)
     # Closing waits for the thread: after a failure, nothing may be written once the folder is removed.
-    bar = tqdm(total=needed, desc="pruning", unit="B", unit_scale=True, disable=None, leave=False)
+    bar = progress(total=needed, desc="pruning", unit="B", unit_scale=True)
     with closing(chunks), bar:
         for shard in unfinished:
             atomic.write_file(folder / shard.name, iter(chunks.__next__, None), bar.update)

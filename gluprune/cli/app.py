@@ -55,7 +55,9 @@ def _options(
 
 for _panel, _modules in PANELS.items():
     for _name, _module in _modules.items():
-        _class = command.command_class(_module.EXAMPLES, getattr(_module, "MAY_BE_EMPTY", ()))
+        _class = command.command_class(
+            _module.EXAMPLES, getattr(_module, "MAY_BE_EMPTY", ()), getattr(_module, "RESUMING", "")
+        )
         app.command(_name, cls=_class, rich_help_panel=_panel)(_module.run)
 
 
@@ -77,3 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command.print_error(context.command_path if context else "gluprune", error.format_message())
         return command.BAD_INPUT
+    except (KeyboardInterrupt, typer.Abort):  # outside a command: while arguments are parsed
+        command.print_interrupted("gluprune")
+        return command.INTERRUPTED

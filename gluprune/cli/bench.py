@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, Quiet, Verbose, require
+from gluprune.cli.options import Device, Dtype, DtypeName, Json, Quiet, Verbose, require
 
 EXAMPLES = (
     "gluprune bench meta-llama/Llama-3.2-1B --pruning-ratio 0.2 0.4",
@@ -43,7 +43,6 @@ Random = Annotated[
         help="Instead of MODEL: random weights in the shapes of llama-3.2-1b, llama-3.2-3b or llama-3.1-8b.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="By default cuda if available, otherwise cpu.")]
 PruningRatio = Annotated[
     list[float] | None,
     typer.Option(metavar="P...", help="Fractions of neurons to remove. By default 0.4."),
@@ -78,7 +77,8 @@ def run(
     model: OptionalModel = None,
     *,
     random: Random = None,
-    device: Device = None,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     pruning_ratio: PruningRatio = None,
     decoding: Decodings = None,
     preset: OptionalPreset = None,
@@ -108,10 +108,11 @@ def run(
     from gluprune.checkpoints.load_save import load
     from gluprune.measure import bench, records
     from gluprune.measure.random_models import random_model
+    from gluprune.models.device import choose_device
     from gluprune.reports import report
     from gluprune.reports.terminal import bench_table
 
-    target = _device(device)
+    target = choose_device(device)
     plan = bench.bench_plan(
         preset and preset.value,
         target,
@@ -121,32 +122,19 @@ def run(
     )
     bench.check(plan, target)
     if model is None:
-        dense, name = random_model(random or ""), f"{random}, random weights"
+        weights = torch.bfloat16 if dtype is DtypeName.AUTO else getattr(torch, dtype.value)
+        dense, name = random_model(random or "", weights), f"{random}, random weights"
     else:
-        dense, name = load(model).eval(), Path(model).name
+        dense, name = load(model, dtype=dtype.value).eval(), Path(model).name
     path, measured = Path(out) / "model.jsonl", []
 
     def keep(record: records.Record) -> None:
         records.append(path, record)
         measured.append(record)
 
-    bench.bench(dense, name, plan, torch.device(target), keep)
+    bench.bench(dense, name, plan, target, keep)
     written = report.write(report.read_all([path]), out)
     if as_json:
         print(json.dumps([dataclasses.asdict(record) for record in measured]))
     else:
         print(bench_table(measured), "", f"{path}: the records", f"{written}: tables and plots", sep="\n")
-
-
-def _device(name: str | None):
-    """Return the torch device of a name, or the default one.
-
-    Raises:
-        ValueError: The device is not available.
-    """
-    import torch
-
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}' is not available: torch does not find a CUDA device")
-    return device

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, Model, NewFile, Quiet, Texts, Verbose, new_file
+from gluprune.cli.options import (
+    Device,
+    Dtype,
+    DtypeName,
+    Fields,
+    Json,
+    Model,
+    NewFile,
+    Quiet,
+    Texts,
+    Verbose,
+    new_file,
+)
+from gluprune.io.text import read_texts
 
 EXAMPLES = (
     "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt --out llama.stats",
@@ -36,6 +49,11 @@ def run(
             " backward as well.",
         ),
     ] = False,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 128,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    field: Fields = ["text"],  # noqa: B006
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -45,11 +63,13 @@ def run(
     Runs the text through the model once and writes the statistics, which any number of `prune --statistics` runs can
     use.
     """
+    new_file(out)
+    texts = read_texts(text, field)
+
     from gluprune.calibration.collect import calibrate
     from gluprune.cli.calibration import load_with_batches
 
-    new_file(out)
-    loaded, _, batches = load_with_batches(model, text)
+    loaded, _, batches = load_with_batches(model, texts, windows=windows, length=length, device=device, dtype=dtype)
     gram = gram or sensitivity
     statistics = calibrate(loaded, batches, gram=gram, sensitivity=sensitivity)
     statistics.save(out)

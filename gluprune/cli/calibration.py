@@ -1,29 +1,43 @@
-"""The model and the calibration batches of the commands that read text files."""
+"""The model and the calibration batches of the commands that calibrate."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+
+import torch
 
 from gluprune.calibration.batches import batches_from_text
 from gluprune.checkpoints.load_save import load
+from gluprune.cli.options import DtypeName
+from gluprune.models.device import loading_options
 
 logger = logging.getLogger(__name__)
 
 
-def load_with_batches(source: str, files: Sequence[str], windows: int = 128):
-    """Load a model and its tokenizer, and cut up to `windows` windows from each text file.
+def load_model(source: str, *, device: str, dtype: DtypeName):
+    """Load a model in a dtype onto a device, in eval mode.
+
+    Raises:
+        ValueError: There is no such model or no such device.
+    """
+    options = loading_options(device)
+    logger.info("loading %s", source)
+    return load(source, dtype=dtype.value, **options).eval()
+
+
+def load_with_batches(
+    source: str, texts: Sequence[str], *, windows: int, length: int, device: str, dtype: DtypeName
+) -> tuple:
+    """Load a model and its tokenizer, and cut up to `windows` windows of `length` tokens from each text.
 
     Returns:
         The model, the tokenizer and the batches.
     """
     from transformers import AutoTokenizer
 
-    texts = [Path(file).read_text(encoding="utf-8") for file in files]
-    logger.info("loading %s", source)
-    model = load(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    batches = batches_from_text(tokenizer, texts, windows)
-    logger.info("calibrating on %d windows of %s", sum(map(len, batches)), ", ".join(files))
+    batches: list[torch.Tensor] = batches_from_text(tokenizer, texts, windows, length)
+    model = load_model(source, device=device, dtype=dtype)
+    logger.info("calibrating on %d windows", sum(map(len, batches)))
     return model, tokenizer, batches

@@ -21,10 +21,12 @@ class Command(TyperCommand):
     Attributes:
         examples: Command lines shown at the end of `--help`.
         may_be_empty: Multi-value options that may be given without a value; they then get one empty string.
+        resuming: How to continue after an interruption; empty if a new run starts from the beginning.
     """
 
     examples: tuple[str, ...] = ()
     may_be_empty: tuple[str, ...] = ()
+    resuming: str = ""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Parse the arguments after `expand`."""
@@ -43,7 +45,7 @@ class Command(TyperCommand):
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            print(f"\r{ctx.command_path}: interrupted", file=sys.stderr)
+            print_interrupted(ctx.command_path, self.resuming)
             raise typer.Exit(INTERRUPTED) from None
         except ERRORS as error:
             print_error(ctx.command_path, error)
@@ -72,9 +74,15 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-def command_class(examples: Sequence[str], may_be_empty: Sequence[str] = ()) -> type[Command]:
-    """Return a class of commands with these examples and options that may be empty."""
-    return type("Command", (Command,), {"examples": tuple(examples), "may_be_empty": tuple(may_be_empty)})
+def command_class(examples: Sequence[str], may_be_empty: Sequence[str] = (), resuming: str = "") -> type[Command]:
+    """Return a class of commands with these attributes; see `Command`."""
+    attributes = {"examples": tuple(examples), "may_be_empty": tuple(may_be_empty), "resuming": resuming}
+    return type("Command", (Command,), attributes)
+
+
+def print_interrupted(command: str, resuming: str = "") -> None:
+    """Print one line to stderr after Ctrl-C."""
+    print(f"\r{command}: interrupted" + (f"; {resuming}" if resuming else ""), file=sys.stderr)
 
 
 def print_error(command: str, error: Exception | str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, Quiet, Verbose, require
+from gluprune.cli.options import Device, Dtype, DtypeName, Json, Quiet, Verbose, require
 
 EXAMPLES = (
     "gluprune demo",
@@ -24,6 +24,8 @@ def run(
         ),
     ] = None,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write.")] = "demo_output",
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -37,5 +39,5 @@ def run(
     from gluprune.demo.run import run
     from gluprune.demo.table import summary
 
-    record = run(model, out)
+    record = run(model, out, device=device, dtype=dtype.value)
     print(json.dumps(record) if as_json else summary(record))

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from gluprune.cli import evaluation
-from gluprune.cli.options import Json, Model, Quiet, Verbose
+from gluprune.cli.options import Device, Dtype, DtypeName, Json, Model, Quiet, Verbose
 
+RESUMING = "to continue, run it again"
 EXAMPLES = (
     "gluprune eval meta-llama/Llama-3.2-1B --tasks arc_challenge piqa --limit 100",
     "gluprune eval meta-llama/Llama-3.2-1B --budget small",
@@ -25,7 +26,8 @@ def run(
     limit: evaluation.Limit = None,
     budget: evaluation.SmallBudget = None,
     log_samples: evaluation.LogSamples = False,
-    dtype: evaluation.Dtype = "auto",
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     patch: evaluation.Patch = False,
     backend: evaluation.Backend = None,
     model_args: evaluation.ModelArgs = "",
@@ -37,7 +39,7 @@ def run(
 
     Runs the tasks of the paper. Results that the folder already holds are not computed again.
     """
-    evaluation.require_evaluation()
+    evaluation.require_evaluation(tasks, backend)
     from gluprune_evals.configuration import Configuration
 
     options = evaluation.Options(
@@ -46,6 +48,7 @@ def run(
         data=data,
         limit=limit,
         budget=budget,
+        device=device,
         dtype=dtype,
         patch=patch,
         backend=backend,

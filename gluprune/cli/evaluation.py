@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,9 +14,9 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import require
+from gluprune.cli.options import RUNNING, DtypeName, require
 
-_DOCUMENTS, _MODEL = "Documents", "How models run"
+_DOCUMENTS = "Documents"
 
 
 class Budget(str, Enum):
@@ -49,23 +52,19 @@ LogSamples = Annotated[
     bool,
     typer.Option("--log-samples", help="Save requests, answers and generated lengths.", rich_help_panel=_DOCUMENTS),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(metavar="NAME", help="Dtype of the weights: auto, float32, bfloat16, ...", rich_help_panel=_MODEL),
-]
-Patch = Annotated[bool, typer.Option("--patch", help="Run with gluprune.patch_llama.", rich_help_panel=_MODEL)]
+Patch = Annotated[bool, typer.Option("--patch", help="Run with gluprune.patch_llama.", rich_help_panel=RUNNING)]
 Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
         help="Evaluate a checkpoint with an lm-eval backend: hf, vllm, ...",
-        rich_help_panel=_MODEL,
+        rich_help_panel=RUNNING,
     ),
 ]
 ModelArgs = Annotated[
     str,
     typer.Option(
-        metavar="KEY=VALUE,...", help="Arguments for the backend.", rich_help_panel=_MODEL, show_default=False
+        metavar="KEY=VALUE,...", help="Arguments for the backend.", rich_help_panel=RUNNING, show_default=False
     ),
 ]
 
@@ -79,7 +78,8 @@ class Options:
     data: Path | None
     limit: int | None
     budget: Budget | None
-    dtype: str
+    device: str
+    dtype: DtypeName
     patch: bool
     backend: str | None
     model_args: str
@@ -91,21 +91,21 @@ def evaluate(
     models: Sequence[str],
     configurations: Sequence,
     options: Options,
-    calibration: Sequence[Path] = (),
+    calibration: Sequence[str] = (),
     windows: int | None = None,
 ) -> None:
-    """Run the study on these models and configurations, and print its results."""
+    """Run the study on these models and configurations, with these calibration texts, and print its results."""
     from gluprune_evals.folder import Folder, StudyModel
     from gluprune_evals.report import summary
     from gluprune_evals.study import Settings, run
     from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, Limits
-    from gluprune_evals.text import read_text
 
-    calibrated = {"calibration": tuple(map(read_text, calibration)), "windows": windows} if calibration else {}
+    calibrated = {"calibration": tuple(calibration), "windows": windows} if calibration else {}
     settings = Settings(
         limits=Limits(options.limit, small=options.budget is not None),
         data=options.data,
-        dtype=options.dtype,
+        device=options.device,
+        dtype=options.dtype.value,
         patch=options.patch,
         backend=options.backend,
         model_args=options.model_args,
@@ -114,13 +114,23 @@ def evaluate(
     )
     lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
     tasks = [task for name in options.tasks for task in lists.get(name, (name,))]
-    results = run(Folder(options.out), [StudyModel.find(model) for model in models], configurations, tasks, settings)
+    studied = [StudyModel.find(model) for model in models]
+    with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its backends print
+        results = run(Folder(options.out), studied, configurations, tasks, settings)
     if options.as_json:
         print(json.dumps([json.loads(result.to_json()) for result in results]))
     else:
         print(summary(results), options.out, sep="\n")
 
 
-def require_evaluation() -> None:
-    """Check that the packages of the extra `eval` are installed."""
+def require_evaluation(tasks: Sequence[str], backend: str | None) -> None:
+    """Check that the packages that these tasks and this backend need are installed.
+
+    Raises:
+        ImportError: One is missing; the message names the extra, or the package of the backend.
+    """
     require("eval", "lm_eval", "scipy")
+    if {"ifeval", "base", "instruct"} & set(tasks):
+        require("eval", "langdetect", "immutabledict", "nltk")
+    if backend in ("vllm", "sglang") and importlib.util.find_spec(backend) is None:
+        raise ImportError(f"--backend {backend} needs the package {backend}, which is not installed")

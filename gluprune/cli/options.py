@@ -6,12 +6,22 @@ import importlib.util
 import logging
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-OUTPUT = "Output"
+OUTPUT, RUNNING = "Output", "How models run"
+
+
+class DtypeName(str, Enum):
+    """The dtypes of weights."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def _set_verbose(verbose: bool) -> None:
@@ -106,5 +116,31 @@ NewFile = Annotated[
     Path, typer.Option("--out", metavar="FILE", help="Output file; must not exist.", show_default=False)
 ]
 Texts = Annotated[
-    list[str], typer.Option("--text", metavar="FILE...", help="UTF-8 text files to calibrate on.", show_default=False)
+    list[str],
+    typer.Option(
+        "--text",
+        metavar="FILE...",
+        help="Texts to calibrate on: UTF-8 files, JSON Lines (.jsonl, see --field), or hf:ID[:CONFIG]:SPLIT:COLUMN for"
+        " a data set of the Hub.",
+        show_default=False,
+    ),
+]
+Fields = Annotated[
+    list[str], typer.Option("--field", metavar="NAME...", help="Fields that hold the text in JSON files.")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:0, ...; auto is cuda if available, otherwise cpu.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        metavar="NAME",
+        help="Dtype of the weights in memory: float32, bfloat16, float16; auto is that of the checkpoint.",
+        rich_help_panel=RUNNING,
+    ),
 ]

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, Model, NewFolder, Quiet, Verbose, parse_layers
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Model, NewFolder, Quiet, Verbose, parse_layers
+from gluprune.io.text import read_texts
 
 logger = logging.getLogger(__name__)
 
+RESUMING = "to continue, run it again with --resume"
 EXAMPLES = (
     "gluprune prune meta-llama/Llama-3.2-1B --pruning-ratio 0.2 --out llama-narrow",
     "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt --sensitivity --out llama.stats\n"
@@ -73,7 +75,7 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE...",
-        help="UTF-8 texts to calibrate on. Loads the whole model.",
+        help="Texts to calibrate on, as for `calibrate --text`. Loads the whole model.",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -107,6 +109,9 @@ def run(
     statistics: Statistics = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    field: Fields = ["text"],  # noqa: B006
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -129,8 +134,13 @@ def run(
     if calibration:
         if dry_run or resume or statistics:
             raise ValueError("--dry-run, --resume and --statistics work only without --calibration")
-        report = _prune_in_memory(source, out, recipe, target, calibration)
+        report = _prune_in_memory(
+            source, out, recipe, target=target, texts=read_texts(calibration, field), device=device, dtype=dtype
+        )
     else:
+        used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
+        for flag in (flag for flag, is_given in used.items() if is_given):
+            raise ValueError(f"{flag} needs --calibration FILE")
         from gluprune.checkpoints.stream import prune_checkpoint
 
         report = prune_checkpoint(
@@ -161,14 +171,14 @@ def _check(recipe, calibration: list[str] | None, statistics: str | None) -> Non
         )
 
 
-def _prune_in_memory(source: str, out: str, recipe, target: dict, calibration: list[str]):
+def _prune_in_memory(source: str, out: str, recipe, *, target: dict, texts: list[str], device: str, dtype: DtypeName):
     from gluprune.checkpoints.load_save import save
     from gluprune.cli.calibration import load_with_batches
     from gluprune.io.atomic import check_destination
     from gluprune.pruning.prune import prune
 
     check_destination(out)
-    model, tokenizer, batches = load_with_batches(source, calibration)
+    model, tokenizer, batches = load_with_batches(source, texts, windows=128, length=512, device=device, dtype=dtype)
     report = prune(model, **target, **recipe.options(), calibration=batches)
     logger.info("writing %s", out)
     save(model, out, tokenizer)

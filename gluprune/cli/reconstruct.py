@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, NewFolder, Quiet, Texts, Verbose
-
-logger = logging.getLogger(__name__)
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, NewFolder, Quiet, Texts, Verbose
+from gluprune.io.text import read_texts
 
 EXAMPLES = (
     "gluprune reconstruct llama-narrow --dense meta-llama/Llama-3.2-1B --text notes.txt \\\n"
@@ -27,8 +25,12 @@ def run(
         str, typer.Option(metavar="MODEL", help="The model before pruning: folder or Hub id.", show_default=False)
     ],
     text: Texts,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows of 512 tokens from each text.")] = 32,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 32,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    field: Fields = ["text"],  # noqa: B006
     out: NewFolder,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -38,15 +40,19 @@ def run(
     Refits the down projections in order, so that each layer's output on the texts matches the dense model's. Loads both
     models.
     """
-    from gluprune.checkpoints.load_save import load, save
-    from gluprune.cli.calibration import load_with_batches
     from gluprune.io.atomic import check_destination
-    from gluprune.pruning.reconstruct import reconstruct
 
     check_destination(out)
-    model, tokenizer, batches = load_with_batches(pruned, text, windows)
-    logger.info("loading %s", dense)
-    reconstruct(model, load(dense), batches)
+    texts = read_texts(text, field)
+
+    from gluprune.checkpoints.load_save import save
+    from gluprune.cli.calibration import load_model, load_with_batches
+    from gluprune.pruning.reconstruct import reconstruct
+
+    model, tokenizer, batches = load_with_batches(
+        pruned, texts, windows=windows, length=length, device=device, dtype=dtype
+    )
+    reconstruct(model, load_model(dense, device=device, dtype=dtype), batches)
     save(model, out, tokenizer)
     result = {"windows": sum(map(len, batches)), "tokens": sum(batch.numel() for batch in batches), "folder": out}
     line = f"{out}: reconstructed on {result['windows']} windows, {result['tokens']:,} tokens"

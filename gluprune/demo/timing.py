@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from gluprune.io.progress import progress
 from gluprune.measure.decoding import make_generator, time_generator
 
 
@@ -33,11 +33,11 @@ def time_in_turns(models: dict[int, Any], prompt: torch.Tensor, new_tokens: int,
     """
     generators = {width: make_generator("generate", model, prompt, new_tokens) for width, model in models.items()}
     ttfts, tpots = ({width: [] for width in models} for _ in range(2))
-    with tqdm(total=rounds * len(models), unit="run", desc="speed") as progress:
+    with progress(total=rounds * len(models), unit="run", desc="speed") as bar:
         for _ in range(rounds):
             for width, generator in generators.items():
                 timing = time_generator(generator, [prompt.to(models[width].device)], new_tokens)
                 ttfts[width].append(timing.ttft)
                 tpots[width].append(timing.tpot)
-                progress.update()
+                bar.update()
     return {width: Speed(prompt.numel() / min(ttfts[width]), 1 / min(tpots[width])) for width in models}

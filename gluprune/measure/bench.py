@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from tqdm.auto import tqdm
 
+from gluprune.io.progress import progress
 from gluprune.measure import paper
 from gluprune.measure.decoding import GenerationTiming, Generator, make_generator, time_generator
 from gluprune.measure.energy import Energy, Meter, find_meter
@@ -152,13 +152,13 @@ def bench(dense, name: str, plan: BenchPlan, device: torch.device, keep: Callabl
     check(plan, device)
     all_widths = widths(model_glus(dense)[0], plan.ratios)
     meter, idle = calibrated_meter(device, plan)
-    with tqdm(total=len(all_widths) * len(_cells(plan, device)), unit="cell", disable=None) as progress:
+    with progress(total=len(all_widths) * len(_cells(plan, device)), unit="cell", desc="bench") as bar:
         for width in all_widths:
-            progress.set_description(f"{width} neurons")
+            bar.set_description(f"{width} neurons")
             for made in bench_model(narrowed(dense, width).to(device), name, plan, meter, idle):
                 for record in made:
                     keep(record)
-                progress.update()
+                bar.update()
 
 
 def calibrated_meter(device: torch.device, plan: BenchPlan) -> tuple[Meter, Energy]:

@@ -171,9 +171,11 @@ class RaplPackages:
 
     def stop(self) -> tuple[float | None, str, None]:
         """See `EnergySource`."""
-        moved = [
-            (after - before) % span for before, after, span in zip(self.before, self._read(), self.ranges, strict=True)
-        ]
+        try:
+            now = self._read()
+        except (OSError, ValueError) as error:
+            return None, f"not measured: RAPL cannot be read any more: {error}", None
+        moved = [(after - before) % span for before, after, span in zip(self.before, now, self.ranges, strict=True)]
         if not all(moved):
             return None, "not measured: a RAPL package counter did not advance", None
         return sum(moved) / 1e6, f"RAPL, {len(moved)} processor package{'s' if len(moved) > 1 else ''}", None
@@ -244,7 +246,7 @@ def _counted(before: float | None, after: float | None, sampled: float | None) -
     joules = after - before if after > before else after - before + 2**32 / 1e3
     if sampled is None:
         return (joules, "") if after > before else (None, "the energy counter went backwards")
-    if not 0.5 < joules / sampled < 2:
+    if not 0.5 * sampled < joules < 2 * sampled:
         return None, f"the energy counter reported {joules:.4g} J"
     return joules, ""
 
@@ -270,7 +272,7 @@ def _nvml_source(device: torch.device, nvml) -> EnergySource:
     NVML numbers all GPUs of the machine in bus order; torch numbers those in CUDA_VISIBLE_DEVICES, in the order given
     there or the fastest first. The UUID is the same in every numbering and under every mask.
     """
-    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-").removeprefix("MIG-")
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")).removeprefix("GPU-").removeprefix("MIG-")
     try:
         nvml.nvmlInit()
         handle, is_slice = _handle(nvml, uuid)
@@ -290,14 +292,15 @@ def _handle(nvml, uuid: str) -> tuple[object, bool]:
 
 def _rapl_source(root: Path) -> EnergySource:
     """Domains `intel-rapl:N` (also on AMD) that are packages: other domains are parts of these or hold them."""
-    packages = [
-        domain for domain in sorted(root.glob("intel-rapl:*")) if (domain / "name").read_text().startswith("package")
-    ]
-    if not packages:
-        return Unmetered("this machine has no RAPL counter of a processor package")
     try:
+        domains = sorted(root.glob("intel-rapl:*"))
+        packages = [domain for domain in domains if (domain / "name").read_text().startswith("package")]
+        if not packages:
+            return Unmetered("this machine has no RAPL counter of a processor package")
         source = RaplPackages(packages)
         source.start()
-    except OSError as error:
-        return Unmetered(f"RAPL cannot be read: {error.strerror} ({Path(error.filename).name})")
+    except (OSError, ValueError) as error:  # in a container, links may lead nowhere, and files may be empty
+        place = f" ({Path(error.filename).name})" if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror if isinstance(error, OSError) else error
+        return Unmetered(f"RAPL cannot be read: {reason}{place}")
     return source

@@ -2,6 +2,8 @@
 
 Every entry computes exactly `down(act(gate(x)) * up(x))`. A model that has something between the projections
 (a norm, a multiplier, a clamp, a router) is rejected: pruning it would change what it computes.
+
+A vision-language model is looked up by the type of its text part; its other parts are left unchanged.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("MistralMLP"),
     "qwen2": Family("Qwen2MLP"),
     "qwen3": Family("Qwen3MLP"),
+    "ministral3": Family("Ministral3MLP"),
     "smollm3": Family("SmolLM3MLP"),
     "olmo2": Family("Olmo2MLP", normalized=True),
     "granite": Family("GraniteMLP"),
@@ -58,6 +61,14 @@ FAMILIES: dict[str, Family] = {
     "phi3": _packed("Phi3MLP"),
     "glm": _packed("GlmMLP"),
     "glm4": _packed("Glm4MLP", normalized=True),
+}
+
+# Text parts that occur only in vision-language models; those of other models have one of the types above.
+TEXT_PARTS: dict[str, Family] = {
+    "mllama_text_model": Family("MllamaTextMLP"),
+    "qwen2_vl_text": Family("Qwen2MLP"),
+    "qwen2_5_vl_text": Family("Qwen2MLP"),
+    "qwen3_vl_text": Family("Qwen3VLTextMLP"),
 }
 
 # Why a model that looks similar is not in the table, by config.model_type.
@@ -92,8 +103,9 @@ def family_of_type(model_type: str) -> Family:
     Raises:
         ValueError: The model type is not in the table. The message says why if the reason is known.
     """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    for table in (FAMILIES, TEXT_PARTS):
+        if model_type in table:
+            return table[model_type]
     reason = REFUSED.get(model_type)
     raise ValueError(
         f"model type {model_type!r} is not supported"

@@ -11,13 +11,26 @@ from torch import nn
 from gluprune.models.families import Family, family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a Hugging Face causal LM or of its bare decoder."""
-    decoder: Any = getattr(model, model.base_model_prefix, model)
+    """Return the decoder layers of a Hugging Face causal LM, of the text part of a composite one or a bare decoder."""
+    decoder: Any = model.get_decoder()
     return decoder.layers
+
+
+def text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return every config object of the text part: parts of a composite model have copies of their config."""
+    text = model.config.get_text_config()
+    found = {id(text): text}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "get_text_config"):
+            own = config.get_text_config()
+            if type(own) is type(text):
+                found[id(own)] = own
+    return list(found.values())
 
 
 @dataclass(frozen=True)

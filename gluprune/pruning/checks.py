@@ -9,6 +9,7 @@ from torch import nn
 
 from gluprune.calibration.statistics import Statistics
 from gluprune.models.glu import GLU
+from gluprune.models.wrappers import check_weight
 from gluprune.pruning.recipe import Recipe
 
 
@@ -69,8 +70,7 @@ def _check_projection(label: str, projection: nn.Module) -> None:
             " pruned (dequantize, or merge the adapter, first)"
         )
     weight = projection.weight
-    if weight.device.type == "meta":
-        raise ValueError(f"{label} is on the meta device: load the weights before pruning")
+    check_weight(label, weight)
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         raise ValueError(
             f"{label}.weight is {type(weight).__name__}, not a plain parameter: quantized or sharded weights"

@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from tqdm.auto import tqdm
 
 from gluprune.calibration.collect import calibrate_in_passes
 from gluprune.calibration.statistics import LayerStatistics, Statistics
-from gluprune.models.glu import GLU, count_parameters, model_glus
+from gluprune.io.progress import progress
+from gluprune.models.glu import GLU, count_parameters, model_glus, text_configs
 from gluprune.models.widths import set_config_widths
+from gluprune.models.wrappers import unwrapped
 from gluprune.pruning.checks import check_layers, check_prunable, check_statistics, common_width
 from gluprune.pruning.compensate import refitted_down, replace_down
 from gluprune.pruning.narrow import narrow
@@ -44,7 +45,8 @@ def prune(
 
     Gate and up lose rows (and bias entries), down loses columns. `out_features`, `in_features`, `mlp.intermediate_size`
     and the config are updated, so `model.save_pretrained` writes a stock checkpoint. Parameter objects stay the same;
-    their stale gradients are dropped. If anything fails, every tensor, attribute and config value is restored.
+    their stale gradients are dropped. An optimizer created before keeps state of the former shapes: create a new one.
+    If anything fails, every tensor, attribute and config value is restored.
 
     Memory above the model itself stays below the MLP weights of one layer. Calibration adds the memory that
     `calibrate_in_passes` describes, `compensate` adds a copy of the narrowed down projections.
@@ -53,7 +55,8 @@ def prune(
     `prune(model, pruning_ratio=p, score="maw", multiple_of=1)`, which keeps `I - int(p * I)` neurons.
 
     Args:
-        model: A causal LM of a family in `gluprune.models.families.FAMILIES`.
+        model: A causal LM of a family in `gluprune.models.families.FAMILIES`, or a vision-language model with such a
+            text part, which is pruned. Compiled models and PEFT models with merged adapters are unwrapped.
         expansion_ratio: Intermediate size divided by hidden size. Exactly one of the three targets must be given.
         pruning_ratio: Share of the neurons to remove, between 0 and 1.
         intermediate_size: Number of neurons to keep.
@@ -91,6 +94,7 @@ def prune(
     needs = recipe.needs
     if needs.calibration and calibration is None:
         raise ValueError(f"{needs.argument} needs calibration data: give calibration=")
+    model = unwrapped(model)
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))
     check_prunable(model, glus, indices)
@@ -116,10 +120,10 @@ def prune(
     )
     choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
-        choices = iter(list(tqdm(choices, "scoring", **_progress(indices))))
+        choices = iter(list(progress(choices, desc="scoring", unit="layer", total=len(indices))))
     parameters = count_parameters(model)
     with ExitStack() as undo:
-        kept = _narrow_all(model, glus, tqdm(choices, "narrowing", **_progress(indices)), undo)
+        kept = _narrow_all(model, glus, progress(choices, desc="narrowing", unit="layer", total=len(indices)), undo)
         report = PruneReport(
             kept=kept,
             widths=widths,
@@ -149,14 +153,10 @@ def _narrow_all(
         if down is not None:
             replace_down(glus[index].down, down, undo)
         kept[index] = neurons
-    config = model.config.get_text_config()
-    undo.callback(_restore_attributes, config, dict(vars(config)))
-    set_config_widths(config, [glu.intermediate_size for glu in glus])
+    for config in text_configs(model):
+        undo.callback(_restore_attributes, config, dict(vars(config)))
+        set_config_widths(config, [glu.intermediate_size for glu in glus])
     return kept
-
-
-def _progress(layers: Sequence[int]) -> dict:
-    return {"total": len(layers), "unit": "layer", "disable": None, "leave": False}
 
 
 def _activations(

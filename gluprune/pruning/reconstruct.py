@@ -31,14 +31,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from gluprune.calibration.batches import Batch, read_batches
 from gluprune.calibration.least_squares import RIDGE, solve
 from gluprune.calibration.running import evaluating, in_float32, run_decoder
 from gluprune.calibration.statistics import LayerStatistics
+from gluprune.io.progress import progress
 from gluprune.models.families import family_of
 from gluprune.models.glu import GLU, decoder_layers, model_glus
+from gluprune.models.wrappers import check_weights, unwrapped
 from gluprune.pruning.checks import check_prunable
 from gluprune.pruning.compensate import replace_down
 from gluprune.runtime.patching import realign
@@ -87,6 +88,7 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
         >>> report = gluprune.prune(pruned, pruning_ratio=0.25)
         >>> gluprune.reconstruct(pruned, dense, batches)
     """
+    pruned, dense = unwrapped(pruned), unwrapped(dense)
     glus = _check(pruned, dense)
     batches = _without_padding_rows(read_batches(pruned, calibration))
     if sum(len(ids) for ids, _ in batches) < 2:
@@ -99,7 +101,7 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
         target, stream = _Stream(dense, batches), _Stream(pruned, batches)
         for model in (pruned, dense):
             stack.enter_context(in_float32(decoder_layers(model)))
-        for index, glu in enumerate(tqdm(glus, desc="reconstructing", unit="layer", disable=None, leave=False)):
+        for index, glu in enumerate(progress(glus, desc="reconstructing", unit="layer")):
             _refit_layer(index, glu, target, stream, undo)
         undo.pop_all()
     realign(glu.mlp for glu in glus)
@@ -153,6 +155,7 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
             " and the residual stream"
         )
     check_prunable(pruned, glus, range(len(glus)))
+    check_weights(pruned)
     if any(parameter.is_meta for parameter in dense.parameters()):
         raise ValueError("dense is on the meta device: load its weights first")
     for index, (glu, other) in enumerate(zip(glus, dense_glus, strict=True)):
@@ -213,6 +216,8 @@ def _layer_arguments(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor
             stack.callback(_restore_forward, layer, vars(layer).get("forward"))
             setattr(layer, "forward", record)  # noqa: B010 (an instance attribute, not the method)
         run_decoder(model, *batch)
+    if len(found) != len(decoder_layers(model)):
+        raise ValueError(f"{type(model).__name__} cannot be reconstructed: it has layers that do not run on text")
     return first[0], found
 
 

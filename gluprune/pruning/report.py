@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PruneReport:
     """What `prune` did.
 
@@ -22,7 +22,7 @@ class PruneReport:
         score: Name of the score.
     """
 
-    kept: dict[int, torch.Tensor]
+    kept: dict[int, torch.Tensor] = field(repr=False)
     widths: dict[int, int]
     intermediate_size: int
     original_intermediate_size: int
@@ -40,6 +40,11 @@ class PruneReport:
     def pruning_ratio(self) -> float:
         """Share of the neurons that were removed."""
         return 1 - self.intermediate_size / self.original_intermediate_size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PruneReport) and other.to_dict() == self.to_dict()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def to_dict(self) -> dict:
         """Return everything as plain numbers, strings and lists, ready for JSON."""

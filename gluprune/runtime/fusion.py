@@ -19,7 +19,7 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 from transformers.activations import ACT2FN
 
-from gluprune.models.families import FAMILIES
+from gluprune.models.families import FAMILIES, TEXT_PARTS
 from gluprune.runtime import aligned, operator
 
 # Weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
@@ -30,7 +30,7 @@ Operands: TypeAlias = tuple[
 # An MLP whose class `patch` has set: a module with the class attributes `family` and `backend`.
 PatchedMLP: TypeAlias = Any
 
-FAMILY_OF_CLASS = {family.mlp_class: family for family in FAMILIES.values()}
+FAMILY_OF_CLASS = {family.mlp_class: family for family in (*FAMILIES.values(), *TEXT_PARTS.values())}
 ACTIVATION_OF_CLASS = {
     type(ACT2FN["silu"]): "silu",
     type(ACT2FN["swish"]): "silu",

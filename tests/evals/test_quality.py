@@ -1,13 +1,11 @@
 """The command that writes the quality table: reading text, resuming after an interruption, the table."""
 
 import itertools
-import json
 import math
 
 import pytest
 import torch
 from gluprune_evals import quality
-from gluprune_evals.text import detokenised, read_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -113,41 +111,10 @@ def test_perplexity_of_windows():
     assert quality.windows_perplexity(model, windows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_read_text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
-    rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert read_text(path) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
-    (tmp_path / "plain.txt").write_text("a 1 @.@ 5 <unk> b")
-    assert read_text(tmp_path / "plain.txt") == "a 1.5 b"
-
-
-@pytest.mark.parametrize(
-    "tokens, text",
-    [
-        (" \n = A b = \n \n = = C = = \n \n D \n", "\n= A b =\n\n== C ==\n\nD\n"),
-        ('x ( see " y z " ) ; w [ 2 ] ...', 'x (see "y z"); w [2]...'),
-        ('she said : " no ! " and " go ? "', 'she said: "no!" and "go?"'),
-        ("it 's the dogs ' own , don 't they 're", "it's the dogs' own, don't they're"),
-        ("$ 5 @.@ 2 million , 30 % of 1 : 2 – 3", "$5.2 million, 30% of 1: 2 – 3"),
-        ("the <unk> , a <unk> <unk> .", "the, a."),
-    ],
-)
-def test_detokenised(tokens, text):
-    assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
-
-
-def test_other_text_is_unchanged():
-    text = '  A " b " , c . \n\n\n\n d \'s'
-    assert detokenised(text) == text
-
-
 def test_bad_input(command, tmp_path, capsys):
-    path = tmp_path / "other.jsonl"
-    path.write_text('{"text": "a"}\n{"label": 3}')
-    with pytest.raises(ValueError, match="line 2 has none of the fields"):
-        read_text(path)
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n{"label": 3}')
+    assert quality.main([*command, "--text", f"other={tmp_path / 'other.jsonl'}"]) == 2
+    assert "line 2 has none of the fields text, page, question, answer" in capsys.readouterr().err
     assert quality.main([*command, "--text", "absent=nowhere.txt"]) == 2
     assert "nowhere.txt" in capsys.readouterr().err
     assert quality.main([*command, "--windows", "0"]) == 2

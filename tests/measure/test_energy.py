@@ -1,6 +1,5 @@
 """The energy meter with a scripted NVML and a fake powercap tree: counters that wrap, stall or are missing."""
 
-import time
 from types import SimpleNamespace
 
 import pynvml
@@ -52,6 +51,26 @@ class ScriptedNVML:
         return self._missing() if power is None else int(1000 * power)
 
 
+class Clock:
+    """The seconds that a test lets pass: no figure depends on how busy the machine is."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    scripted = Clock()
+    monkeypatch.setattr(energy, "time", scripted)
+    return scripted
+
+
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch):
     """Shorten the windows: scripted readings need no real time."""
@@ -62,7 +81,7 @@ def short_windows(monkeypatch):
 
 def measured(nvml, seconds=0.2):
     with Meter(NvmlDevice(nvml, "first")).window() as window:
-        time.sleep(seconds)
+        energy.time.sleep(seconds)
     return window.energy
 
 
@@ -109,13 +128,16 @@ def test_neither_counter_nor_power_is_not_measured(readings, complaint):
     assert used.method.startswith(f"not measured: {complaint}, and NVML reports no power (")
 
 
-def test_power_readings_that_stop_in_the_window_are_not_used():
+def test_power_readings_that_stop_in_the_window_are_not_used(monkeypatch):
     """Samples from a part of the window would give only a part of the energy."""
-    readings = iter([200.0, 200.0, None])
-    assert measured(ScriptedNVML(lambda: next(readings), {"first": [0, 0]})).joules is None
-    readings = iter([200.0, 200.0, None])
-    used = measured(ScriptedNVML(lambda: next(readings), {"first": [0, 40_000]}))
-    assert (used.joules, used.cross_check) == (40.0, None)
+    monkeypatch.setattr(energy, "SAMPLING_INTERVAL", 60.0)  # the test samples
+    for counters, expected in [([0, 0], None), ([0, 40_000], 40.0)]:
+        readings = iter([200.0, 200.0, None])
+        device = NvmlDevice(ScriptedNVML(lambda readings=readings: next(readings), {"first": counters}), "first")
+        with Meter(device).window() as window:
+            energy.time.sleep(0.2)
+            device._sample()
+        assert (window.energy.joules, window.energy.cross_check) == (expected, None)
 
 
 def test_power_is_integrated_as_trapezoids():
@@ -149,7 +171,7 @@ def test_a_device_masked_by_uuid(monkeypatch, uuid):
     nvml = ScriptedNVML(200.0, {"first": [0, 999_000], "second": [0, 40_000]})
     visible(monkeypatch, uuid)
     with Meter(energy._nvml_source(torch.device("cuda:0"), nvml)).window() as window:
-        time.sleep(0.2)
+        energy.time.sleep(0.2)
     assert window.energy.joules == 40.0 and set(nvml.asked) == {"second"}
 
 
@@ -157,7 +179,7 @@ def test_a_mig_slice_is_measured_by_its_gpu_and_says_so(monkeypatch):
     nvml = ScriptedNVML(200.0, {"second": [0, 40_000]}, slice_of_second="cccc")
     visible(monkeypatch, "MIG-cccc")
     with Meter(energy._nvml_source(torch.device("cuda"), nvml)).window() as window:
-        time.sleep(0.2)
+        energy.time.sleep(0.2)
     assert window.energy.joules == 40.0
     assert window.energy.method == "NVML total-energy counter of the whole GPU, although only a MIG slice was used"
 
@@ -194,7 +216,7 @@ def powercap(tmp_path, monkeypatch):
 
 def test_rapl_sums_packages_and_unwraps(powercap):
     with find_meter("cpu").window() as window:
-        time.sleep(0.06)
+        energy.time.sleep(0.06)
         (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
         (powercap / "intel-rapl:1" / "energy_uj").write_text("1250000")  # 1 J to the end of its range, plus 1.25 J
         (powercap / "intel-rapl:0:0" / "energy_uj").write_text("5000000")
@@ -204,7 +226,7 @@ def test_rapl_sums_packages_and_unwraps(powercap):
 
 def test_rapl_that_does_not_advance_is_not_measured(powercap):
     with find_meter("cpu").window() as window:
-        time.sleep(0.06)
+        energy.time.sleep(0.06)
         (powercap / "intel-rapl:0" / "energy_uj").write_text("3500000")
     assert window.energy.joules is None
     assert window.energy.method == "not measured: a RAPL package counter did not advance"
@@ -224,6 +246,33 @@ def test_rapl_that_may_not_be_read(powercap, monkeypatch):
     assert used.method == "not measured: RAPL cannot be read: Permission denied (energy_uj)"
 
 
+def test_rapl_links_that_lead_nowhere(monkeypatch, tmp_path):
+    """Docker masks what the links in /sys/class/powercap point to."""
+    (tmp_path / "intel-rapl:0").symlink_to("../../devices/virtual/powercap/intel-rapl/intel-rapl:0")
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    used, runs = find_meter("cpu").repeat(lambda: None)
+    assert (used.joules, runs) == (None, 0)
+    assert used.method == "not measured: RAPL cannot be read: No such file or directory (name)"
+
+
+@pytest.mark.parametrize("missing", ["name", "energy_uj", "max_energy_range_uj"])
+@pytest.mark.parametrize("content", [None, "", "x"])
+def test_rapl_that_is_half_there_is_not_measured(powercap, missing, content):
+    for package in (0, 1):
+        file = powercap / f"intel-rapl:{package}" / missing
+        file.unlink() if content is None else file.write_text(content)
+    used, _ = find_meter("cpu").repeat(lambda: None)
+    assert used.joules is None and used.method.startswith("not measured: ")
+
+
+def test_rapl_that_disappears_in_the_window_is_not_measured(powercap):
+    with find_meter("cpu").window() as window:
+        energy.time.sleep(0.06)
+        (powercap / "intel-rapl:1" / "energy_uj").unlink()
+    assert window.energy.joules is None
+    assert window.energy.method.startswith("not measured: RAPL cannot be read any more: ")
+
+
 def test_no_counter_at_all(monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     meter = find_meter("cpu")
@@ -241,14 +290,14 @@ def test_work_is_repeated_until_the_window_is_full(powercap):
     done = []
 
     def work():
-        time.sleep(0.01)
+        energy.time.sleep(0.01)
         done.append(1)
         for package in (0, 1):
             counter = powercap / f"intel-rapl:{package}" / "energy_uj"
             counter.write_text(str((int(counter.read_text()) + 50_000) % 10_000_000))
 
     used, runs = find_meter("cpu").repeat(work, seconds=0.3)
-    assert used.seconds >= 0.3 and 1 < runs <= 30 and runs == len(done) - 1  # plus one before the window
+    assert used.seconds >= 0.3 and 1 < runs <= 31 and runs == len(done) - 1  # and one before the window
     assert used.joules / runs == pytest.approx(0.1)
     used, runs = find_meter("cpu").repeat(work, seconds=0)  # not shorter than the counter's resolution
     assert used.seconds >= 0.05 and used.joules / runs == pytest.approx(0.1)

@@ -1,0 +1,39 @@
+"""Progress: a bar in a terminal, and a plain line now and then where stderr is a log."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_PER_LINE = 30.0
+
+
+class _Lines(tqdm):
+    """A bar that prints a line to stderr every `SECONDS_PER_LINE`."""
+
+    def __init__(self, iterable: Iterable | None = None, **options: Any):
+        options |= {"file": io.StringIO(), "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE}
+        bar = "{n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} remaining"
+        super().__init__(iterable, bar_format=bar, miniters=1, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the state; nothing at the start, and nothing to erase at the end."""
+        if self.n and msg is None:
+            print(f"{self.desc.removesuffix(': ')}: {self}", file=sys.stderr, flush=True)
+
+
+def progress(iterable: Iterable | None = None, *, desc: str, unit: str, **options: Any) -> tqdm:
+    """Return a progress bar; in a log, it prints a line every `SECONDS_PER_LINE`.
+
+    Args:
+        iterable: What to go through. None: the caller calls `update`.
+        desc: What is being done.
+        unit: What is counted.
+        **options: Others of `tqdm`, such as `total`.
+    """
+    kind: Any = tqdm if sys.stderr.isatty() else _Lines
+    return kind(iterable, desc=desc, unit=unit, leave=False, **options)

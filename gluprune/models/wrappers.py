@@ -1,0 +1,60 @@
+"""Models inside the wrappers of other libraries, and weights that are somewhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# Wrappers that keep views of the parameters, or slices of them: what they hold must not change its shape.
+_DISTRIBUTED = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside a compiled model or a PEFT model with merged adapters.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Raises:
+        ValueError: A PEFT model whose adapters are not merged, or a wrapper for several devices.
+    """
+    if hasattr(model, "_orig_mod"):  # of torch.compile
+        model = model._orig_mod
+    name = type(model).__name__
+    if name in _DISTRIBUTED:
+        raise ValueError(f"the model is wrapped in {name}: give the model inside it, model.module, before wrapping it")
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if not _is_merged(model):
+            raise ValueError(
+                f"{name} has adapters that are not merged: merge them first, with model = model.merge_and_unload()"
+            )
+        model = model.get_base_model()
+    return model
+
+
+def _is_merged(model: nn.Module) -> bool:
+    """Whether every adapter layer of a PEFT model has merged its active adapters into its weights."""
+    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    return bool(layers) and all(getattr(layer, "merged", False) for layer in layers)
+
+
+def check_weight(label: str, weight: nn.Parameter) -> None:
+    """Check that a weight is on its device and complete.
+
+    Raises:
+        ValueError: It is on the meta device, as are offloaded weights, or a placeholder of DeepSpeed's ZeRO-3.
+    """
+    if weight.device.type == "meta":
+        raise ValueError(f"{label} is on the meta device: load the weights first, without offloading")
+    if not weight.numel():
+        raise ValueError(
+            f"{label} has shape {list(weight.shape)}: gather the weights first, for example with"
+            " deepspeed.zero.GatheredParameters"
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check all weights of a model; see `check_weight`."""
+    for name, parameter in model.named_parameters():
+        check_weight(name, parameter)

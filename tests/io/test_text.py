@@ -1,0 +1,130 @@
+"""Text from files: formats, fields, and errors that name the file and the place."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from gluprune.io.text import detokenised, read_text, read_texts
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes bytes or text to a file of this name."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def test_read_text(file):
+    page = " = A = \n two @-@ part , 1 @,@ 000 <unk> <unk> men"
+    rows = [{"page": page}, {"question": "Q?", "answer": "A."}, {"text": "t"}]
+    path = file("text.jsonl", "\n".join(map(json.dumps, rows)))
+    fields = ("text", "page", "question", "answer")
+    assert read_text(path, fields) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
+    assert read_text(file("plain.txt", "a 1 @.@ 5 <unk> b")) == "a 1.5 b"
+    assert read_texts([path, file("b.txt", "b")], fields) == [read_text(path, fields), "b"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_json_lines(file, name, end):
+    """One text per line, whatever the line ends; not the JSON."""
+    rows = [{"id": 1, "text": "one \u2028 line"}, {"text": "two"}]
+    assert read_text(file(name, end.join(json.dumps(row, ensure_ascii=False) for row in rows) + end)) == (
+        "one \u2028 line\n\ntwo"
+    )
+
+
+def test_a_json_list(file):
+    assert read_text(file("a.json", json.dumps([{"body": "one"}, {"body": "two"}])), ["body"]) == "one\n\ntwo"
+
+
+def test_a_byte_order_mark_is_no_text(file):
+    assert read_text(file("a.txt", b"\xef\xbb\xbfabc")) == "abc"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"caf\xe9 au lait", "a.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+        ("a.txt", b"\xef\xbb\xbfcaf\xe9", "a.txt is not UTF-8 text: byte 0xe9 at offset 6"),
+        ("a.txt", b"\xff\xfea\x00", "a.txt is not UTF-8 text: byte 0xff at offset 0"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "a.jsonl.gz is not UTF-8 text: byte 0x8b at offset 1"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}', "a.jsonl is not UTF-8 text: byte 0xe9 at offset 25"),
+        ("a.txt", "", "a.txt holds no text"),
+        ("a.jsonl", "\n", "a.jsonl holds no text"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text"', "a.jsonl, line 3 is not JSON: "),
+        ("a.jsonl", '{"text": "a"}\n"b"', "a.jsonl, line 2 is not a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n{"body": "b", "id": 3}', "line 2 has no field 'text': its fields are body, id"),
+        ("a.jsonl", '{"text": null}', "line 1 has no field 'text'"),
+        ("a.jsonl", '{"text": ["a"]}', "a.jsonl, line 1: the text must be a string"),
+        ("a.json", '{"text": "a"}', "a.json must hold a JSON list of objects, found dict"),
+        ("a.json", '[{"text": "a"}, {}]', "a.json, row 2 has no field 'text': its fields are none"),
+        ("a.json", "[", "a.json is not JSON: "),
+    ],
+)
+def test_bad_files(file, name, content, message):
+    with pytest.raises(ValueError) as error:
+        read_text(file(name, content))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(OSError, match=r"absent\.txt"):
+        read_text(tmp_path / "absent.txt")
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    asked = []
+
+    class Rows(dict):
+        column_names = ("text", "label")
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        if arguments[0] == "absent":
+            raise FileNotFoundError("no such data set\nat all")
+        return Rows(text=["a", "", "b"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("hf:owner/name:train:text") == read_text("hf:owner/name:raw:train:text") == "a\nb"
+    assert asked == [(("owner/name",), {"split": "train"}), (("owner/name", "raw"), {"split": "train"})]
+    with pytest.raises(ValueError, match="hf:owner/name:train:page has no column 'page': its columns are text, label"):
+        read_text("hf:owner/name:train:page")
+    with pytest.raises(ValueError, match="hf:absent:train:text cannot be loaded: no such data set$"):
+        read_text("hf:absent:train:text")
+    for name in ("hf:a:train", "hf:a:b:c:d:e", "hf::train:text"):
+        with pytest.raises(ValueError, match="is not of the form hf:ID:SPLIT:COLUMN"):
+            read_text(name)
+
+
+def test_a_data_set_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="hf:a:train:text needs the package datasets: pip install"):
+        read_text("hf:a:train:text")
+
+
+@pytest.mark.parametrize(
+    "tokens, text",
+    [
+        (" \n = A b = \n \n = = C = = \n \n D \n", "\n= A b =\n\n== C ==\n\nD\n"),
+        ('x ( see " y z " ) ; w [ 2 ] ...', 'x (see "y z"); w [2]...'),
+        ('she said : " no ! " and " go ? "', 'she said: "no!" and "go?"'),
+        ("it 's the dogs ' own , don 't they 're", "it's the dogs' own, don't they're"),
+        ("$ 5 @.@ 2 million , 30 % of 1 : 2 – 3", "$5.2 million, 30% of 1: 2 – 3"),
+        ("the <unk> , a <unk> <unk> .", "the, a."),
+    ],
+)
+def test_detokenised(tokens, text):
+    assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
+
+
+def test_other_text_is_unchanged():
+    text = '  A " b " , c . \n\n\n\n d \'s'
+    assert detokenised(text) == text

@@ -10,7 +10,7 @@ import torch
 from gluprune.calibration.batches import batches_from_text
 from gluprune.checkpoints.load_save import load
 from gluprune.cli.options import DtypeName
-from gluprune.models.device import loading_options
+from gluprune.models.device import choose_device, loading_options
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def load_with_batches(
     """
     from transformers import AutoTokenizer
 
+    choose_device(device)
     tokenizer = AutoTokenizer.from_pretrained(source)
     batches: list[torch.Tensor] = batches_from_text(tokenizer, texts, windows, length)
     model = load_model(source, device=device, dtype=dtype)

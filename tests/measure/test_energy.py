@@ -297,7 +297,7 @@ def test_work_is_repeated_until_the_window_is_full(powercap):
             counter.write_text(str((int(counter.read_text()) + 50_000) % 10_000_000))
 
     used, runs = find_meter("cpu").repeat(work, seconds=0.3)
-    assert used.seconds >= 0.3 and 1 < runs <= 31 and runs == len(done) - 1  # and one before the window
+    assert used.seconds >= 0.3 and 1 < runs <= 31 and runs == len(done) - 1  # plus one before the window
     assert used.joules / runs == pytest.approx(0.1)
     used, runs = find_meter("cpu").repeat(work, seconds=0)  # not shorter than the counter's resolution
     assert used.seconds >= 0.05 and used.joules / runs == pytest.approx(0.1)

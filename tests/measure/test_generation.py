@@ -21,7 +21,7 @@ NEW_TOKENS = 7
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prefill_and_decode_are_told_apart(tiny_model, monkeypatch, batch):
+def test_prefill_and_decode_are_timed_separately(tiny_model, monkeypatch, batch):
     """Prefill takes 0.2 s and a decode step 0.02 s, by a scripted clock."""
     model, steps, now = tiny_model(), [], [0.0]
     original = model.forward

@@ -76,7 +76,11 @@ BAD_CHECKPOINTS = {
     "absurd layers": (lambda f: _configure(f, num_hidden_layers=10**12), "num_hidden_layers=1000000000000"),
     "width in config": (lambda f: _configure(f, intermediate_size=51), "the config says"),
     "unsupported": (lambda f: _configure(f, model_type="mixtral"), "'mixtral' is not supported"),
-    "composite": (lambda f: _configure(f, model_type="gemma3", text_config={}), "composite"),
+    "composite": (lambda f: _configure(f, model_type="gemma3", text_config={}), "its config says 26"),
+    "unsupported text part": (
+        lambda f: _configure(f, model_type="llava", text_config={"model_type": "gpt2"}),
+        "'gpt2' is not",
+    ),
     "odd config": (lambda f: _configure(f, hidden_size="many"), "config.json is not a usable config"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gluprune.checkpoints.load_save import read_config
 from gluprune.io import atomic
+from gluprune.io.hub import hub_model, model_name
 from gluprune_evals.configuration import Configuration
 from gluprune_evals.harness import Result
 
@@ -93,17 +94,17 @@ class StudyModel:
         Raises:
             ValueError: There is no such model.
         """
-        config = read_config(path)
-        return cls(str(path), Path(path).name, fingerprint(str(path), config))
+        read_config(path)
+        return cls(str(path), model_name(path), fingerprint(path))
 
 
-def fingerprint(path: str, config) -> str:
+def fingerprint(path: str | Path) -> str:
     """Return what identifies the state of a model: the Hub's commit, or a digest of a local checkpoint.
 
     The digest is of the config, and of each weight file's size, beginning and end.
     """
-    if getattr(config, "_commit_hash", None):
-        return config._commit_hash[:16]
+    if model := hub_model(path):
+        return model.commit[:16]
     state = hashlib.sha256()
     for file in [*sorted(Path(path).glob("*.safetensors")), Path(path) / "config.json"]:
         size = file.stat().st_size

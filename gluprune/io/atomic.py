@@ -1,18 +1,24 @@
-"""Crash-safe files and folders: each gets its final name only when all of it is on disk."""
+"""Crash-safe files: each gets its final name only when all of it is on disk."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
+import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # The three system calls that the safety of a checkpoint depends on, named here so that tests can make each of them
 # fail.
 write, fsync, rename = os.write, os.fsync, os.rename
+
+# How file systems say that they lack an operation on a folder.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 # After this many bytes of a file, flushing starts, so that there is little to wait for at the end.
 _WRITE_BEHIND = 1 << 25
@@ -27,6 +33,11 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 @contextmanager
 def _descriptor(path: Path, flags: int) -> Iterator[int]:
     descriptor = os.open(path, flags, 0o666)
@@ -37,9 +48,17 @@ def _descriptor(path: Path, flags: int) -> Iterator[int]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's data, or a folder's list of names, to the disk."""
+    """Flush a file's data, or a folder's list of names, to the disk.
+
+    Some file systems (FUSE, SMB) cannot flush folders; there, a warning is logged.
+    """
     with _descriptor(path, os.O_RDONLY) as descriptor, _naming(path):
-        fsync(descriptor)
+        try:
+            fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED or not path.is_dir():
+                raise
+            _warn_once("the file system cannot flush folders: after a power cut, output may be incomplete")
 
 
 def sync_tree(folder: Path) -> None:
@@ -52,7 +71,8 @@ def sync_tree(folder: Path) -> None:
 def _start_flushing(descriptor: int, first: int, end: int) -> None:
     """Start flushing written bytes of a file, without waiting. Only `fsync` makes them safe."""
     if hasattr(os, "posix_fadvise"):  # not on macOS; Linux starts to flush pages that will not be needed
-        os.posix_fadvise(descriptor, first, end - first, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # only advice
+            os.posix_fadvise(descriptor, first, end - first, os.POSIX_FADV_DONTNEED)
 
 
 def write_file(
@@ -104,6 +124,8 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the lock ends when the process ends, for whatever reason.
 
+    On file systems without locks (Lustre without the mount option `flock`, NFS, FUSE) a warning is logged instead.
+
     Raises:
         ValueError: Another process holds the lock.
     """
@@ -112,64 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {folder}") from None
+        except OSError as error:
+            reason = f"no locks on this file system ({error.strerror})"
+            _warn_once(f"{folder.parent}: {reason}; make sure that no other process writes the same output")
         yield
-
-
-def check_destination(destination: str | Path) -> Path:
-    """Return the destination as a path, if a folder may be written there.
-
-    Raises:
-        ValueError: It exists and is not an empty folder.
-    """
-    destination = Path(destination)
-    if destination.exists() and not destination.is_dir():
-        raise ValueError(f"output {destination} exists and is not a folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise ValueError(f"output folder {destination} exists and is not empty")
-    return destination
-
-
-@contextmanager
-def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
-    """Yield a folder that gets the destination's name when the block succeeds and everything is on disk.
-
-    The output folder is either absent (or the empty folder that was there) or complete. Until then, the folder is
-    inside a work folder next to the destination. Other files that the block writes into the work folder do not reach
-    the destination.
-
-    Args:
-        destination: A folder that does not exist or is empty.
-        key: Identifies what is written. With a key, finished files are kept after an interruption or an OSError, so
-            that a later call can continue.
-        resume: Yield the folder that an earlier call with this key left, instead of an empty one.
-
-    Raises:
-        ValueError: The destination exists and is not empty, or another process is writing the same.
-        OSError: Names the file or folder that could not be written.
-    """
-    destination = check_destination(destination).absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix, suffix = f".{destination.name}.", ".partial"
-    if key is None:
-        work = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=destination.parent))
-    else:
-        work = destination.with_name(prefix + key + suffix)
-        work.mkdir(exist_ok=True)
-    with locked(work):
-        if not resume:
-            for left in work.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        folder = work / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        try:
-            yield folder
-            sync_tree(folder)
-            rename(folder, destination)
-        except BaseException as error:
-            # A ValueError (a corrupt source, for example) would occur again; a full disk or an interruption may not.
-            is_final = key is None or isinstance(error, ValueError)
-            if is_final or not any(path.is_file() for path in work.rglob("*")):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work)
-        sync(destination.parent)

@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-# What a Hub download includes: safetensors, JSON and tokenizer files, without the other formats in some repositories.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "tokenizer*"]
-_NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*"]
+# What a Hub download includes: safetensors, JSON, tokenizer files, remote code, licences and the model card, without
+# the other formats in some repositories and what training left.
+_DOWNLOADED = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "tokenizer*", "vocab*", "*.spm", "*.py"),
+    *("*.md", "LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*"),
+]
+_NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "checkpoint-*/*", "runs/*", "adapter_*"]
+_HUB_ID = r"[\w.-]+/[\w.-]+"
+_SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the Hub in a certain state.
+
+    Attributes:
+        name: `owner/name`.
+        commit: The commit, 40 hexadecimal digits.
+    """
+
+    name: str
+    commit: str
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether this is `owner/name`, and not a folder."""
+    return re.fullmatch(_HUB_ID, str(source)) is not None and not Path(source).exists()
+
+
+def stored_folder(source: str | Path) -> Path | None:
+    """Return the folder of a model, or of a Hub id in the cache; None if the model is not on this disk."""
+    if Path(source).is_dir() and str(source):
+        return Path(source)
+    if not is_hub_id(source):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(str(source), "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_model(source: str | Path) -> HubModel | None:
+    """Return the Hub's model and commit of a Hub id or of a path in the Hub's cache; None if neither is cached.
+
+    transformers no longer tells the commit that it loaded; the path in the cache does.
+    """
+    found = _SNAPSHOT.search((stored_folder(source) or Path(source)).absolute().as_posix())
+    return HubModel(found["repo"].replace("--", "/"), found["commit"]) if found else None
+
+
+def model_name(source: str | Path) -> str:
+    """Return the name of a model: the last part of its Hub id, also for a folder of the cache, or of its folder."""
+    model = hub_model(source)
+    if model is not None:
+        return model.name.rpartition("/")[2]
+    name = Path(source).name
+    return Path(source).resolve().name if name in ("", "..") else name
 
 
 def local_folder(source: str | Path) -> Path:

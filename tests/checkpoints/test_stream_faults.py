@@ -17,7 +17,7 @@ from gluprune.checkpoints import write
 from gluprune.checkpoints.load_save import save
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic
-from gluprune.io.atomic import complete_folder
+from gluprune.io.folder import complete_folder
 from tests.helpers.streaming import contents
 from tests.helpers.streaming_faults import ARGUMENTS, make_source
 

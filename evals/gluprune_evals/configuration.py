@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gluprune.pruning.recipe import Recipe
+from gluprune.pruning.widths import percent_hint
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Configuration:
 
     def __post_init__(self):
         if self.recipe and not 0 < self.ratio < 1:
-            raise ValueError(f"pruning ratios must lie between 0 and 1 (both excluded), got {self.ratio}")
+            raise ValueError(
+                f"pruning ratios must lie between 0 and 1 (both excluded), got {self.ratio}{percent_hint(self.ratio)}"
+            )
 
     @property
     def multiple_of(self) -> int:

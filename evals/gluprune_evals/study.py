@@ -170,6 +170,8 @@ def run(
 def _check(models: Sequence[StudyModel], calibrated: bool, settings: Settings) -> None:
     if calibrated and not settings.calibration:
         raise ValueError("calibrated scores and +compensate need --calibration FILE")
+    if settings.calibration and not calibrated:
+        raise ValueError("--calibration would be ignored: no score of this study uses calibration text")
     for name in {model.name for model in models}:
         if len({model.path for model in models if model.name == name}) > 1:
             raise ValueError(f"two models are named {name}: their results would be mixed up")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -48,8 +49,13 @@ class Command(TyperCommand):
             print_interrupted(ctx.command_path, self.resuming)
             raise typer.Exit(INTERRUPTED) from None
         except ERRORS as error:
-            print_error(ctx.command_path, error)
+            print_error(ctx.command_path, in_flags(str(error), self._flags()))
             raise typer.Exit(BAD_INPUT) from None
+
+    def _flags(self) -> dict[str, str]:
+        """Name of a parameter -> its flag, for all options."""
+        options = (parameter for parameter in self.params if parameter.param_type_name == "option")
+        return {str(option.name): max(option.opts, key=len) for option in options}
 
 
 class Group(TyperGroup):
@@ -89,6 +95,28 @@ def print_error(command: str, error: Exception | str) -> None:
     """Print one line to stderr."""
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     print(f"{command}: error: {message}", file=sys.stderr)
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return an error message of the library with its Python arguments written as the flags of a command.
+
+    `score='hybrid'` becomes `--score hybrid`, `compensate=True` `--compensate`, `pruning_ratio` `--pruning-ratio`, and
+    `calibrate(..., gram=True)` `gluprune calibrate --gram`.
+
+    Args:
+        message: The message.
+        flags: Name of an argument -> flag.
+    """
+    message = re.sub(r"\bcalibrate\(\.\.\., (\w+)=True\)", r"gluprune calibrate --\1", message)
+    # A name that is an English word counts only with a value after it. In a path, it is no argument.
+    with_value = rf"(?<![\w/.-])({'|'.join(flags)})=('[^']*'|[\w.+-]*)"
+    bare = rf"(?<![\w/.-])({'|'.join(name for name in flags if '_' in name)})(?![\w/.=-])"
+
+    def flag_and_value(match: re.Match) -> str:
+        value = match[2].strip("'")
+        return flags[match[1]] if value in ("", "True") else f"{flags[match[1]]} {value}"
+
+    return re.sub(bare, lambda match: flags[match[1]], re.sub(with_value, flag_and_value, message))
 
 
 def expand(arguments: Sequence[str], flags: Collection[str], may_be_empty: Collection[str] = ()) -> list[str]:

@@ -80,10 +80,13 @@ def new_file(path: Path) -> Path:
     """Return the path of a file to write.
 
     Raises:
-        ValueError: It exists already, or its folder does not.
+        ValueError: It exists already, or its folder does not or is not writable.
     """
-    if path.exists() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.exists() or not folder.is_dir():
         raise ValueError(f"{path} must be a new file in an existing folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is not writable")
     return path
 
 

@@ -22,7 +22,7 @@ from gluprune.measure.memory import PeakMemory
 from gluprune.measure.records import Record
 from gluprune.models.glu import GLU, model_glus
 from gluprune.pruning.prune import prune
-from gluprune.pruning.widths import target_width
+from gluprune.pruning.widths import percent_hint, target_width
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
 
@@ -115,7 +115,7 @@ def check(plan: BenchPlan, device: torch.device) -> None:
         raise ValueError(f"repeats must be at least 1, got {plan.repeats}")
     for ratio in plan.ratios:
         if not 0 < ratio < 1:
-            raise ValueError(f"pruning ratios lie between 0 and 1 (both excluded), got {ratio}")
+            raise ValueError(f"pruning ratios lie between 0 and 1 (both excluded), got {ratio}{percent_hint(ratio)}")
 
 
 def widths(glu: GLU, ratios: Sequence[float]) -> list[int]:

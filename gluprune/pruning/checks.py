@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
 
     Raises:
         ValueError: No index, an index out of range or given twice.
-        TypeError: An index is not an integer.
+        TypeError: Not a list, or an index that is not an integer.
     """
     if layers is None:
         return list(range(count))
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of layer indices, got {layers!r}")
     layers = list(layers)
     if not layers:
         raise ValueError("layers is empty: give at least one layer index, or None for all")

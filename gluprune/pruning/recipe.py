@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gluprune.pruning.scores import CALIBRATED_SCORES, STATIC_SCORES, Score
@@ -131,6 +132,25 @@ class Recipe:
         elif self.allocation == "sensitivity":
             argument = "allocation='sensitivity'"
         return Needs(argument=argument, gram=self.compensate or sensitivity, sensitivity=sensitivity)
+
+    def check_data(self, given: Sequence[str], missing: str) -> None:
+        """Check that calibration data is given if, and only if, the recipe uses it.
+
+        Args:
+            given: The arguments that give calibration data, as the caller writes them.
+            missing: What to give if it is needed, for the message.
+
+        Raises:
+            ValueError: It is needed and not given, or given and not used.
+        """
+        if self.needs.calibration and not given:
+            raise ValueError(f"{self.needs.argument} needs {missing}")
+        if given and not self.needs.calibration:
+            scores = ", ".join(CALIBRATED_SCORES)
+            raise ValueError(
+                f"{' and '.join(given)} would be ignored: score={self.score_name!r} uses no calibration data."
+                f" Remove it, or use one of the scores {scores}, compensate=True or allocation='sensitivity'"
+            )
 
     def options(self) -> dict:
         """Return the recipe as keyword arguments of `prune` and `prune_checkpoint`."""

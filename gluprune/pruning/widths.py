@@ -12,6 +12,11 @@ from gluprune.calibration.sensitivity import removed_counts
 from gluprune.calibration.statistics import Statistics
 
 
+def percent_hint(ratio: float) -> str:
+    """Return the question that ends an error message where a ratio looks like a percentage; else an empty string."""
+    return f": did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+
+
 def target_width(
     intermediate_size: int,
     hidden_size: int,
@@ -57,13 +62,16 @@ def target_width(
 
     if name == "pruning_ratio":
         if not 0 < value < 1:
-            raise ValueError(f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}")
+            raise ValueError(
+                f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}{percent_hint(value)}"
+            )
         wanted = intermediate_size - int(value * intermediate_size)
     elif name == "expansion_ratio":
         current = intermediate_size / hidden_size
         if not 0 < value < current:
+            hint = f": did you mean intermediate_size={value:g}?" if current < value < intermediate_size else ""
             raise ValueError(
-                f"expansion_ratio must lie between 0 and the current {current:.4g} (both excluded), got {value}"
+                f"expansion_ratio must lie between 0 and the current {current:.4g} (both excluded), got {value}{hint}"
             )
         wanted = round(value * hidden_size)
     else:

@@ -12,7 +12,7 @@ from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS
 import gluprune
 from gluprune.cli import app, main
 from gluprune.cli.app import PANELS
-from gluprune.cli.command import Command, expand
+from gluprune.cli.command import Command, expand, in_flags
 from gluprune.measure.bench import PRESETS
 from gluprune.measure.decoding import DECODINGS
 from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
@@ -284,3 +284,24 @@ def test_exit_code_of_the_process():
 
 def test_typer_exports_what_is_used():
     assert issubclass(typer.BadParameter, app.UsageError) and app.UsageError is not Exception
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("pruning_ratio must lie between 0 and 1", "--pruning-ratio must lie between 0 and 1"),
+        ("use score='hybrid' or compensate=True", "use --score hybrid or --compensate"),
+        ("multiple_of=128; width 7", "--multiple-of 128; width 7"),
+        ("give statistics=", "give --statistics"),
+        ("the score and its statistics", "the score and its statistics"),
+        ("needs Gram matrices: calibrate(..., gram=True)", "needs Gram matrices: gluprune calibrate --gram"),
+        ("/models/pruning_ratio=0.2/a and b/multiple_of", "/models/pruning_ratio=0.2/a and b/multiple_of"),
+        ("num_score=3", "num_score=3"),
+    ],
+)
+def test_errors_name_flags(message, expected):
+    names = ("pruning_ratio", "multiple_of", "score", "compensate", "statistics")
+    assert in_flags(message, {name: "--" + name.replace("_", "-") for name in names}) == expected

@@ -19,7 +19,6 @@ from gluprune_evals.tasks import Limits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gluprune.calibration.batches import batches_from_text
-from gluprune.checkpoints.load_save import read_config
 from gluprune.cli import main
 from gluprune.io import atomic
 from gluprune.pruning.prune import prune
@@ -301,8 +300,10 @@ def test_patched_scores_equal_unpatched_scores(smollm2_path, tmp_path):
         (["--backend", "hf", "--patch"], "give one of them"),
         (["--model-args", "a=1"], "--model-args needs --backend"),
         (["--data", "nowhere"], "data folder nowhere does not exist"),
-        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--scores", "hybrid", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--calibration", __file__], "--calibration would be ignored"),
         (["--tasks", "mmlu_pro"], "unknown task 'mmlu_pro'"),
+        (["--ratios", "20"], "got 20.0: did you mean 0.2?"),
         (["--ratios", "1.5"], "pruning ratios must lie between 0 and 1 (both excluded), got 1.5"),
     ],
 )
@@ -332,12 +333,12 @@ def test_names():
 def test_fingerprint(tmp_path):
     """A different weight or config changes the revision; a different folder name does not."""
     first, second = save_tiny_model(tmp_path / "a", seed=1), save_tiny_model(tmp_path / "b", seed=1)
-    assert fingerprint(str(first), read_config(first)) == fingerprint(str(second), read_config(second))
+    assert fingerprint(first) == fingerprint(second)
     model = AutoModelForCausalLM.from_pretrained(second)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[3, 4] += 1
     model.save_pretrained(second)
-    assert fingerprint(str(first), read_config(first)) != fingerprint(str(second), read_config(second))
+    assert fingerprint(first) != fingerprint(second)
 
 
 def test_a_context_too_short_for_the_task(inputs, tmp_path, capsys):

@@ -217,6 +217,9 @@ BAD = {
     "negative layer": (dict(pruning_ratio=0.5, layers=[-1]), ValueError, "layer index -1 is out of range"),
     "layer twice": (dict(pruning_ratio=0.5, layers=[1, 1]), ValueError, "layer index 1 is given twice"),
     "no layer": (dict(pruning_ratio=0.5, layers=[]), ValueError, "layers is empty"),
+    "layers that are no list": (dict(pruning_ratio=0.5, layers=3), TypeError, "a list of layer indices, got 3"),
+    "layers as text": (dict(pruning_ratio=0.5, layers="0,2"), TypeError, "a list of layer indices, got '0,2'"),
+    "percent": (dict(pruning_ratio=20), ValueError, r"got 20: did you mean 0\.2\?"),
     "layer of wrong type": (dict(pruning_ratio=0.5, layers=["1"]), TypeError, "layers must hold integers, got '1'"),
 }
 

@@ -59,6 +59,19 @@ def test_needs(name, argument, gram, sensitivity):
     assert needs.calibration == bool(argument)
 
 
+@pytest.mark.parametrize(
+    "name", ["maw_gud", "hybrid", "maw+compensate", "maw+sensitivity", "surgeon", "l2+reconstruct"]
+)
+def test_data_is_given_if_and_only_if_it_is_used(name):
+    recipe = Recipe.parse(name)
+    for given in ([], ["--texts"]):
+        if bool(given) == recipe.needs.calibration:
+            recipe.check_data(given, "texts")
+        else:
+            with pytest.raises(ValueError, match="--texts would be ignored" if given else "needs texts"):
+                recipe.check_data(given, "texts")
+
+
 def test_a_callable_score_needs_nothing_and_has_a_name():
     def largest_rows(gate, up, down):
         return gate.abs().amax(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -13,8 +14,14 @@ from torch import nn
 
 from gluprune.calibration.batches import Batch, read_batches, token_count
 from gluprune.calibration.running import check_ran, evaluating, in_float32, run_decoder
-from gluprune.calibration.sensitivity import LayerGradients, narrowing_costs, output_gradients, saliencies
-from gluprune.calibration.statistics import LayerStatistics, Statistics
+from gluprune.calibration.sensitivity import (
+    LayerGradients,
+    narrowing_costs,
+    output_gradients,
+    removed_counts,
+    saliencies,
+)
+from gluprune.calibration.statistics import LayerStatistics, Statistics, write_statistics
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, decoder_layers, model_glus
 from gluprune.models.wrappers import check_weights, unwrapped
@@ -110,6 +117,36 @@ def calibrate_in_passes(
         found = one_pass.collect(group, label).layers
         for index in group:
             yield index, found.pop(index)
+
+
+def calibrate_to_file(
+    model: PreTrainedModel,
+    calibration: Iterable,
+    path: Path,
+    *,
+    gram: bool = False,
+    sensitivity: bool = False,
+    texts: Mapping[str, str],
+) -> int:
+    """Write the statistics of all layers to a file, in as many passes as the memory needs; return the tokens.
+
+    The file equals that of `calibrate` and `Statistics.save`. For arguments, errors and memory see
+    `calibrate_in_passes`, for `texts` see `Statistics`.
+    """
+    gram = gram or sensitivity
+    batches = read_batches(model, calibration)
+    shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+    for index, glu in enumerate(model_glus(model)):
+        size = glu.intermediate_size
+        shapes[index] = {"squares": (size,), "batch_norms": (size,)}
+        if gram:
+            shapes[index]["gram"] = (size, size)
+        if sensitivity:
+            shapes[index] |= {"saliency": (size,), "costs": (len(removed_counts(size)),)}
+    layers = calibrate_in_passes(model, batches, gram=gram, sensitivity=sensitivity, layers=list(shapes))
+    tokens = sum(map(token_count, batches))
+    write_statistics(path, shapes, layers, tokens=tokens, texts=texts)
+    return tokens
 
 
 def free_memory(device: torch.device) -> int:

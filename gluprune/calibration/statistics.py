@@ -8,15 +8,17 @@ to the removal of neurons (`gluprune.calibration.sensitivity`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from gluprune.io.atomic import write_file
+from gluprune.io.shards import encode_header
 from gluprune.models.glu import GLU
 
 # Rows of X that are upcast to float32 at a time: bounds the scratch memory, however large a batch is.
@@ -98,6 +100,7 @@ class Statistics:
     Attributes:
         layers: Layer index -> its statistics.
         tokens: Number of calibration tokens T, without padding.
+        texts: Name -> SHA-256 of the texts they were collected on, as far as the caller gives them.
 
     Example:
         >>> import gluprune
@@ -114,6 +117,7 @@ class Statistics:
 
     layers: dict[int, LayerStatistics]
     tokens: int
+    texts: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Statistics({len(self.layers)} layers, {self.tokens} tokens)"
@@ -127,21 +131,11 @@ class Statistics:
         Raises:
             OSError: The file cannot be written; an existing file of that name is unchanged.
         """
-        tensors = {
-            f"{layer}.{name}": tensor.contiguous().cpu()
-            for layer, statistics in self.layers.items()
-            for name, tensor in vars(statistics).items()
-            if tensor is not None
+        shapes = {
+            layer: {name: tuple(tensor.shape) for name, tensor in vars(found).items() if tensor is not None}
+            for layer, found in self.layers.items()
         }
-        path = Path(path)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "tokens": str(self.tokens)})
-            unfinished.replace(path)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_statistics(Path(path), shapes, self.layers.items(), tokens=self.tokens, texts=self.texts)
 
     @classmethod
     def load(cls, path: str | Path, layers: Sequence[int] | None = None) -> Statistics:
@@ -169,4 +163,34 @@ class Statistics:
                         found.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
-        return cls({layer: LayerStatistics(**found[layer]) for layer in sorted(found)}, int(metadata["tokens"]))
+        texts = json.loads(metadata.get("texts", "{}"))
+        return cls({layer: LayerStatistics(**found[layer]) for layer in sorted(found)}, int(metadata["tokens"]), texts)
+
+
+def write_statistics(
+    path: Path,
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
+    layers: Iterable[tuple[int, LayerStatistics]],
+    *,
+    tokens: int,
+    texts: Mapping[str, str],
+) -> None:
+    """Write a file of statistics, one layer after the other; see `Statistics.save`.
+
+    Args:
+        path: The file.
+        shapes: Layer index -> name of a tensor -> its shape, for all that is written, in order.
+        layers: Layer index and statistics, in the same order.
+        tokens: See `Statistics`.
+        texts: See `Statistics`.
+    """
+    names = [(f"{layer}.{name}", "F32", shape) for layer, named in shapes.items() for name, shape in named.items()]
+    header = encode_header(names, {"format": _FORMAT, "tokens": str(tokens), "texts": json.dumps(dict(texts))})
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header
+        for layer, found in layers:
+            for name in shapes[layer]:
+                yield getattr(found, name).contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+
+    write_file(path, chunks())

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gluprune.checkpoints.card import History, read_history
 from gluprune.checkpoints.load_save import build_empty, read_config
+from gluprune.io.hub import stored_folder
+from gluprune.io.shards import DTYPES, read_checkpoint
+from gluprune.models.families import family_of
 from gluprune.models.glu import count_parameters, model_glus
 from gluprune.models.widths import layer_widths
 from gluprune.runtime.fusion import fusion_prospect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TENSOR_PARALLEL_RANKS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Sizes of a checkpoint, read from its config.
+    """Sizes of a checkpoint, read from its config and, where they are on this disk, the headers of its files.
 
     Attributes:
         model_type: `config.model_type`, of the text part.
@@ -25,14 +34,16 @@ class ModelInfo:
         widths: Intermediate size of every layer.
         parameters: Parameters of the whole model; tied ones count once.
         mlp_parameters: Parameters of the MLPs.
-        bytes: Size of all weights.
-        mlp_bytes: Size of the weights of the MLPs.
-        dtype: Dtype of the weights.
+        bytes: Size of all weights; tied ones count once. None for quantized weights that are not on this disk.
+        mlp_bytes: Size of the weights of the MLPs, or None.
+        dtype: Dtype of most of the weights, or the method by which they are quantized.
         aligned_to: Largest power of two, at most 128, that divides every width. Below 8, rows of down_proj are not
             aligned to 16 bytes in bf16, and plain matrix libraries use slow kernels.
         tensor_parallel: Ranks -> whether every width divides over them.
         fusible: Number of MLPs that `patch_llama` fuses on a GPU.
         not_fusible: Reason -> number of MLPs that it does not fuse.
+        history: What `gluprune.json` says about the checkpoint: the dense model and what was done to it. None if there
+            is no such file.
     """
 
     model_type: str
@@ -41,13 +52,14 @@ class ModelInfo:
     widths: list[int]
     parameters: int
     mlp_parameters: int
-    bytes: int
-    mlp_bytes: int
+    bytes: int | None
+    mlp_bytes: int | None
     dtype: str
     aligned_to: int
     tensor_parallel: dict[int, bool]
     fusible: int
     not_fusible: dict[str, int]
+    history: History | None
 
     @property
     def expansion_ratios(self) -> list[float]:
@@ -69,6 +81,9 @@ class ModelInfo:
         if self.aligned_to < 8:
             aligned += " (unaligned: slow without gluprune.patch_llama)"
         fused = f"{self.fusible} of {self.layers} MLPs by gluprune.patch_llama on a GPU"
+        stored = "not known: the weights are not on this disk"
+        if self.bytes is not None:
+            stored = f"{self.bytes:,}, {self.mlp_bytes:,} of them in MLPs"
         for reason, count in self.not_fusible.items():
             fused += f"; {count} x {reason}"
         return "\n".join(
@@ -76,16 +91,17 @@ class ModelInfo:
                 f"type             {self.model_type}, {self.layers} layers, hidden size {self.hidden_size}",
                 f"width            {widths}",
                 f"parameters       {self.parameters:,}, {self.mlp_parameters:,} of them in MLPs",
-                f"bytes            {self.bytes:,}, {self.mlp_bytes:,} of them in MLPs ({self.dtype})",
+                f"bytes            {stored} ({self.dtype})",
                 f"alignment        {aligned}",
                 f"tensor parallel  {ranks}",
                 f"fused            {fused}",
+                *([f"made from        {self.history}"] if self.history else []),
             ]
         )
 
 
 def info(path: str | Path) -> ModelInfo:
-    """Describe a checkpoint from its config; no weight is read.
+    """Describe a checkpoint from its config and the headers of its files; no weight is read.
 
     Args:
         path: A folder or a Hub id.
@@ -106,11 +122,19 @@ def info(path: str | Path) -> ModelInfo:
     model = build_empty(config)
     glus = model_glus(model)
     widths = layer_widths(config)
-    prospect = fusion_prospect(model)
+    quantized = _quantization(config)
+    fusible, not_fusible = 0, {f"quantized by {quantized}": len(glus)}
+    if not quantized:
+        prospect = fusion_prospect(model)
+        fusible = sum(entry.fused for entry in prospect)
+        not_fusible = dict(Counter(entry.reason for entry in prospect if not entry.fused))
     projections = [projection for glu in glus for projection in glu.projections.values()]
     mlp_parameters = sum(parameter.numel() for projection in projections for parameter in projection.parameters())
     parameters = count_parameters(model)
-    item_size = model.dtype.itemsize
+    sizes = _stored_sizes(path, config)
+    if sizes is None and not quantized:
+        item_size = model.dtype.itemsize
+        sizes = _Sizes(parameters * item_size, mlp_parameters * item_size, str(model.dtype))
     return ModelInfo(
         model_type=config.get_text_config().model_type,
         layers=len(glus),
@@ -118,11 +142,48 @@ def info(path: str | Path) -> ModelInfo:
         widths=widths,
         parameters=parameters,
         mlp_parameters=mlp_parameters,
-        bytes=parameters * item_size,
-        mlp_bytes=mlp_parameters * item_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        bytes=sizes and sizes.all,
+        mlp_bytes=sizes and sizes.mlps,
+        dtype=quantized or (sizes.dtype if sizes else str(model.dtype)).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
         tensor_parallel={ranks: all(width % ranks == 0 for width in widths) for ranks in TENSOR_PARALLEL_RANKS},
-        fusible=sum(entry.fused for entry in prospect),
-        not_fusible=dict(Counter(entry.reason for entry in prospect if not entry.fused)),
+        fusible=fusible,
+        not_fusible=not_fusible,
+        history=read_history(path),
     )
+
+
+def _quantization(config: PreTrainedConfig) -> str:
+    """Return the name of the method by which the weights are quantized; empty if they are not."""
+    found: Any = getattr(config, "quantization_config", None) or {}
+    entries = found if isinstance(found, dict) else found.to_dict()
+    return str(entries.get("quant_method") or "an unknown method") if entries else ""
+
+
+class _Sizes(NamedTuple):
+    """Bytes of all weights and of those in MLPs, and the dtype of most of them."""
+
+    all: int
+    mlps: int
+    dtype: str
+
+
+def _stored_sizes(path: str | Path, config: PreTrainedConfig) -> _Sizes | None:
+    """Return the sizes in the headers of the safetensors files; None if there are none on this disk."""
+    folder = stored_folder(path)
+    if folder is None:
+        return None
+    try:
+        tensors = [tensor for shard in read_checkpoint(folder) for tensor in shard.tensors]
+    except (OSError, ValueError):
+        return None
+    if getattr(config, "tie_word_embeddings", False):
+        tensors = [tensor for tensor in tensors if not tensor.name.endswith("lm_head.weight")]
+    by_dtype: Counter[str] = Counter()
+    for tensor in tensors:
+        by_dtype[str(DTYPES[tensor.dtype])] += tensor.nbytes
+    family = family_of(config)
+    projections = "|".join({family.gate, family.up, family.down})
+    in_mlp = re.compile(rf"(.*\.)?layers\.\d+\.mlp\.({projections})\..*")
+    mlps = sum(tensor.nbytes for tensor in tensors if in_mlp.fullmatch(tensor.name))
+    return _Sizes(by_dtype.total(), mlps, by_dtype.most_common(1)[0][0])

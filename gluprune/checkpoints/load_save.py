@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,11 +16,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gluprune.io.atomic import complete_folder
+from gluprune.checkpoints.card import History
+from gluprune.checkpoints.source import other_files
+from gluprune.io.atomic import read_chunks, write_file
+from gluprune.io.folder import complete_folder
 from gluprune.io.hub import first_line
 from gluprune.models.families import family_of
 from gluprune.models.glu import model_glus, resize, text_configs
 from gluprune.models.widths import layer_widths, set_config_widths
+from gluprune.pruning.history import steps_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
 
 def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
     """Write a model and its tokenizer as a stock checkpoint; the folder appears only when it is complete.
+
+    A model that `prune` or `reconstruct` changed gets a model card and `gluprune.json`, which say how.
 
     Args:
         model: A causal LM, pruned and patched or not.
@@ -46,16 +54,43 @@ def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedT
         >>> path = gluprune.save(model, folder / "saved")
     """
     with complete_folder(destination) as folder:
-        model.save_pretrained(folder)
+        _write(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Path(destination)
 
 
-def load(path: str | Path, **kwargs) -> PreTrainedModel:
-    """Load a causal LM, including one with layers of different widths.
+def save_like(model: PreTrainedModel, destination: str | Path, source: Path) -> Path:
+    """Write a model with the tokenizer, licence and other files of the checkpoint that it was loaded from.
 
-    A checkpoint with one width loads as with `AutoModelForCausalLM.from_pretrained`. For layers of different widths
+    Args:
+        model: As for `save`.
+        destination: As for `save`.
+        source: The folder of the checkpoint.
+
+    Returns:
+        The folder.
+    """
+    with complete_folder(destination) as folder:
+        _write(model, folder)
+        for name in other_files(source, {path.name for path in folder.iterdir()})[0]:
+            write_file(folder / name, read_chunks(source / name))
+    return Path(destination)
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    history = History.of(getattr(model.config, "_name_or_path", None) or "")
+    files = history.documents(steps_of(model), type(model).__name__, layer_widths(model.config))
+    for name, content in files.items():
+        write_file(folder / name, [content])
+
+
+def load(path: str | Path, **kwargs) -> PreTrainedModel:
+    """Load a model in the class that its config names, including one with layers of different widths.
+
+    The class is that of `architectures` in the config: a causal LM, or for example a reward model or a bare decoder. A
+    checkpoint with one width loads as with `from_pretrained` of that class. For layers of different widths
     (`prune(..., layers=...)` or `allocation="sensitivity"`), for which stock Llama classes raise, the model is built
     and each MLP gets its width before the weights are read.
 
@@ -67,7 +102,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
         The model, of the stock transformers class.
 
     Raises:
-        ValueError: There is no model at `path`, or its family is not supported.
+        ValueError: There is no model at `path`, its family is not supported, or its tensors are not those of the class:
+            missing, unexpected, or of another shape; the message names them.
 
     Example:
         >>> import gluprune
@@ -79,12 +115,49 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     hub = {key: kwargs[key] for key in of_the_hub if key in kwargs}
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     family_of(config)
-    if len(set(layer_widths(config))) == 1:
-        return _auto_class(config).from_pretrained(path, config=config, **kwargs)
-    model_class = _model_class(config)
-    model = model_class.from_pretrained(path, config=config, **kwargs)
-    model.__class__ = stock_class(config)
+    is_remote = _is_remote(config, kwargs)
+    found: Any = _auto_class(config) if is_remote else _model_class(config)
+    # Shapes are checked below, with a message that names the tensors.
+    model, loading = found.from_pretrained(
+        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    _check_loaded(path, type(model).__name__, loading)
+    if not is_remote:
+        model.__class__ = stock_class(config)  # not the subclass that sets widths
     return model
+
+
+def _is_remote(config: PreTrainedConfig, options: dict) -> bool:
+    """Whether the model is of a class in the checkpoint's own code, which the user trusts."""
+    own = getattr(config, "auto_map", None) or {}
+    return bool(options.get("trust_remote_code")) and _auto_class(config).__name__ in own
+
+
+def _check_loaded(path: str | Path, name: str, loading: dict) -> None:
+    """Check that every tensor of a model came from its checkpoint, and the other way round.
+
+    Args:
+        path: The checkpoint.
+        name: The class of the model.
+        loading: What `from_pretrained` returns with `output_loading_info`.
+    """
+    mismatched = [
+        f"{key} ({list(stored)} instead of {list(wanted)})" for key, stored, wanted in loading["mismatched_keys"]
+    ]
+    problems = {
+        "lacks": loading["missing_keys"],
+        "has unexpected": loading["unexpected_keys"],
+        "has mis-shaped": mismatched,
+    }
+    found = [f"{verb} {_listed(keys)}" for verb, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{path} does not hold the weights of {name}: it {'; it '.join(found)}")
+
+
+def _listed(keys: Iterable[str], at_most: int = 3) -> str:
+    names = sorted(keys)
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
@@ -117,11 +190,15 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of transformers for the whole model of a config.
+    """Return the class of transformers that a config names, or that for whole models of its type if it names none.
 
     Raises:
         ValueError: transformers has no class for whole models of this type.
     """
+    for name in config.architectures or ():
+        found: Any = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+            return found
     mapping: Any = _auto_class(config)._model_mapping
     if type(config) not in mapping:
         raise ValueError(f"model type {config.model_type!r} is not supported: transformers has no class that generates")
@@ -129,7 +206,7 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the stock causal LM class, or a subclass that gives every MLP its width while the model is built."""
+    """Return the stock class of a config, or a subclass that gives every MLP its width while the model is built."""
     stock = stock_class(config)
     widths = layer_widths(config)
     if len(set(widths)) == 1:

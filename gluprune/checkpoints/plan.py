@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gluprune.calibration.statistics import Statistics
+from gluprune.checkpoints.card import History
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
+from gluprune.io.atomic import read_chunks
 from gluprune.io.shards import INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, encode_header, read_checkpoint
 from gluprune.models.families import Family
 from gluprune.models.widths import width_entries
 from gluprune.pruning.checks import check_layers, check_statistics, common_width
+from gluprune.pruning.history import calibration_entry, prune_step
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport
 from gluprune.pruning.widths import allocated_widths, target_width
@@ -160,9 +164,7 @@ def make_plan(
     shards = [_plan_shard(shard, pruned) for shard in sources]
     counted = _parameters(shards, config)
     parameters = sum(math.prod(tensor.shape) for tensor in counted)
-    documents = _documents(config, shards, widths, parameters)
-    copied, skipped = other_files(folder, {*documents, *(shard.name for shard in shards)})
-    report = CheckpointReport(
+    summary = PruneReport(
         kept={},
         widths=widths,
         intermediate_size=width,
@@ -171,6 +173,12 @@ def make_plan(
         parameters=parameters,
         original_parameters=sum(math.prod(tensor.stored.shape) for tensor in counted),
         score=recipe.score_name,
+    )
+    step = prune_step(summary, recipe, None if statistics is None else _calibration(found, statistics))
+    documents = _documents(config, shards, widths, parameters) | _history(folder, config, widths, step)
+    copied, skipped = other_files(folder, {*documents, *(shard.name for shard in shards)})
+    report = CheckpointReport(
+        **vars(summary),
         files={
             **{shard.name: shard.nbytes for shard in shards},
             **{name: len(content) for name, content in documents.items()},
@@ -251,6 +259,30 @@ def _documents(
         weight_map = {tensor.stored.name: name for name, tensor in sorted(outputs, key=lambda o: o[1].stored.name)}
         documents[INDEX_FILE] = _json_bytes({"metadata": metadata, "weight_map": weight_map})
     return documents
+
+
+def _history(folder: Path, config: SourceConfig, pruned: dict[int, int], step: dict) -> dict[str, bytes]:
+    """Return the files that say where the output comes from."""
+    widths = [pruned.get(index, width) for index, width in enumerate(config.widths)]
+    architecture, *_ = config.raw.get("architectures") or ["AutoModelForCausalLM"]
+    return History.of(folder).documents([step], str(architecture), widths)
+
+
+def _calibration(statistics: Statistics | None, file: Path) -> dict:
+    entry = calibration_entry(statistics)
+    if not entry["texts"]:
+        state = file.stat()
+        entry["statistics"] = _sha256(file, state.st_size, state.st_mtime_ns)
+    return entry
+
+
+@functools.cache
+def _sha256(file: Path, size: int, mtime: int) -> str:
+    """Return the SHA-256 of a file, computed once for this size and time."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _json_bytes(document: dict) -> bytes:

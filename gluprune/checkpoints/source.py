@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gluprune.io.hub import first_line
@@ -19,6 +20,15 @@ _OTHER_WEIGHTS = {
     *(".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".llamafile"),
 }
 _OTHER_DESCRIPTIONS = ("params.json", ".index.json")
+# What training and other tools leave next to a checkpoint: folders, and files that describe something that is not
+# copied (an adapter without its weights) or is not true of the output (the model card, a run).
+_OTHER_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "__pycache__")
+_OTHER_FILES = (
+    *("adapter_config.json", "trainer_state.json", "*_results.json", "events.out.tfevents.*", "zero_to_fp32.py"),
+    *("README.md", "gluprune.json"),
+)
+# Names that wrappers put before those of the model.
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel or DDP", "base_model.model.": "PEFT"}
 
 # Entries of the configs of composite models.
 _PARTS = ("text_config", "vision_config", "audio_config")
@@ -118,6 +128,13 @@ def mlp_tensors(folder: Path, tensors: Sequence[StoredTensor], config: SourceCon
 def _group_by_layer(
     folder: Path, tensors: Sequence[StoredTensor], config: SourceConfig
 ) -> list[dict[str, StoredTensor]]:
+    for tensor in tensors:
+        for prefix, wrapper in _WRAPPERS.items():
+            if tensor.name.startswith(prefix):
+                raise ValueError(
+                    f"{tensor.file}: tensor {tensor.name!r} was saved from {wrapper}, and no model loads it by this"
+                    " name: save the model itself"
+                )
     family = config.family
     projections = {family.gate, family.up, family.down}
     found = [(tensor, match) for tensor in tensors if (match := _MLP_TENSOR.fullmatch(tensor.name))]
@@ -168,13 +185,21 @@ def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
     copied, skipped = [], []
     for root, folders, names in os.walk(folder):
         here = Path(root).relative_to(folder)
-        skipped += [f"{here / name}/" for name in folders if name.startswith(".")]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        left = sorted(name for name in folders if name.startswith(".") or _matches(name, _OTHER_FOLDERS))
+        skipped += [f"{here / name}/" for name in left]
+        folders[:] = sorted(set(folders) - set(left))
         for path in (here / name for name in sorted(names)):
-            if str(path) in written:
-                continue
-            is_foreign = path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(_OTHER_DESCRIPTIONS)
-            is_hidden = path.name.startswith(".")
-            belongs = not is_foreign and not is_hidden and (folder / path).is_file()
-            (copied if belongs else skipped).append(str(path))
+            if str(path) not in written:
+                (copied if _belongs(folder, path) else skipped).append(str(path))
     return copied, skipped
+
+
+def _belongs(folder: Path, path: Path) -> bool:
+    """Whether a file that is not written by pruning belongs to the output."""
+    is_foreign = path.suffix.lower() in _OTHER_WEIGHTS or path.name.endswith(_OTHER_DESCRIPTIONS)
+    is_left = path.name.startswith(".") or (path.parent == Path() and _matches(path.name, _OTHER_FILES))
+    return not is_foreign and not is_left and (folder / path).is_file()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gluprune.checkpoints.plan import CheckpointReport, make_plan
 from gluprune.checkpoints.write import write_plan
-from gluprune.io.atomic import check_destination, complete_folder
+from gluprune.io.folder import check_destination, complete_folder
 from gluprune.io.hub import local_folder
 from gluprune.pruning.recipe import SCORES, Recipe
 
@@ -53,7 +53,7 @@ def prune_checkpoint(
         multiple_of: As in `prune`.
         layers: As in `prune`.
         statistics: File of statistics of this model (`Statistics.save`, `gluprune calibrate`), for calibrated scores,
-            `compensate` and `allocation`; not used otherwise. One layer of it is read at a time.
+            `compensate` and `allocation`; an error otherwise. One layer of it is read at a time.
         compensate: Refit the down projections, as in `prune`. This needs statistics with Gram matrices, and a few
             float32 matrices `[I, I]` in addition to the memory given above.
         allocation: "uniform" or "sensitivity", as in `prune`.
@@ -76,10 +76,9 @@ def prune_checkpoint(
     if not isinstance(score, str) or score not in SCORES:
         raise ValueError(f"unknown score {score!r}; allowed for a checkpoint on disk: {', '.join(SCORES)}")
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
-    if not recipe.needs.calibration:
-        statistics = None
-    elif statistics is None:
-        raise ValueError(f"{recipe.needs.argument} needs calibration statistics: give statistics=")
+    recipe.check_data([] if statistics is None else ["statistics"], "calibration statistics: give statistics=")
+    if dry_run and resume:
+        raise ValueError("dry_run=True writes nothing, so there is nothing to continue: remove resume=True")
     target = Path(destination).resolve()
     if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
         raise ValueError(f"output folder {destination} must lie outside the source {source}")

@@ -37,8 +37,8 @@ def run(
         bool,
         typer.Option(
             "--gram",
-            help="Also collect the Gram matrices that --compensate needs: 4 bytes for each pair of neurons, for all"
-            " layers in memory at once.",
+            help="Also collect the Gram matrices that --compensate needs: 4 bytes in the file for each pair of neurons"
+            " of a layer.",
         ),
     ] = False,
     sensitivity: Annotated[
@@ -66,16 +66,23 @@ def run(
     new_file(out)
     texts = read_texts(text, field)
 
-    from gluprune.calibration.collect import calibrate
-    from gluprune.cli.calibration import load_with_batches
+    from gluprune.calibration.collect import calibrate_to_file
+    from gluprune.cli.calibration import fingerprints, load_with_batches
+    from gluprune.models.glu import model_glus
 
     loaded, _, batches = load_with_batches(model, texts, windows=windows, length=length, device=device, dtype=dtype)
     gram = gram or sensitivity
-    statistics = calibrate(loaded, batches, gram=gram, sensitivity=sensitivity)
-    statistics.save(out)
+    tokens = calibrate_to_file(
+        loaded,
+        batches,
+        out,
+        gram=gram,
+        sensitivity=sensitivity,
+        texts=fingerprints(text, texts),
+    )
     result = {
-        "layers": len(statistics.layers),
-        "tokens": statistics.tokens,
+        "layers": len(model_glus(loaded)),
+        "tokens": tokens,
         "gram": gram,
         "sensitivity": sensitivity,
         "file": str(out),
@@ -84,4 +91,4 @@ def run(
         print(json.dumps(result))
     else:
         size = f"{out.stat().st_size:,} bytes"
-        print(f"{out}: statistics of {result['layers']} layers on {statistics.tokens:,} tokens, {size}")
+        print(f"{out}: statistics of {result['layers']} layers on {tokens:,} tokens, {size}")

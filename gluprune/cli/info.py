@@ -12,7 +12,8 @@ EXAMPLES = ("gluprune info meta-llama/Llama-3.2-1B",)
 def run(model: Model, *, as_json: Json = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Show widths, sizes and alignment.
 
-    Widths, ratios, parameters, bytes, alignment and tensor-parallel ranks, read from the config only.
+    Widths, ratios, parameters, bytes, alignment, tensor-parallel ranks and where the checkpoint comes from, read from
+    the config and the headers of the files.
     """
     from gluprune.checkpoints.info import info
 

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Model, NewFolder, Quiet, Verbose, parse_layers
+from gluprune.cli.options import (
+    OUTPUT,
+    Device,
+    Dtype,
+    DtypeName,
+    Fields,
+    Json,
+    Model,
+    NewFolder,
+    Quiet,
+    Verbose,
+    parse_layers,
+)
+from gluprune.io.folder import remove_partial_folders
 from gluprune.io.text import read_texts
 
 logger = logging.getLogger(__name__)
@@ -54,8 +70,7 @@ Allocation = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are"
-        " wider; needs --statistics.",
+        help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are wider.",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -91,6 +106,10 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the result without writing it.", rich_help_panel=_STREAMING)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)]
+Clean = Annotated[
+    bool,
+    typer.Option("--clean", help="First remove what interrupted runs to this folder left.", rich_help_panel=OUTPUT),
+]
 
 
 def run(
@@ -109,6 +128,7 @@ def run(
     statistics: Statistics = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    clean: Clean = False,
     field: Fields = ["text"],  # noqa: B006
     device: Device = "auto",
     dtype: Dtype = DtypeName.AUTO,
@@ -118,8 +138,8 @@ def run(
 ) -> None:
     """Write a checkpoint with narrower MLPs.
 
-    Reads and writes shard by shard, so that memory holds one layer at a time. With --calibration it loads the
-    whole model and runs it on the texts.
+    Reads and writes shard by shard, so that memory holds one layer at a time. With --calibration it first loads the
+    whole model, runs it on the texts and stores their statistics in the folder for temporary files.
     """
     from gluprune.pruning.recipe import Recipe
 
@@ -130,56 +150,64 @@ def run(
         "layers": None if layers is None else parse_layers(layers),
     }
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
-    _check(recipe, calibration, statistics)
-    if calibration:
-        if dry_run or resume or statistics:
-            raise ValueError("--dry-run, --resume and --statistics work only without --calibration")
-        report = _prune_in_memory(
-            source, out, recipe, target=target, texts=read_texts(calibration, field), device=device, dtype=dtype
-        )
-    else:
+    _check(recipe, calibration, statistics, dry_run=dry_run, resume=resume, clean=clean)
+    if not calibration:
         used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
         for flag in (flag for flag, is_given in used.items() if is_given):
             raise ValueError(f"{flag} needs --calibration FILE")
-        from gluprune.checkpoints.stream import prune_checkpoint
+    texts = dict(zip(calibration or (), read_texts(calibration or (), field), strict=True))
 
-        report = prune_checkpoint(
-            source,
-            out,
-            **target,
-            **recipe.options(),
-            statistics=statistics,
-            dry_run=dry_run,
-            resume=resume,
-        )
+    from gluprune.checkpoints.stream import prune_checkpoint
+
+    if clean:
+        for folder in remove_partial_folders(out):
+            logger.warning("removed %s", folder)
+    options: dict = {**target, "dry_run": dry_run, "resume": resume}
+    with ExitStack() as stack:
+        if texts:
+            # Everything that can be refused is refused before the model is loaded.
+            prune_checkpoint(source, out, **target, multiple_of=multiple_of, dry_run=True)
+            folder = stack.enter_context(TemporaryDirectory(prefix="gluprune-"))
+            file = Path(folder) / "statistics"
+            statistics = _calibrate(source, texts, recipe, file, device=device, dtype=dtype)
+        report = prune_checkpoint(source, out, **options, **recipe.options(), statistics=statistics)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
         print(report, "dry run: nothing was written" if dry_run else out, sep="\n")
 
 
-def _check(recipe, calibration: list[str] | None, statistics: str | None) -> None:
-    """Raise ValueError where the recipe needs calibration data that is missing, naming the flags."""
-    if recipe.needs.calibration and not (calibration or statistics):
-        name, _, value = recipe.needs.argument.partition("=")
-        flag = f"--{name}" if value == "True" else f"--{name} {value[1:-1]}"
-        files = "--statistics FILE" if recipe.allocation == "sensitivity" else "--calibration FILE or --statistics FILE"
-        raise ValueError(f"{flag} needs {files}")
-    if recipe.allocation == "sensitivity" and calibration:
-        raise ValueError(
-            "--allocation sensitivity needs --statistics FILE, written by gluprune calibrate --sensitivity"
-        )
+def _check(
+    recipe, calibration: list[str] | None, statistics: str | None, *, dry_run: bool, resume: bool, clean: bool
+) -> None:
+    """Raise ValueError for options that contradict each other or that would be ignored, naming the flags."""
+    if calibration and (dry_run or resume or statistics):
+        raise ValueError("--dry-run, --resume and --statistics work only without --calibration")
+    if clean and (dry_run or resume):
+        raise ValueError("--clean removes what --resume continues, and --dry-run changes nothing: give one of them")
+    given = {"--calibration": calibration, "--statistics": statistics}
+    recipe.check_data([flag for flag, value in given.items() if value], "--calibration FILE or --statistics FILE")
 
 
-def _prune_in_memory(source: str, out: str, recipe, *, target: dict, texts: list[str], device: str, dtype: DtypeName):
-    from gluprune.checkpoints.load_save import save
-    from gluprune.cli.calibration import load_with_batches
-    from gluprune.io.atomic import check_destination
-    from gluprune.pruning.prune import prune
+def _calibrate(source: str, texts: dict[str, str], recipe, file: Path, *, device: str, dtype: DtypeName) -> str:
+    """Write the statistics that a recipe needs of a model on texts, by source; return the name of the file."""
+    from gluprune.calibration.collect import calibrate_to_file
+    from gluprune.cli.calibration import fingerprints, load_with_batches
 
-    check_destination(out)
-    model, tokenizer, batches = load_with_batches(source, texts, windows=128, length=512, device=device, dtype=dtype)
-    report = prune(model, **target, **recipe.options(), calibration=batches)
-    logger.info("writing %s", out)
-    save(model, out, tokenizer)
-    return report
+    model, _, batches = load_with_batches(
+        source,
+        list(texts.values()),
+        windows=128,
+        length=512,
+        device=device,
+        dtype=dtype,
+    )
+    calibrate_to_file(
+        model,
+        batches,
+        file,
+        gram=recipe.needs.gram,
+        sensitivity=recipe.needs.sensitivity,
+        texts=fingerprints(list(texts), list(texts.values())),
+    )
+    return str(file)

@@ -40,20 +40,27 @@ def run(
     Refits the down projections in order, so that each layer's output on the texts matches the dense model's. Loads both
     models.
     """
-    from gluprune.io.atomic import check_destination
+    from gluprune.io.folder import check_destination
 
     check_destination(out)
     texts = read_texts(text, field)
 
-    from gluprune.checkpoints.load_save import save
+    from gluprune.checkpoints.load_save import save_like
     from gluprune.cli.calibration import load_model, load_with_batches
+    from gluprune.io.hub import local_folder
     from gluprune.pruning.reconstruct import reconstruct
 
-    model, tokenizer, batches = load_with_batches(
-        pruned, texts, windows=windows, length=length, device=device, dtype=dtype
+    folder = local_folder(pruned)
+    model, _, batches = load_with_batches(
+        str(folder),
+        texts,
+        windows=windows,
+        length=length,
+        device=device,
+        dtype=dtype,
     )
     reconstruct(model, load_model(dense, device=device, dtype=dtype), batches)
-    save(model, out, tokenizer)
+    save_like(model, out, folder)
     result = {"windows": sum(map(len, batches)), "tokens": sum(batch.numel() for batch in batches), "folder": out}
     line = f"{out}: reconstructed on {result['windows']} windows, {result['tokens']:,} tokens"
     print(json.dumps(result) if as_json else line)

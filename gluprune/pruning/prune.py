@@ -16,6 +16,7 @@ from gluprune.models.widths import set_config_widths
 from gluprune.models.wrappers import unwrapped
 from gluprune.pruning.checks import check_layers, check_prunable, check_statistics, common_width
 from gluprune.pruning.compensate import refitted_down, replace_down
+from gluprune.pruning.history import calibration_entry, prune_step, record
 from gluprune.pruning.narrow import narrow
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport
@@ -65,7 +66,7 @@ def prune(
             "activation", "hybrid" and "surgeon", which also runs the model backward. Or a callable that takes gate
             `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`; higher is kept.
         multiple_of: The width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
-        calibration: Text for calibrated scores, `compensate` and `allocation`; not used otherwise. Batches as
+        calibration: Text for calibrated scores, `compensate` and `allocation`; an error otherwise. Batches as
             `gluprune.calibrate` takes them, or the `Statistics` that it returned.
         compensate: Refit the down projections to the kept neurons by least squares (`gluprune.pruning.compensate`).
         allocation: "uniform" gives every layer the same width. "sensitivity" takes the width as the mean, and gives
@@ -92,8 +93,7 @@ def prune(
     """
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
     needs = recipe.needs
-    if needs.calibration and calibration is None:
-        raise ValueError(f"{needs.argument} needs calibration data: give calibration=")
+    recipe.check_data([] if calibration is None else ["calibration"], "calibration data: give calibration=")
     model = unwrapped(model)
     glus = model_glus(model)
     indices = check_layers(layers, len(glus))
@@ -136,6 +136,7 @@ def prune(
         )
         undo.pop_all()
     realign(glus[index].mlp for index in indices)
+    record(model, prune_step(report, recipe, calibration_entry(calibration) if needs.calibration else None))
     return report
 
 

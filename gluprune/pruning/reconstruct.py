@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gluprune.calibration.batches import Batch, read_batches
+from gluprune.calibration.batches import Batch, read_batches, token_count
 from gluprune.calibration.least_squares import RIDGE, solve
 from gluprune.calibration.running import evaluating, in_float32, run_decoder
 from gluprune.calibration.statistics import LayerStatistics
@@ -42,6 +42,7 @@ from gluprune.models.glu import GLU, decoder_layers, model_glus
 from gluprune.models.wrappers import check_weights, unwrapped
 from gluprune.pruning.checks import check_prunable
 from gluprune.pruning.compensate import replace_down
+from gluprune.pruning.history import reconstruct_step, record
 from gluprune.runtime.patching import realign
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
             _refit_layer(index, glu, target, stream, undo)
         undo.pop_all()
     realign(glu.mlp for glu in glus)
+    record(pruned, reconstruct_step(sum(map(token_count, batches))))
 
 
 def _refit_layer(index: int, glu: GLU, target: _Stream, stream: _Stream, undo: ExitStack) -> None:

@@ -1,7 +1,9 @@
 """Pruning with calibration data."""
 
 import copy
+import errno
 import logging
+import os
 from importlib.resources import files
 
 import pytest
@@ -13,8 +15,9 @@ import gluprune
 from gluprune.calibration import collect
 from gluprune.calibration import statistics as calibration_module
 from gluprune.calibration.batches import batches_from_text
-from gluprune.calibration.collect import calibrate, calibrate_in_passes, plan_passes
+from gluprune.calibration.collect import calibrate, calibrate_in_passes, calibrate_to_file, plan_passes
 from gluprune.calibration.statistics import Statistics
+from gluprune.io import atomic
 from gluprune.models.glu import model_glus
 from gluprune.pruning import prune as pruning_module
 from gluprune.runtime.fusion import fusion_status
@@ -235,11 +238,17 @@ def test_failure_while_replacing_changes_nothing(tiny_model, unchanged, monkeypa
         gluprune.prune(model, **arguments(calibration=[IDS], compensate=True))
 
 
-def test_static_scores_do_not_read_the_calibration(tiny_model):
-    one, other = tiny_model(seed=15), tiny_model(seed=15)
-    gluprune.prune(one, **arguments(score="maw"))
-    gluprune.prune(other, **arguments(score="maw", calibration=iter(lambda: 1 / 0, 1)))
-    assert torch.equal(one.model.layers[2].mlp.down_proj.weight, other.model.layers[2].mlp.down_proj.weight)
+@pytest.mark.parametrize("score", ["maw", lambda gate, up, down: gate.sum(1)], ids=["maw", "callable"])
+@pytest.mark.parametrize("unused", ["batches", "statistics"])
+def test_calibration_that_would_be_ignored_is_refused(tiny_model, unchanged, score, unused):
+    """Before it is looked at."""
+    model = tiny_model(seed=15)
+    calibration = iter(lambda: 1 / 0, 1) if unused == "batches" else Statistics({}, 0)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="calibration would be ignored: score=.* uses no calibration"),
+    ):
+        gluprune.prune(model, **arguments(score=score, calibration=calibration))
 
 
 def test_bad_statistics_files(tmp_path):
@@ -253,17 +262,37 @@ def test_bad_statistics_files(tmp_path):
         Statistics.load(tmp_path / "other")
 
 
+def test_statistics_written_in_passes_equal_those_of_one_pass(tmp_path, monkeypatch):
+    model = make_tiny_model(seed=16)
+    for sensitivity in (False, True):
+        calibrate(model, random_batches(), sensitivity=sensitivity).save(tmp_path / "one")
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, "free_memory", lambda device: 2 * 4 * 101**2)  # one layer at a time
+            calibrate_to_file(
+                model, random_batches(), tmp_path / "passes", gram=True, sensitivity=sensitivity, texts={}
+            )
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "passes").read_bytes()
+        (tmp_path / "passes").unlink()
+
+
+def test_statistics_keep_the_fingerprints_of_their_texts(tmp_path):
+    statistics = calibrate(make_tiny_model(seed=16), [IDS], gram=False)
+    statistics.texts = {"a.txt": "12", "é.txt": "34"}
+    statistics.save(tmp_path / "statistics")
+    assert Statistics.load(tmp_path / "statistics").texts == statistics.texts
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "statistics.safetensors"
     statistics = calibrate(make_tiny_model(seed=16), [IDS], gram=False)
     statistics.save(path)
     before = path.read_bytes()
 
-    def half_a_file(tensors, destination, metadata):
-        destination.write_bytes(before[: len(before) // 2])
-        raise OSError("disk full")
+    def half_a_write(descriptor, data):
+        os.write(descriptor, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(calibration_module, "save_file", half_a_file)
+    monkeypatch.setattr(atomic, "write", half_a_write)
     with pytest.raises(OSError, match="disk full"):
         statistics.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

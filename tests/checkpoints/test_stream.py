@@ -88,7 +88,8 @@ def test_pruning_with_statistics_equals_calibrated_pruning_in_memory(tmp_path, f
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
     assert_same_config(tmp_path / "out", tmp_path / "expected")
     if compensate:
-        plain = prune_checkpoint(source, tmp_path / "plain", statistics=file, **{**arguments, "compensate": False})
+        used = None if score == "maw" else file
+        plain = prune_checkpoint(source, tmp_path / "plain", statistics=used, **{**arguments, "compensate": False})
         assert plain.to_dict()["kept"] == report.to_dict()["kept"]
         before, after = stored(tmp_path / "plain"), stored(tmp_path / "out")
         changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
@@ -115,9 +116,8 @@ def test_statistics_that_do_not_match(llama, tmp_path):
     prune_checkpoint(llama, tmp_path / "narrow", intermediate_size=20, multiple_of=1)
     other = calibrated(tmp_path / "narrow", tmp_path / "other")
     refused("layer 0 has 52 neurons, but the statistics were collected at 20", score="hybrid", statistics=other)
-    # A static score reads no statistics.
-    prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1, statistics=tmp_path / "absent")
-    assert contents(tmp_path / "out") == contents(tmp_path / "narrow")
+    refused("statistics would be ignored: score='maw_gud' uses no calibration data", statistics=some)
+    refused("dry_run=True writes nothing", dry_run=True, resume=True)
 
 
 def test_other_statistics_do_not_resume(llama, tmp_path, monkeypatch):

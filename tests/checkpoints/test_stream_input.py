@@ -36,6 +36,10 @@ def test_hub_id_is_downloaded_without_other_formats(llama, tmp_path, monkeypatch
     assert (tmp_path / "out" / SINGLE_FILE).exists()
     assert asked["name"] == "somebody/model"
     assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
+    files = ["LICENSE", "LICENSE.txt", "Notice", "USE_POLICY.md", "README.md", "modeling_mine.py", "tokenizer.model"]
+    left = ["pytorch_model.bin", "onnx/model.json", "checkpoint-9/model.safetensors", "adapter_config.json", "a.gguf"]
+    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(huggingface_hub.utils.filter_repo_objects([*files, *left], **patterns)) == files
     assert not any("bin" in pattern or "pt" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
 
 
@@ -50,6 +54,10 @@ def _save(folder, **changes):
 def _configure(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _rename(folder, prefix):
+    save_file({prefix + name: tensor for name, tensor in load(folder / SINGLE_FILE).items()}, folder / SINGLE_FILE)
 
 
 def _without_layer(folder):
@@ -69,6 +77,9 @@ BAD_CHECKPOINTS = {
     "integers": (lambda f: _save(f, **{GATE: torch.zeros(WIDTH, HIDDEN).short()}), "dtype I16; allowed: BF16"),
     "quantized": (lambda f: _save(f, **{GATE + "_scale": torch.ones(1)}), "weight_scale' .* quantized"),
     "adapter": (lambda f: _save(f, **{GATE.replace("weight", "lora_A.weight"): torch.ones(1)}), "lora_A"),
+    "compiled": (lambda f: _rename(f, "_orig_mod."), "'_orig_mod.* was saved from torch.compile"),
+    "DDP": (lambda f: _rename(f, "module."), "'module.* was saved from DataParallel or DDP"),
+    "PEFT": (lambda f: _rename(f, "base_model.model."), "'base_model.* was saved from PEFT"),
     "two stacks": (lambda f: _save(f, **{"tower." + GATE: torch.zeros(WIDTH, HIDDEN)}), "several stacks"),
     "missing layer": (_without_layer, "layer 2 has MLP tensors, but layer 1 has none"),
     "NaN": (_with_nan, "score of layer 1 has 1 NaN"),

@@ -108,16 +108,21 @@ def test_a_stored_tied_head_counts_once(tmp_path):
 def test_other_files_are_copied_but_not_other_weights(llama, tmp_path):
     copied = ["tokenizer.json", "chat_template.jinja", "modeling_custom.py", "additional_chat_templates/tool.jinja"]
     skipped = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "a.GGUF", "params.json"]
-    skipped += [".gitattributes", "original/consolidated.00.pth"]
-    for name in copied + skipped + [".git/config"]:
-        (llama / name).parent.mkdir(exist_ok=True)
+    copied += ["LICENSE", "NOTICE", "USE_POLICY.md", "tokenizer.model", "docs/README.md"]
+    skipped += [".gitattributes", "original/consolidated.00.pth", "adapter_config.json", "adapter_model.safetensors"]
+    skipped += ["trainer_state.json", "all_results.json", "training_args.bin"]
+    left = [".git/config", "checkpoint-500/model.safetensors", "runs/Nov27/events", "wandb/run", "global_step9/x.pt"]
+    for name in [*copied, *skipped, *left, "README.md", "gluprune.json"]:
+        (llama / name).parent.mkdir(parents=True, exist_ok=True)
         (llama / name).write_bytes(os.urandom(3000))
     (llama / INDEX_FILE).write_text("stale: there is also a single file")
     report = prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
     after = contents(tmp_path / "out")
-    assert set(after) == {*copied, "config.json", "generation_config.json", SINGLE_FILE}
+    assert set(after) == {*copied, "config.json", "generation_config.json", SINGLE_FILE, "README.md", "gluprune.json"}
+    assert all(after[name] != (llama / name).read_bytes() for name in ("README.md", "gluprune.json"))
     assert all(after[name] == (llama / name).read_bytes() for name in [*copied, "generation_config.json"])
-    assert set(report.skipped) == {*skipped, ".git/", INDEX_FILE}
+    folders = {name.partition("/")[0] + "/" for name in left}
+    assert set(report.skipped) == {*skipped, *folders, INDEX_FILE}
     assert report.files == {name: len(data) for name, data in after.items()}
     assert "pytorch_model.bin" in str(report)
 
@@ -131,7 +136,10 @@ def test_links_are_followed(llama, tmp_path):
         (llama / file.name).symlink_to(file)
     prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
     prune_checkpoint(blobs, tmp_path / "expected", intermediate_size=20, multiple_of=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "expected")
+    assert ours.keys() == theirs.keys()
+    named = {"README.md", "gluprune.json"}  # they name the folder
+    assert {name: ours[name] for name in ours.keys() - named} == {name: theirs[name] for name in ours.keys() - named}
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 

@@ -14,6 +14,7 @@ import gluprune
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.statistics import Statistics
 from gluprune.cli import main
+from tests.helpers.streaming import contents
 
 
 @pytest.fixture
@@ -119,6 +120,22 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
     assert main(["prune", str(source), "--out", str(tmp_path / "out"), *arguments, "--statistics", str(text)]) == 2
     assert f"{text} is not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_prune_by_sensitivity_from_text(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """Text does what its statistics do, and all files of the source come along."""
+    source, text, statistics = (tmp_path / name for name in ("source", "text.txt", "statistics"))
+    model = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer))
+    gluprune.save(model, source, smollm2_tokenizer)
+    for name in ("LICENSE", "tokenizer.model", "modeling_mine.py"):
+        (source / name).write_text(name)
+    text.write_text((files("gluprune.demo") / "data" / "demo_text.txt").read_text()[:5_000])
+    assert main(["calibrate", str(source), "--text", str(text), "--out", str(statistics), "--sensitivity"]) == 0
+    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "surgeon", "--allocation", "sensitivity"]
+    for how in (["--calibration", str(text)], ["--statistics", str(statistics)]):
+        assert main(["prune", str(source), "--out", str(tmp_path / how[0]), *arguments, *how]) == 0
+    first, second = (contents(tmp_path / how) for how in ("--calibration", "--statistics"))
+    assert first == second and {"LICENSE", "tokenizer.model", "modeling_mine.py", "gluprune.json"} <= first.keys()
 
 
 @pytest.mark.slow
@@ -230,19 +247,34 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--pruning-ratio", "1.5"], "pruning_ratio must lie between 0 and 1 (both excluded), got 1.5"),
-        ([], "give exactly one of expansion_ratio, pruning_ratio, intermediate_size; got none"),
-        (["--pruning-ratio", "0.4", "--intermediate-size", "64"], "got pruning_ratio=0.4 and intermediate_size=64"),
-        (["--intermediate-size", "40"], "rounds to 0 with multiple_of=128"),
+        (["--pruning-ratio", "1.5"], "--pruning-ratio must lie between 0 and 1 (both excluded), got 1.5"),
+        (
+            ["--pruning-ratio", "20"],
+            "--pruning-ratio must lie between 0 and 1 (both excluded), got 20.0: did you mean 0.2?",
+        ),
+        (["--expansion-ratio", "64"], "got 64.0: did you mean --intermediate-size 64?"),
+        ([], "give exactly one of --expansion-ratio, --pruning-ratio, --intermediate-size; got none"),
+        (["--pruning-ratio", "0.4", "--intermediate-size", "64"], "got --pruning-ratio 0.4 and --intermediate-size 64"),
+        (["--intermediate-size", "40"], "rounds to 0 with --multiple-of 128"),
         (["--pruning-ratio", "0.4", "--score", "best"], "unknown score 'best'"),
         (["--pruning-ratio", "0.4", "--score", "hybrid"], "score hybrid needs --calibration FILE or --statistics"),
         (["--pruning-ratio", "0.4", "--compensate"], "--compensate needs --calibration FILE"),
-        (["--pruning-ratio", "0.4", "--allocation", "sensitivity"], "--allocation sensitivity needs --statistics FILE"),
         (
-            ["--pruning-ratio", "0.4", "--allocation", "sensitivity", "--calibration", __file__],
-            "--allocation sensitivity needs --statistics FILE",
+            ["--pruning-ratio", "0.4", "--allocation", "sensitivity"],
+            "--allocation sensitivity needs --calibration FILE or --statistics FILE",
         ),
-        (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "absent.txt"),
+        (
+            ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "hybrid", "--calibration", "absent.txt"],
+            "absent.txt",
+        ),
+        (["--pruning-ratio", "0.4", "--calibration", "absent.txt"], "--calibration would be ignored: --score maw_gud"),
+        (
+            ["--pruning-ratio", "0.4", "--score", "l2", "--statistics", "absent"],
+            "--statistics would be ignored: --score l2 uses no calibration data. Remove it, or use one of the scores"
+            " activation, hybrid, surgeon, --compensate or --allocation sensitivity",
+        ),
+        (["--pruning-ratio", "0.4", "--dry-run", "--clean"], "--clean"),
+        (["--pruning-ratio", "0.4", "--dry-run", "--resume"], "--dry-run writes nothing"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work only without --calibration"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work only without --calibration"),
         (

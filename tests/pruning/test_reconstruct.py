@@ -10,6 +10,7 @@ import torch
 
 from gluprune.calibration.least_squares import RIDGE
 from gluprune.models.glu import decoder_layers, model_glus
+from gluprune.pruning.history import steps_of
 from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
 from gluprune.runtime import aligned
 from gluprune.runtime.patching import patch
@@ -91,6 +92,8 @@ def test_every_layer_is_the_least_squares_solution(family, make_batches):
     for glu, weight in zip(model_glus(pruned), wanted):
         # Gram matrices in float32, condition at most 100 * 33: errors stay near 3300 * 1.2e-7.
         torch.testing.assert_close(glu.down.weight.data.double(), weight, rtol=0, atol=5e-4 * weight.abs().max().item())
+    assert [step["step"] for step in steps_of(pruned)] == ["prune", "reconstruct"]
+    pruned.gluprune_steps = steps_of(pruned)[:1]  # all that changes besides the weights
     after = snapshot(pruned)
     assert all(after[part] == value for part, value in before.items() if not part.endswith("down_proj.weight"))
 
@@ -117,6 +120,7 @@ def test_an_unpruned_model_does_not_change(family, dtype):
     pruned = copy.deepcopy(dense)
     before = snapshot(pruned)
     reconstruct(pruned, dense, random_batches())
+    assert [step["step"] for step in vars(pruned).pop("gluprune_steps")] == ["reconstruct"]
     assert_unchanged(pruned, before)
 
 

@@ -1,0 +1,59 @@
+"""What was done to a model: steps that `prune` and `reconstruct` record, and that its checkpoint keeps."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from torch import nn
+
+from gluprune.calibration.statistics import Statistics
+from gluprune.pruning.recipe import Recipe
+from gluprune.pruning.report import PruneReport
+
+_ATTRIBUTE = "gluprune_steps"
+
+
+def steps_of(model: nn.Module) -> list[dict]:
+    """Return the steps that were recorded on a model since it was loaded."""
+    return list(getattr(model, _ATTRIBUTE, ()))
+
+
+def record(model: nn.Module, step: dict) -> None:
+    """Add a step to those of a model."""
+    setattr(model, _ATTRIBUTE, [*steps_of(model), step])
+
+
+def prune_step(report: PruneReport, recipe: Recipe, calibration: dict | None) -> dict:
+    """Return the description of a pruning, ready for JSON.
+
+    Args:
+        report: What was done.
+        recipe: How.
+        calibration: See `calibration_entry`; None if the recipe uses no calibration data.
+    """
+    figures = {name: value for name, value in report.to_dict().items() if name != "kept"}
+    return {
+        "step": "prune",
+        "recipe": str(recipe),
+        "multiple_of": recipe.multiple_of,
+        **figures,
+        "calibration": calibration,
+        "versions": versions(),
+    }
+
+
+def reconstruct_step(tokens: int) -> dict:
+    """Return the description of a reconstruction on so many tokens, ready for JSON."""
+    return {"step": "reconstruct", "calibration": {"tokens": tokens}, "versions": versions()}
+
+
+def calibration_entry(calibration: object) -> dict:
+    """Return the description of calibration data: tokens and the texts' SHA-256, as far as they are known."""
+    if isinstance(calibration, Statistics):
+        return {"tokens": calibration.tokens, "texts": calibration.texts}
+    return {"tokens": None, "texts": {}}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that the result depends on."""
+    return {name: version(name) for name in ("gluprune", "torch", "transformers")}

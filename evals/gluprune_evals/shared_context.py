@@ -9,6 +9,7 @@ rounding; on a CPU, where arithmetic is the limit, MMLU and TruthfulQA take a fi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -88,6 +89,10 @@ def chunks(rows: list[tuple[int, ...]]) -> Iterator[tuple[Tree, dict[tuple[int, 
 
 class SharedContextLM(HFLM):
     """`HFLM` for a model in memory, with `_loglikelihood_tokens` over prefix trees. Generation is lm-eval's."""
+
+    # Properties of HFLM, whose decorator hides its type from type checkers.
+    max_length: int
+    model: Any
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """Return the sum of log-probabilities of each continuation, and whether it is the greedy one.

@@ -61,7 +61,7 @@ def sample_text(
     for name, value in {"windows": windows, "length": length}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    first: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise ValueError("the tokenizer has neither a begin-of-text nor an end-of-text token to start from")
     generate: Any = model.generate

@@ -158,10 +158,11 @@ def _figures(records: Sequence[Record], what: str) -> dict[_Key, Record]:
 def _with_launches(costs: dict[_Key, Cost]) -> dict[_Key, Cost]:
     """Separate launches wherever the same model was measured as a CUDA graph."""
     found = {}
-    for (*model, decoding), cost in costs.items():
-        graph = costs.get((*model, "graph"))
+    for key, cost in costs.items():
+        conditions, width, provider, _ = key
+        graph = costs.get((conditions, width, provider, "graph"))
         launch = None if graph is None else cost.each - graph.each
-        found[(*model, decoding)] = Cost(cost.tokens, cost.each, cost.first, launch)
+        found[key] = Cost(cost.tokens, cost.each, cost.first, launch)
     return found
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gluprune.pruning.reconstruct import reconstruct
     from gluprune.pruning.report import PruneReport
     from gluprune.runtime.fusion import fusion_status
+    from gluprune.runtime.graphs import graph_decoding
     from gluprune.runtime.patching import patch, patch_llama, unpatch, unpatch_llama
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "batches_from_text",
     "calibrate",
     "fusion_status",
+    "graph_decoding",
     "info",
     "load",
     "patch",
@@ -48,6 +50,7 @@ _MODULES = {
     "batches_from_text": "calibration.batches",
     "calibrate": "calibration.collect",
     "fusion_status": "runtime.fusion",
+    "graph_decoding": "runtime.graphs",
     "info": "checkpoints.info",
     "load": "checkpoints.load_save",
     "patch": "runtime.patching",

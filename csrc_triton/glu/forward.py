@@ -6,13 +6,11 @@ is exact and keeps every weight load 16 bytes wide.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from csrc_triton.glu.act_mul import plan_act_mul
 from csrc_triton.glu.weights import GluWeights
-from csrc_triton.launch.call import KernelCall, Plan
+from csrc_triton.launch.call import KernelCall, MatmulCall, Plan
 from csrc_triton.launch.chooser import choose, choose_path, heuristic, triton_path
 from csrc_triton.launch.configs import Launch, Problem
 from csrc_triton.launch.paths import check_path
@@ -77,24 +75,6 @@ def plan(x: torch.Tensor, weights: GluWeights, launch: Launch, problem: Problem 
     hidden = plan_gate_up_cublas(x, weights) if gate_up is None else gate_up.plan(x, weights, problem)
     a = hidden.output
     return hidden.then(plan_down_cublas(a, weights) if down is None else down.plan(a, weights, problem))
-
-
-@dataclass(frozen=True)
-class MatmulCall:
-    """out = x @ weight.T (+ bias) by cuBLAS."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    out: torch.Tensor
-
-    @torch.no_grad()
-    def run(self) -> None:
-        """Launch on the current stream."""
-        if self.bias is None:
-            torch.mm(self.x, self.weight.t(), out=self.out)
-        else:
-            torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
 
 
 def plan_gate_up_cublas(x: torch.Tensor, weights: GluWeights) -> Plan:

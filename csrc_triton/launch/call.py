@@ -83,6 +83,24 @@ def _kind(value: Any) -> object:
     return None if value is None else (value == 1, value % 16 == 0, value < 1 << 31)
 
 
+@dataclass(frozen=True)
+class MatmulCall:
+    """out = x @ weight.T (+ bias) by cuBLAS."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Launch on the current stream."""
+        if self.bias is None:
+            torch.mm(self.x, self.weight.t(), out=self.out)
+        else:
+            torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
+
+
 class Plan(NamedTuple):
     """Calls in launch order and the tensor that they fill. Planning allocates and reads shapes; only `run` launches."""
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 from gluprune.models.families import FAMILIES, TEXT_PARTS
@@ -37,6 +38,7 @@ ACTIVATION_OF_CLASS = {
     type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
 }
 _PLAIN = (torch.Tensor, nn.Parameter)
+_LINEAR_FORWARD = nn.Linear.forward
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def module_obstacle(mlp: PatchedMLP) -> str | None:
             return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
         if _is_modified(projection):
             return f"{name} has a hook"
-        weight = projection._parameters["weight"]
+        weight = projection._parameters.get("weight")
+        if weight is None:
+            return f"{name}.weight is no parameter (sharded, or a replica of nn.DataParallel)"
         if type(weight) not in _PLAIN:
             return f"{name}.weight is {type(weight).__name__}"
     return _operand_obstacle(operands(mlp))
@@ -192,10 +196,9 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     """Whether the fused operator computes what the modules of a patched MLP compute for `x`, in this call."""
     if not operator.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
-    # The flag, not `is_exporting()`, which is always true in what torch.compile compiles up to torch 2.11.
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        return False  # an exported program holds only PyTorch's operators, so it runs without this package
-    if type(x) not in _PLAIN or module_obstacle(mlp) is not None or nn.modules.module._has_any_global_hook():
+    if torch.jit.is_tracing() or is_intercepted():
+        return False
+    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_neg() or module_obstacle(mlp) is not None:
         return False
     down = mlp._modules[mlp.family.down]._parameters["weight"]
     if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
@@ -203,10 +206,28 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
+def is_intercepted() -> bool:
+    """Whether something outside the MLP sees or changes what its modules compute, or differentiates it forwards."""
+    # The flag, not `is_exporting()`, which is always true in what torch.compile compiles up to torch 2.11. An exported
+    # program holds only PyTorch's operators, so it runs without this package.
+    if torch.compiler._is_exporting_flag:  # pyright: ignore[reportPrivateImportUsage]
+        return True
+    if nn.modules.module._has_any_global_hook() or nn.Linear.forward is not _LINEAR_FORWARD:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._len_torch_function_stack() > 0
+
+
 def activation_of(mlp: PatchedMLP) -> nn.Module:
     """Return the activation module of a patched MLP."""
     name = mlp.family.activation
     return mlp._modules[name] if name in mlp._modules else getattr(mlp, name)  # getattr takes microseconds for a module
+
+
+def activation_name(mlp: PatchedMLP) -> str:
+    """Return the operator's name of the activation of a patched MLP that is fusible."""
+    return ACTIVATION_OF_CLASS[type(activation_of(mlp))]
 
 
 def operands(mlp: PatchedMLP) -> Operands:

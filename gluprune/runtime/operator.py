@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from csrc_triton.layout import ACTIVATIONS
 
 if TYPE_CHECKING:
     from csrc_triton.glu.weights import GluWeights
+    from csrc_triton.launch.replay import Replay
     from csrc_triton.scores.kernel import NeuronStatistics
 
 BACKENDS = ("auto", "triton", "cublas", "torch")
@@ -68,9 +70,9 @@ def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> t
 def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: str, backend: str) -> torch.Tensor:
     """Compute `glu_mlp` for weights in the layout of `csrc_triton.layout`, without PyTorch's dispatcher and autograd.
 
-    For one token the dispatcher costs more time on the host than the MLP takes on the GPU; so do planning and Triton's
-    look-ups, which is why the launches for few tokens are kept on the first call and replayed afterwards. A replay
-    checks nothing: the caller must ensure that the operands fit.
+    For few tokens the dispatcher costs more time on the host than the MLP takes on the GPU; so do planning and Triton's
+    look-ups, which is why launches are kept on the first call and replayed afterwards. A replay checks nothing: the
+    caller must ensure that the operands fit.
 
     Args:
         x: `[..., H]`.
@@ -82,37 +84,62 @@ def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     Returns:
         A new `[..., H]` tensor of x's dtype.
     """
-    forward, chooser, device, replay = _kernels()
-    gate_weight, _, down_weight, gate_bias, up_bias, down_bias = operands
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
+        replay = find_replay(x, up_row, operands, activation, backend)
+        if replay is not None:
+            gate, _, *others = operands
+            return replay.run(x, (gate, *others))
+        H = x.shape[-1]
+        weights = _weights(layout.padded_buffers(*operands[:3]), operands, activation)
+        forward, *_ = _kernels()
+        return forward.glu_mlp(x.reshape(-1, H), weights, path=_path(x.numel() // H, backend)).view(x.shape)
+
+
+def find_replay(x: torch.Tensor, up_row: int, operands: Operands, activation: str, backend: str) -> Replay | None:
+    """Return the replay of `run_kernels` for tensors such as these, recorded by running it if there is none yet.
+
+    Returns None if there can be none, or none now because a CUDA graph is captured. Call it with x's device as the
+    current one.
+    """
     H = x.shape[-1]
     M = x.numel() // H
-    path = None if backend == "auto" else "cublas" if backend == "cublas" else chooser.triton_path(M)
-    if not 0 < M <= REPLAYED_TOKENS or not x.is_contiguous():
-        weights = _weights(layout.padded_buffers(*operands[:3]), operands, activation)
-        return forward.glu_mlp(x.reshape(-1, H), weights, path=path).view(x.shape)
-    inputs = (x, gate_weight, down_weight, gate_bias, up_bias, down_bias)
-    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in inputs]
-    shapes = M, H, down_weight.shape[1], up_row
+    if M == 0 or not x.is_contiguous():
+        return None
+    forward, _, device, replay = _kernels()
+    path = _path(M, backend)
+    gate, _, down, *biases = operands
+    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, gate, down, *biases)]
+    shapes = M, H, down.shape[1], up_row
     key = (*shapes, *alignments, x.dtype, x.device, activation, path, device.input_precision(x.dtype))
-    known = _replays.get(key, _NOT_TRIED)
-    if isinstance(known, replay.Replay):
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
-            known.run(inputs, y)
-        return y
+    if key in _replays:
+        return _replays[key]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
     rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
     plan = forward.plan_checked(rows, weights, path=path)
-    with torch.cuda.device_of(x):
-        y = plan.run()
-        if known is _NOT_TRIED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            inputs = (rows, weights.gate_up, weights.down, gate_bias, up_bias, down_bias)
-            _replays[key] = replay.make_replay(plan, inputs)  # None where the plan cannot be replayed
-    return y.view(x.shape)
+    plan.run()
+    found = replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases))
+    with _replays_lock:
+        if len(_replays) >= MOST_REPLAYS:
+            del _replays[next(iter(_replays))]
+        _replays[key] = found
+    return found
 
 
-REPLAYED_TOKENS = 128  # above, kernels take longer than planning
-_NOT_TRIED = object()
-_replays: dict[tuple[object, ...], Any] = {}
+MOST_REPLAYS = 1024  # of a few kilobytes each; the oldest goes first
+_replays: dict[tuple[object, ...], Replay | None] = {}
+_replays_lock = threading.Lock()
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Return the precision that kernels multiply in, which PyTorch's settings decide for float32."""
+    _, _, device, _ = _kernels()
+    return device.input_precision(dtype)
+
+
+def _path(M: int, backend: str) -> str | None:
+    """Return the path that a backend forces for `M` tokens, or None."""
+    return None if backend == "auto" else "cublas" if backend == "cublas" else _kernels()[1].triton_path(M)
 
 
 def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> GluWeights:

@@ -23,12 +23,15 @@ from gluprune.models.families import Family
 from gluprune.models.glu import GLU
 from gluprune.runtime import aligned, fusion, operator
 from gluprune.runtime.operator import layout
+from gluprune.runtime.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 
+_PREPARED = "_prepared"  # the attribute of a patched MLP that holds its `Prepared`
+
 
 class FusedGLU(nn.Module):
-    """The forward of a patched MLP. Its state is in the class; instances hold no additional state."""
+    """The forward of a patched MLP. Its state is in the class; instances hold only what the last calls found out."""
 
     original_class: type[nn.Module]
     family: Family
@@ -36,19 +39,30 @@ class FusedGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the original forward returns for `x` `[..., H]`."""
+        if torch.compiler.is_compiling():
+            if not fusion.is_fusible(self, x):
+                return super().forward(x)
+            # The operator looks at the storages at run time.
+            return operator.glu_mlp(x, *fusion.operands(self), fusion.activation_name(self), self.backend)
+        prepared = self.__dict__.get(_PREPARED)
+        if prepared is not None and prepared.holds(self) and prepared.takes(x):
+            y = prepared.run(self, x)
+            if y is not None:
+                return y
+        return self._examined_forward(x)
+
+    def _examined_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
-        gate, up, down, *_ = operands
-        options = fusion.ACTIVATION_OF_CLASS[type(fusion.activation_of(self))], self.backend
-        if torch.compiler.is_compiling():  # the operator looks at the storages at run time
-            return operator.glu_mlp(x, *operands, *options)
-        row = layout.first_up_row(gate, up, down)
-        if row is None:
+        up_row = layout.first_up_row(*operands[:3])
+        if up_row is None:
             return super().forward(x)
+        options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
             return operator.glu_mlp(x, *operands, *options)
-        return operator.run_kernels(x, row, operands, *options)
+        self.__dict__[_PREPARED] = Prepared.of(self, up_row)
+        return operator.run_kernels(x, up_row, operands, *options)
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.
 
@@ -77,7 +91,8 @@ class FusedGLU(nn.Module):
         return destination
 
     def __reduce__(self):
-        return _new_instance, (self.original_class, self.backend), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name != _PREPARED}
+        return _new_instance, (self.original_class, self.backend), state
 
 
 @functools.cache
@@ -235,6 +250,7 @@ def _set_class(mlp: nn.Module, new: type[nn.Module]) -> None:
     for name in ("forward", "_old_forward"):  # accelerate leaves bound methods on the instance
         if getattr(mlp.__dict__.get(name), "__func__", None) is old.forward:
             mlp.__dict__[name] = types.MethodType(new.forward, mlp)
+    mlp.__dict__.pop(_PREPARED, None)
     mlp.__class__ = new
 
 
@@ -244,6 +260,7 @@ def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
 
 def _settle(mlp: fusion.PatchedMLP) -> None:
     """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
+    mlp.__dict__.pop(_PREPARED, None)
     for parameter in mlp.parameters():
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so such an MLP trains on contiguous weights.

@@ -83,7 +83,7 @@ def test_pytorch_path_is_bit_equal_to_the_eager_formula(dtype, backend, aligned)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 21, 128, 200])
 def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
-    """From the second call on, few tokens replay the launches of the first call."""
+    """From the second call on, the launches are replays of the first."""
     monkeypatch.setattr(operator, "_replays", {})
     poison_empty(monkeypatch)
     for number in range(3):
@@ -92,7 +92,7 @@ def test_other_tensors_of_the_same_shapes(tokens, bias, monkeypatch):
         y = operator.glu_mlp(x, *operands, "silu", "triton")
         expected = truth(x, *operands, "silu")
         torch.testing.assert_close(y.double().cpu(), expected, atol=TOLERANCE[torch.float16], rtol=4e-3)
-        assert len(operator._replays) == (tokens <= operator.REPLAYED_TOKENS)
+        assert [found is not None for found in operator._replays.values()] == [True]
 
 
 @interpreter_only
@@ -267,7 +267,7 @@ def test_replays_know_the_precision_of_float32(warm):
 
 def test_a_replay_that_differs_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(operator, "_replays", {})
-    monkeypatch.setattr(replay.Replay, "run", lambda self, inputs, output: output.fill_(1.0))
+    monkeypatch.setattr(replay.Replay, "run", lambda self, x, weights: torch.ones_like(x))
     operands = make_operands(37, 48, device=DEVICE)
     for _ in range(2):
         x = torch.randn(3, 48, device=DEVICE)

@@ -1,0 +1,369 @@
+"""Every change takes effect at the very next call of a patched MLP that has kept what its last call found out."""
+
+import gc
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+from gluprune.runtime import operator, patching, prepared
+from tests.helpers.poison import poison_empty
+
+pytestmark = pytest.mark.skipif(not operator.INTERPRETED, reason="runs in Triton's interpreter")
+H, I = 48, 77
+
+
+def make_mlp(owner=LlamaMLP, bias=False, backend="triton", width=I):
+    config = LlamaConfig(hidden_size=H, intermediate_size=width, num_attention_heads=4, mlp_bias=bias)
+    mlp = owner(config).eval()
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return patching.patch(mlp, backend=backend)
+
+
+def by_modules(mlp, x):
+    """What the MLP's modules compute."""
+    return mlp.original_class.forward(mlp, x)
+
+
+@pytest.fixture
+def short_ways(monkeypatch):
+    """The outputs of all calls that took the short way."""
+    taken, run = [], prepared.Prepared.run
+
+    def noted(self, mlp, x):
+        taken.append(run(self, mlp, x))
+        return taken[-1]
+
+    monkeypatch.setattr(prepared.Prepared, "run", noted)
+    return taken
+
+
+def warm(mlp, short_ways, tokens=3):
+    """Call an MLP until it takes the short way; return the input and what comes out."""
+    x = torch.randn(1, tokens, H)
+    with torch.no_grad():
+        mlp(x)
+        y = mlp(x)
+    assert len(short_ways) == 1 and short_ways[0] is y
+    short_ways.clear()
+    return x, y
+
+
+@pytest.mark.parametrize("owner, bias", [(LlamaMLP, False), (LlamaMLP, True), (Phi3MLP, False)])
+@pytest.mark.parametrize("backend", ["triton", "cublas"])
+@pytest.mark.parametrize("tokens", [1, 3, 130])
+@torch.no_grad()
+def test_the_short_way_computes_what_the_modules_compute(owner, bias, backend, tokens, short_ways, monkeypatch):
+    poison_empty(monkeypatch)
+    monkeypatch.setattr(operator, "_replays", {})
+    mlp = make_mlp(owner, bias, backend)
+    warm(mlp, short_ways, tokens)
+    for shape in ((1, tokens, H), (tokens, H), (tokens, 1, H)):
+        x = torch.randn(shape)
+        y = mlp(x)
+        assert y.shape == x.shape and y.is_contiguous()
+        torch.testing.assert_close(y, by_modules(mlp, x), atol=2e-5, rtol=2e-5)
+    assert len(short_ways) == 3 and all(y is not None for y in short_ways)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_layers_share_launches_but_not_weights(tokens, short_ways, monkeypatch):
+    monkeypatch.setattr(operator, "_replays", {})
+    mlps = [make_mlp() for _ in range(3)]
+    for mlp in mlps:
+        x, y = warm(mlp, short_ways, tokens)
+        torch.testing.assert_close(y, by_modules(mlp, x), atol=2e-5, rtol=2e-5)
+    assert len(operator._replays) == 1
+
+
+def double_output(module, inputs, output):
+    return 2 * output
+
+
+def double_input(module, inputs):
+    return (2 * inputs[0],)
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
+def set_weight(module, change):
+    module.weight = nn.Parameter(change(module.weight.detach().clone()))
+
+
+def set_data(module, change):
+    module.weight.data = change(module.weight.detach().clone())
+
+
+def fresh(*shape):
+    return nn.Linear(*shape, bias=False)
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def narrow(mlp):
+    for name in PROJECTIONS[:2]:
+        weight = getattr(mlp, name).weight
+        weight.data = weight.data[: I - 1]
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, : I - 1]
+
+
+CHANGES = {
+    **{f"forward hook of {n}": lambda m, n=n: getattr(m, n).register_forward_hook(double_output) for n in PROJECTIONS},
+    **{f"pre-hook of {n}": lambda m, n=n: getattr(m, n).register_forward_pre_hook(double_input) for n in PROJECTIONS},
+    **{f"forward of {n}": lambda m, n=n: replace_forward(getattr(m, n)) for n in PROJECTIONS},
+    **{f"weight of {n}": lambda m, n=n: set_weight(getattr(m, n), lambda w: 2 * w) for n in PROJECTIONS},
+    **{f"data of {n}": lambda m, n=n: set_data(getattr(m, n), lambda w: 2 * w) for n in PROJECTIONS},
+    "hook of the activation": lambda m: m.act_fn.register_forward_hook(double_output),
+    "pre-hook of the activation": lambda m: m.act_fn.register_forward_pre_hook(double_input),
+    "forward of the activation": lambda m: replace_forward(m.act_fn),
+    "activation": lambda m: setattr(m, "act_fn", nn.ReLU()),
+    "gate_proj": lambda m: setattr(m, "gate_proj", fresh(H, I)),
+    "up_proj": lambda m: setattr(m, "up_proj", fresh(H, I)),
+    "down_proj": lambda m: setattr(m, "down_proj", fresh(I, H)),
+    "bias": lambda m: setattr(m.down_proj, "bias", nn.Parameter(torch.ones(H))),
+    "subclass": lambda m: setattr(m, "down_proj", type("Doubled", (nn.Linear,), {"forward": doubled})(I, H)),
+    "width": lambda m: (
+        [set_data(getattr(m, n), lambda w: w[: I - 1]) for n in PROJECTIONS[:2]]
+        and set_data(m.down_proj, lambda w: w[:, : I - 1])
+    ),
+    "a narrower slice of the same buffers": narrow,
+}
+
+
+def doubled(self, x):
+    return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
+def test_a_change_of_the_modules_takes_effect_at_the_next_call(name, short_ways):
+    mlp = make_mlp()
+    x, before = warm(mlp, short_ways)
+    CHANGES[name](mlp)
+    expected = by_modules(mlp, x)
+    assert not torch.allclose(before, expected, atol=1e-3), "the change does not show"
+    torch.testing.assert_close(mlp(x), expected, atol=2e-5, rtol=2e-5)
+    assert not short_ways
+
+
+@pytest.mark.parametrize("module", [*PROJECTIONS, "act_fn"])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@torch.no_grad()
+def test_backward_hooks_take_the_long_way(module, register, short_ways):
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    getattr(getattr(mlp, module), register)(lambda *args: None)
+    mlp(x)
+    assert not short_ways
+
+
+@torch.no_grad()
+def test_a_changed_storage_at_the_same_address_is_noticed(short_ways, monkeypatch):
+    """Its size determines which columns are padding."""
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    monkeypatch.setattr(mlp.__dict__["_prepared"], "_sizes", (0, 0))
+    mlp(x)
+    assert not short_ways
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is nn.functional.linear else result
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.gluprune.glu_mlp)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def global_hook(register, hook):
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def linear_forward_doubled():
+    forward = nn.Linear.forward
+    nn.Linear.forward = doubled
+    try:
+        yield
+    finally:
+        nn.Linear.forward = forward
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "function mode": Doubling,
+    "forward of every Linear": linear_forward_doubled,
+    "global forward hook": lambda: global_hook(
+        nn.modules.module.register_module_forward_hook, lambda m, i, o: 2 * o if isinstance(m, nn.Linear) else None
+    ),
+    "global pre-hook": lambda: global_hook(
+        nn.modules.module.register_module_forward_pre_hook,
+        lambda m, i: (2 * i[0],) if isinstance(m, nn.Linear) else None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@torch.no_grad()
+def test_surroundings_take_effect_at_the_next_call(name, short_ways):
+    mlp = make_mlp()
+    x, before = warm(mlp, short_ways)
+    with SURROUNDINGS[name]():
+        expected, actual = by_modules(mlp, x), mlp(x)
+    assert not torch.equal(before, expected), "they do not show"
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert not short_ways
+    mlp(x)
+    assert len(short_ways) == 1, "afterwards it is short again"
+
+
+@torch.no_grad()
+def test_a_dispatch_mode_sees_the_operator(short_ways):
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    with Counting() as mode:
+        mlp(x)
+    assert mode.products >= 1 and not short_ways
+
+
+def test_gradients_flow_at_the_next_call(short_ways):
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    mlp(x).sum().backward()
+    assert mlp.down_proj.weight.grad is not None and not short_ways
+    mlp.requires_grad_(False)
+    warm_x = x.clone().requires_grad_()
+    mlp(warm_x).sum().backward()
+    assert warm_x.grad is not None and not short_ways
+
+
+@torch.no_grad()
+def test_transforms_take_the_long_way(short_ways):
+    mlp = make_mlp()
+    x, y = warm(mlp, short_ways)
+    torch.testing.assert_close(torch.vmap(mlp)(x[0])[None], y, atol=2e-5, rtol=2e-5)
+    tangent = torch.randn_like(x)
+    expected = torch.func.jvp(lambda x: by_modules(mlp, x), (x,), (tangent,))[1]
+    torch.testing.assert_close(torch.func.jvp(mlp, (x,), (tangent,))[1], expected)
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(mlp(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(out.tangent, expected)
+    traced = torch.jit.trace(mlp, x, check_trace=False)
+    assert "aten::linear" in str(traced.inlined_graph)
+    assert not short_ways
+
+
+@pytest.mark.parametrize(
+    "first, second", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)]
+)
+def test_inference_mode_and_back(first, second, short_ways):
+    mlp = make_mlp()
+    x = torch.randn(1, 3, H)
+    with torch.no_grad():
+        expected = by_modules(mlp, x)
+    for mode in (first, second, first):
+        with mode():
+            for _ in range(2):
+                torch.testing.assert_close(mlp(x), expected, atol=2e-5, rtol=2e-5)
+    assert len(short_ways) >= 3
+
+
+@torch.no_grad()
+def test_other_inputs(short_ways):
+    """Inputs that the recorded launches cannot take are computed right, too."""
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    wide, flat = torch.randn(1, 3, 2 * H), torch.randn(3 * H + 1)
+    complex_rows = torch.randn(1, 3, H, dtype=torch.complex64)
+    for other in (
+        wide[..., :H],
+        wide[..., ::2],
+        flat[1:].view(1, 3, H),
+        x.transpose(0, 1),
+        complex_rows.conj().imag,
+        torch.empty(0, H),
+        x.expand(2, 3, H),
+    ):
+        torch.testing.assert_close(mlp(other), by_modules(mlp, other), atol=2e-5, rtol=2e-5)
+    for wrong in (x.double(), x[..., :-1]):
+        with pytest.raises(RuntimeError):
+            mlp(wrong)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_alive(short_ways):
+    mlp = make_mlp(backend="cublas")
+    warm(mlp, short_ways, tokens=130)
+    projection, storage = weakref.ref(mlp.up_proj), weakref.ref(mlp.down_proj.weight)
+    mlp.up_proj, mlp.down_proj.weight = fresh(H, I), nn.Parameter(torch.randn(H, I))
+    gc.collect()
+    assert projection() is None and storage() is None
+
+
+def test_the_state_of_a_model_stays_the_same(short_ways):
+    import copy
+    import pickle
+
+    mlp = make_mlp()
+    before = set(vars(mlp)) | {"_prepared"}
+    x, y = warm(mlp, short_ways)
+    for other in (copy.deepcopy(mlp), copy.copy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert "_prepared" not in vars(other)
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), y)
+    assert set(vars(mlp)) == before
+    assert "_prepared" not in vars(patching.unpatch(mlp))
+
+
+@torch.no_grad()
+def test_launches_are_bounded(short_ways, monkeypatch):
+    monkeypatch.setattr(prepared, "MOST_LENGTHS", 2)
+    monkeypatch.setattr(operator, "MOST_REPLAYS", 3)
+    monkeypatch.setattr(operator, "_replays", {})
+    mlp = make_mlp()
+    for _ in range(2):
+        for tokens in range(1, 6):
+            x = torch.randn(tokens, H)
+            torch.testing.assert_close(mlp(x), by_modules(mlp, x), atol=2e-5, rtol=2e-5)
+    assert len(operator._replays) <= 3 and len(mlp.__dict__["_prepared"]._launches) <= 2
+
+
+@torch.no_grad()
+def test_the_precision_of_float32_is_part_of_a_launch(short_ways, monkeypatch):
+    monkeypatch.setattr(operator, "_replays", {})
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    saved = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        mlp(x)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = saved
+    assert len(operator._replays) == 2

@@ -198,12 +198,12 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or is_intercepted():
         return False
-    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_neg() or module_obstacle(mlp) is not None:
+    if type(x) not in _PLAIN or x.layout is not torch.strided or module_obstacle(mlp) is not None:
         return False
     down = mlp._modules[mlp.family.down]._parameters["weight"]
     if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
         return False
-    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or not (x.is_neg() or torch._C._are_functorch_transforms_active())
 
 
 def is_intercepted() -> bool:

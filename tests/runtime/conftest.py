@@ -3,6 +3,7 @@
 import pytest
 
 from gluprune.runtime import operator
+from gluprune.runtime.prepared import Prepared
 from tests.helpers.tiny_models import DEVICE, tiny_model, token_ids
 
 
@@ -18,7 +19,15 @@ def model():
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """A list with the path of every call of the kernels."""
-    calls, kernels = [], operator.run_kernels
+    """The backends of the calls that reach the kernels, examined or prepared."""
+    calls, kernels, run = [], operator.run_kernels, Prepared.run
+
+    def prepared(self, mlp, x):
+        y = run(self, mlp, x)
+        if y is not None:
+            calls.append(mlp.backend)
+        return y
+
     monkeypatch.setattr(operator, "run_kernels", lambda *args: calls.append(args[-1]) or kernels(*args))
+    monkeypatch.setattr(Prepared, "run", prepared)
     return calls

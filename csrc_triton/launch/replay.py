@@ -55,7 +55,7 @@ class Replay:
     """
 
     def __init__(self, plan: Plan, x: torch.Tensor, weights: Weights):
-        self.numbers = _Numbers((x, *weights, plan.output))
+        self.numbers = _Numbers(plan.output, (x, *weights))
         self.steps = [
             _Matmul(call, self.numbers) if isinstance(call, MatmulCall) else _Kernel(call, self.numbers)
             for call in plan.calls
@@ -75,25 +75,24 @@ class Replay:
 
     def bind(self, addresses: Addresses, device: torch.device) -> BoundReplay | None:
         """Return the replay for weights at fixed addresses; None if a launch takes more than addresses."""
-        if not all(isinstance(step, _Kernel) and step.takes_addresses for step in self.steps):
-            return None
-        return BoundReplay(self, addresses, device)
+        kernels = [step for step in self.steps if isinstance(step, _Kernel) and step.takes_addresses]
+        return BoundReplay(kernels, self.numbers, addresses, device) if len(kernels) == len(self.steps) else None
 
 
 class BoundReplay:
     """The launches of a replay for weights at fixed addresses, which take the host the least time."""
 
-    def __init__(self, replay: Replay, addresses: Addresses, device: torch.device):
+    def __init__(self, kernels: Sequence[_Kernel], numbers: _Numbers, addresses: Addresses, device: torch.device):
         fixed = dict(zip((GATE_UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS), addresses, strict=True))
         self._index = device.index or 0
         size, starts = 0, {}  # bytes of one tensor that holds all temporaries, and where each begins
-        for number in range(TEMPORARY, len(replay.numbers.new) + OUTPUT):
-            shape, dtype = replay.numbers.new[number]
+        for number in range(TEMPORARY, len(numbers.new) + OUTPUT):
+            shape, dtype = numbers.new[number]
             starts[number] = size
             size += -(-shape.numel() * dtype.itemsize // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        self._scratch = size // replay.numbers.new[OUTPUT][1].itemsize  # elements of the dtype of x
+        self._scratch = size // numbers.new[OUTPUT][1].itemsize  # elements of the dtype of x
         self._launches = []
-        for step in replay.steps:
+        for step in kernels:
             arguments, moving = step.arguments.copy(), []
             for position, view in step.views:
                 offset = view.offset * view.itemsize
@@ -116,7 +115,8 @@ class BoundReplay:
         y = torch.empty_like(x)
         scratch = x.new_empty(self._scratch) if self._scratch else y
         bases = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
-        stream = driver.active.get_current_stream(self._index)
+        active: Any = driver.active
+        stream = active.get_current_stream(self._index)
         profiled = _is_profiled()
         for kernel, run, function, metadata, grid, fixed, moving in self._launches:
             arguments = fixed.copy()  # other threads may replay at the same time
@@ -184,7 +184,8 @@ class _Kernel:
         for position, view, block_shape in self._descriptors:
             arguments[position] = TensorDescriptor.from_tensor(view.of(tensors), block_shape)
         if self._compiled and not _is_profiled():
-            kernel, active = self.kernel, driver.active
+            active: Any = driver.active
+            kernel = self.kernel
             stream = active.get_current_stream(active.get_current_device())
             kernel.run(*self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
         else:
@@ -214,12 +215,12 @@ class _Matmul:
 class _Numbers:
     """Numbers the tensors of a plan in the order of their first use, after the given ones."""
 
-    def __init__(self, given: Sequence[torch.Tensor | None]):
+    def __init__(self, output: torch.Tensor, given: Sequence[torch.Tensor | None]):
         self._known: dict[int, tuple[int, torch.Tensor]] = {}  # by identity
         self._owners: dict[int, tuple[int, torch.Tensor]] = {}  # by storage
         self.new: dict[int, tuple[torch.Size, torch.dtype]] = {}  # the output and the temporaries
         self._unused, self._fresh = set(), []
-        for number, tensor in enumerate(given):
+        for number, tensor in enumerate((*given, output)):
             if tensor is None:
                 continue
             if id(tensor) in self._known:
@@ -227,7 +228,7 @@ class _Numbers:
             self._known[id(tensor)] = number, tensor
             self._owners.setdefault(_storage(tensor), (number, tensor))
             self._unused.add(number)
-        self.new[OUTPUT] = given[OUTPUT].shape, given[OUTPUT].dtype
+        self.new[OUTPUT] = output.shape, output.dtype
 
     def view(self, tensor: torch.Tensor) -> _View:
         """Return a tensor of the plan as a view of a numbered one; an unknown tensor becomes a temporary."""
@@ -241,7 +242,7 @@ class _Numbers:
             self._unused.remove(number)
             if number == OUTPUT:
                 self._fresh.append(number)
-        offset = tensor.storage_offset() - base.storage_offset()
+        offset = int(tensor.storage_offset() - base.storage_offset())
         # A weight may be passed in place of its buffer: down `[H, I]` is all of it only without padding.
         if number == GATE_UP or (number == DOWN and tensor.untyped_storage().nbytes() != tensor.nbytes):
             is_whole = False

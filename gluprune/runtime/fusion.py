@@ -196,7 +196,7 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     """Whether the fused operator computes what the modules of a patched MLP compute for `x`, in this call."""
     if not operator.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.jit.is_tracing() or is_intercepted():
+    if torch._C._is_tracing() or is_intercepted():
         return False
     if type(x) not in _PLAIN or x.layout is not torch.strided or module_obstacle(mlp) is not None:
         return False

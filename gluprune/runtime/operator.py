@@ -87,8 +87,8 @@ def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
         replay = find_replay(x, up_row, operands, activation, backend)
         if replay is not None:
-            gate, _, down, *biases = operands
-            return replay.run(x, (gate, down, *biases))
+            gate, _, down, gate_bias, up_bias, down_bias = operands
+            return replay.run(x, (gate, down, gate_bias, up_bias, down_bias))
         H = x.shape[-1]
         weights = _weights(layout.padded_buffers(*operands[:3]), operands, activation)
         forward, *_ = _kernels()

@@ -45,17 +45,15 @@ class Prepared:
             parameters = modules[name]._parameters
             self._projections.append((name, vars(modules[name]).get("forward"), parameters["bias"] is not None))
             tensors += [tensor for tensor in parameters.values() if tensor is not None]
-        self._guards = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-        )
+        shapes: Any = [list(tensor.shape) for tensor in tensors]
+        strides: Any = [list(tensor.stride()) for tensor in tensors]
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
         self._is_trainable = any(tensor.requires_grad for tensor in tensors)
         self._data = [tensor.data_ptr() for tensor in tensors]
         gate, _, down, *biases = fusion.operands(mlp)
         self._down = next(number for number, tensor in enumerate(tensors) if tensor is down)
         self._sizes = gate.untyped_storage().nbytes(), down.untyped_storage().nbytes()
-        self._addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in (gate, down, *biases))
+        self._addresses: Any = tuple(None if tensor is None else tensor.data_ptr() for tensor in (gate, down, *biases))
         self._dtype, self._device, self._hidden = down.dtype, down.device, down.shape[0]
         self._index = down.device.index
         self._launches: dict[object, Any] = {}

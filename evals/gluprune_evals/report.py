@@ -42,20 +42,36 @@ GROUPS = {
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Return the scores as text for a terminal."""
-    lines = []
-    for series in all_series(results):
+    """Return the scores as text for a terminal. The only results of a model are its scores, pruned or not."""
+    every, lines = all_series(results), []
+    for series in every:
         ratios = [0.0, *series.ratios]
-        lines += ["", f"{series.model}, {series.recipe}: {next(iter(results)).limits}", ""]
-        lines.append(f"{'task':<18}" + "".join(f"{DENSE if not r else f'{r:.0%}':>20}" for r in ratios))
+        first = DENSE if series.ratios else "score"
+        rows = [["task", "metric", *(first if not ratio else f"{ratio:.0%}" for ratio in ratios)]]
         for task, found in series.results.items():
-            cells = [f"{_score(found[r])} {series.mark(task, r)}" if r in found else "–" for r in ratios]
-            lines.append(f"{task:<18}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join([*lines, "", _LEGEND.replace("**", "")])
+            cells = [f"{_score(found[r])} {series.mark(task, r)}".rstrip() if r in found else "–" for r in ratios]
+            rows.append([task, TASKS[task].metric.partition(",")[0], *cells])
+        title = f"{series.model}, {series.recipe}" if series.ratios else series.model
+        lines += ["", f"{title}: {next(iter(results)).limits}", "", *aligned(rows, names=2)]
+    legend = _LEGEND if any(series.ratios for series in every) else _STANDARD_ERROR
+    return "\n".join([*lines, "", legend.replace("**", "")])
 
 
+def aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
+    """Return the rows of a table as lines: the first `names` columns on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < names else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+_STANDARD_ERROR = "± is one standard error of the score."
 _LEGEND = (
-    f"± is one standard error of the score. The marks compare with the dense model on the same documents, at 95 %:"
+    f"{_STANDARD_ERROR} The marks compare with the dense model on the same documents, at 95 %:"
     f" {BETTER} better, {WORSE} worse, {NOISE} **within the noise**."
 )
 

@@ -79,6 +79,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command.print_error(context.command_path if context else "gluprune", error.format_message())
         return command.BAD_INPUT
-    except (KeyboardInterrupt, typer.Abort):  # outside a command: while arguments are parsed
-        command.print_interrupted("gluprune")
-        return command.INTERRUPTED

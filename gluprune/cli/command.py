@@ -61,6 +61,14 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """The group of all commands."""
 
+    def invoke(self, ctx):
+        """Run a command; Ctrl-C while its arguments are parsed becomes one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_interrupted(ctx.command_path)
+            raise typer.Exit(INTERRUPTED) from None
+
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Parse the arguments; print the help if it is asked for, or if there is no argument.
 

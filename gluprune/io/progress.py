@@ -16,9 +16,15 @@ class _Lines(tqdm):
     """A bar that prints a line to stderr every `SECONDS_PER_LINE`."""
 
     def __init__(self, iterable: Iterable | None = None, **options: Any):
-        options |= {"file": io.StringIO(), "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE}
-        bar = "{n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} remaining"
-        super().__init__(iterable, bar_format=bar, miniters=1, **options)
+        super().__init__(
+            iterable,
+            bar_format="{n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} remaining",
+            file=io.StringIO(),  # for what erases a bar
+            mininterval=SECONDS_PER_LINE,
+            maxinterval=SECONDS_PER_LINE,
+            miniters=1,
+            **options,
+        )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print the state; nothing at the start, and nothing to erase at the end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 # Wrappers that keep views of the parameters, or slices of them: what they hold must not change its shape.
@@ -39,7 +40,7 @@ def _is_merged(model: nn.Module) -> bool:
     return bool(layers) and all(getattr(layer, "merged", False) for layer in layers)
 
 
-def check_weight(label: str, weight: nn.Parameter) -> None:
+def check_weight(label: str, weight: torch.Tensor) -> None:
     """Check that a weight is on its device and complete.
 
     Raises:

@@ -219,6 +219,37 @@ def test_errors_and_interrupts_are_one_line(raised, code, line, monkeypatch, cap
     assert captured.err.strip("\r") == line + "\n" and not captured.out
 
 
+@pytest.mark.parametrize(
+    "arguments, where, hint",
+    [
+        (["prune", "m", "--out", "o"], "gluprune.checkpoints.stream.prune_checkpoint", "run it again with --resume"),
+        (["study", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
+        (["eval", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
+        (["sample", "m", "--out", "o"], "gluprune.cli.calibration.load", None),
+        (["calibrate", "m", "--text", __file__, "--out", "o"], "transformers.AutoTokenizer.from_pretrained", None),
+    ],
+)
+def test_ctrl_c_is_one_line_with_the_hint_to_resume(arguments, where, hint, monkeypatch, capsys, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(where, interrupt)
+    assert main(arguments) == 130
+    captured = capsys.readouterr()
+    expected = f"gluprune {arguments[0]}: interrupted" + (f"; to continue, {hint}" if hint else "")
+    assert captured.err.strip("\r") == expected + "\n" and not captured.out
+
+
+def test_ctrl_c_while_arguments_are_parsed(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "parse_args", interrupt)
+    assert main(["info", "m"]) == 130
+    assert capsys.readouterr().err.strip("\r") == "gluprune: interrupted\n"
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from gluprune.checkpoints import info
 

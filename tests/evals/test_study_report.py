@@ -150,6 +150,27 @@ def make_result(task, ratio, values, recipe="maw", model="m", **more):
     )
 
 
+def test_the_summary_of_one_model_is_its_scores():
+    """Neither "dense" for a checkpoint that may be pruned, nor marks for what is compared with nothing."""
+    text = report.summary([make_result("piqa", 0, some(0.5)), make_result("lambada_openai", 0, [-7.0] * 20)])
+    lines = [line.split() for line in text.splitlines() if line]
+    assert lines[:2] == [["m:", "budget", "small"], ["task", "metric", "score"]]
+    assert sorted(lines[2:4]) == [
+        ["lambada_openai", "perplexity", "1,097", "±0.05"],
+        ["piqa", "acc_norm", "0.500", "±0.050"],
+    ]
+    assert lines[4:] == [report._STANDARD_ERROR.split()]
+    assert "dense" not in text
+
+
+def test_the_columns_of_the_summary_do_not_touch():
+    results = [make_result("lambada_openai", ratio, [-12.0 - 9 * ratio] * 20) for ratio in (0, 0.2, 0.4)]
+    text = report.summary([*results, *(make_result("piqa", ratio, some(0.5)) for ratio in (0, 0.4))])
+    assert "dense" in text and "m, maw: budget small" in text
+    table = text.splitlines()[3:6]
+    assert all(line.count("  ") >= 3 for line in table) and len({len(line.rstrip()) for line in table[:2]}) == 1
+
+
 def some(share, count=60):
     return [float(n < round(share * count)) for n in range(count)]
 

@@ -1,0 +1,114 @@
+"""Models in the wrappers of other libraries, and weights that are somewhere else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gluprune
+from gluprune.calibration.collect import calibrate
+from gluprune.models.wrappers import unwrapped
+from tests.helpers.tiny_models import assert_unchanged, snapshot, token_ids
+
+WIDTH = 61
+
+
+def prune(model):
+    return gluprune.prune(model, intermediate_size=WIDTH, multiple_of=1)
+
+
+def adapted(model, targets, task="CAUSAL_LM"):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type=task))
+
+
+@pytest.mark.parametrize("call", [prune, lambda model: calibrate(model, [token_ids()])])
+@pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj"]])
+def test_adapters_that_are_not_merged_are_refused_with_what_to_do(tiny_model, call, targets):
+    model = adapted(tiny_model(), targets)
+    before = snapshot(model)
+    message = r"PeftModelForCausalLM has adapters that are not merged: .* model = model\.merge_and_unload\(\)"
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert_unchanged(model, before)
+
+
+def test_merged_adapters(tiny_model):
+    """Merged in place, or merged and unloaded: the base model is pruned."""
+    model = adapted(tiny_model(), ["q_proj"])
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    plain = model.merge_and_unload()
+    found, expected = prune(merged), prune(plain)
+    assert all(torch.equal(kept, expected.kept[layer]) for layer, kept in found.kept.items())
+    assert merged.get_base_model().config.intermediate_size == WIDTH
+    assert calibrate(merged, [token_ids()]).tokens == token_ids().numel()
+
+
+def test_a_merged_adapter_of_an_mlp_is_named(tiny_model):
+    model = adapted(tiny_model(), ["gate_proj"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="layer 0, gate_proj is Linear, not nn.Linear: .*merge the adapter"):
+        prune(model)
+
+
+def test_a_compiled_model_is_unwrapped(tiny_model):
+    model, plain = tiny_model(seed=1), tiny_model(seed=1)
+    compiled = torch.compile(model)  # compiles at the first call, which this test does not make
+    assert unwrapped(compiled) is model
+    statistics = calibrate(compiled, [token_ids()])
+    assert statistics.tokens == token_ids().numel()
+    assert prune(compiled) == prune(plain)
+    assert compiled.config.intermediate_size == WIDTH
+
+
+@pytest.mark.parametrize("call", [prune, lambda model: calibrate(model, [token_ids()])])
+def test_wrappers_for_several_devices_are_refused(tiny_model, call):
+    with pytest.raises(ValueError, match=r"wrapped in DataParallel: give the model inside it, model\.module"):
+        call(nn.DataParallel(tiny_model()))
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("place", ["disk", "meta"])
+def test_offloaded_weights_cannot_be_calibrated_or_pruned(tiny_model, tmp_path, gram, place):
+    model = tiny_model()
+    if place == "meta":
+        model.model.layers[1].to("meta")
+    else:
+        from accelerate import dispatch_model
+
+        devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+        devices |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+        dispatch_model(model, devices, offload_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\..* is on the meta device: .*without offloading"):
+        calibrate(model, [token_ids()], gram=gram)
+    with pytest.raises(ValueError, match="layer 1, gate_proj is on the meta device: load the weights first"):
+        prune(model)
+
+
+def partitioned(model):
+    """DeepSpeed's ZeRO-3 leaves parameters without elements where they are not gathered."""
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    return model
+
+
+def test_partitioned_weights_are_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"layer 0, gate_proj has shape \[0\]: gather the weights first"):
+        prune(partitioned(tiny_model()))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has shape \[0\]: gather the weights first"):
+        calibrate(partitioned(tiny_model()), [token_ids()])
+    with pytest.raises(ValueError, match="gather the weights first"):
+        gluprune.reconstruct(partitioned(tiny_model()), tiny_model(), [token_ids()])
+
+
+def test_a_new_optimizer_after_pruning(tiny_model):
+    """What the documentation asks for: an optimizer created afterwards trains the narrower weights."""
+    model = tiny_model()
+    prune(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+    down = model.model.layers[0].mlp.down_proj.weight
+    assert optimizer.state[down]["exp_avg"].shape == down.shape == (32, WIDTH)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 
 from gluprune.measure.records import Record
+from gluprune.reports.plots import readable
 from gluprune_evals.paper import scores
 from gluprune_evals.series import Series
 from gluprune_evals.significance import Correlation
@@ -32,15 +34,20 @@ def _task_panels(own: list[Series]):
     return figure, dict(zip(tasks, panels, strict=True))
 
 
-def _titled(axes, task: str) -> None:
+def _titled(axes, task: str, ratio_axis: str = "") -> None:
+    """Label a panel; `ratio_axis` names the axis ("x" or "y") of shares, which are shown in percent."""
+    from matplotlib.ticker import PercentFormatter
+
     spec = TASKS[task]
+    for name in ratio_axis:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_title(f"{task} ({'lower' if spec.lower_is_better else 'higher'} is better)", fontsize="small")
     axes.tick_params(labelsize="x-small")
     axes.grid(alpha=0.3)
 
 
 def capability(own: list[Series], path: Path) -> None:
-    """Draw each task's score against the expansion ratio: one line per recipe, with bars of one standard error."""
+    """Draw each task's score against the expansion ratio: one line per recipe, in a band of one standard error."""
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         for index, series in enumerate(own):
@@ -48,17 +55,19 @@ def capability(own: list[Series], path: Path) -> None:
             x = [result.configuration["expansion_ratio"] for result in found.values()]
             errors = [result.stderr or 0.0 for result in found.values()]
             values = [result.value for result in found.values()]
-            if TASKS[task].lower_is_better:  # the axis is logarithmic: keep bars above zero
-                errors = [[min(e, 0.9 * v) for e, v in zip(errors, values, strict=True)], errors]
-            line = {"color": f"C{index}", "marker": "o", "ms": 3.5, "lw": 1.2, "capsize": 2, "elinewidth": 0.8}
-            axes.errorbar(x, values, yerr=errors, label=series.recipe, **line)
+            # The axis of perplexities is logarithmic: keep the band above zero.
+            low = [value - min(error, 0.9 * value) for value, error in zip(values, errors, strict=True)]
+            high = [value + error for value, error in zip(values, errors, strict=True)]
+            axes.plot(x, values, color=f"C{index}", marker="o", ms=3.5, lw=1.6, label=series.recipe)
+            axes.fill_between(x, low, high, color=f"C{index}", alpha=0.15, lw=0)
         if TASKS[task].lower_is_better:
             axes.set_yscale("log")
         elif TASKS[task].chance is not None:
             axes.axhline(TASKS[task].chance, color="grey", linestyle=":", label="chance")
-        _titled(axes, task)
+        _titled(axes, task, "" if TASKS[task].lower_is_better else "y")
+        axes.set_xlabel("expansion ratio", fontsize="x-small")
         axes.invert_xaxis()
-    _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bars: one standard error)", path)
+    _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bands: one standard error)", path)
 
 
 def against_published(own: list[Series], path: Path) -> None:
@@ -79,7 +88,8 @@ def against_published(own: list[Series], path: Path) -> None:
                 axes.plot(list(values), shares, style, color="grey", label=f"{model}, published")
         if TASKS[task].lower_is_better:
             axes.set_yscale("log")
-        _titled(axes, task)
+        _titled(axes, task, "x" if TASKS[task].lower_is_better else "xy")
+        axes.set_xlabel("neurons removed", fontsize="x-small")
     _finish(figure, panels, "Score over that of the dense model against the share of neurons removed", path)
 
 
@@ -102,17 +112,22 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
     }
     if max((len(pairs) for of in points.values() for pairs in of.values()), default=0) < 2:
         return False
+    record = next(iter(costs.values()))
+    scale, unit = readable([cost.p50 for cost in costs.values()], record.unit)
     figure, panels = _task_panels(own)
     for task, axes in panels.items():
         for index, (recipe, of) in enumerate(points.items()):
             if of.get(task):
-                axes.plot(*zip(*of[task], strict=True), marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe)
+                x, y = zip(*of[task], strict=True)
+                axes.plot(
+                    [scale * value for value in x], y, marker="o", ms=3.5, lw=1.2, color=f"C{index}", label=recipe
+                )
         if TASKS[task].lower_is_better:
             axes.set_yscale("log")
-        _titled(axes, task)
-    record = next(iter(costs.values()))
+        _titled(axes, task, "" if TASKS[task].lower_is_better else "y")
+        axes.set_xlabel(f"{words}, {unit}", fontsize="x-small")
     how = ", ".join(f"{key} {value}" for key, value in record.shape.items() if key not in ("model", "I", "H"))
-    title = f"{own[0].model}: score against {words} ({record.unit}), by {record.provider}, {how or record.what},"
+    title = f"{own[0].model}: score against {words}, by {record.provider}, {how or record.what},"
     title += f" {record.hardware}"
     _finish(figure, panels, title, path)
     return True
@@ -136,7 +151,7 @@ def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]
         short = [task.replace("leaderboard_", "").replace("_openai", "").replace("truthfulqa", "tqa") for task in tasks]
         axes.set_xticks(range(len(tasks)), short, rotation=60, ha="right", fontsize=7)
         axes.set_yticks(range(len(tasks)), short, fontsize=7)
-        axes.set_title(f"{model}, {recipe}", fontsize="small")
+        axes.set_title(textwrap.fill(f"{model}, {recipe}", 50), fontsize="small")
     figure.colorbar(image, ax=panels, shrink=0.6, label="Pearson's r (figures where p < 0.05)")
     figure.savefig(path, dpi=110)
 
@@ -145,13 +160,19 @@ def _label(series: Series) -> str:
     return f"{series.model}, {series.recipe}"
 
 
+def _columns(figure, labels) -> int:
+    """Return how many entries of a legend fit beside each other: about 14 small characters an inch, and the lines."""
+    widest = max(map(len, labels)) + 8
+    return max(1, min(len(labels), int(14 * figure.get_figwidth() / widest)))
+
+
 def _finish(figure, panels, title: str, path: Path) -> None:
     handles: dict[str, object] = {}
     for axes in panels.values():
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize="small"
+        handles.values(), handles.keys(), loc="outside lower center", ncols=_columns(figure, handles), fontsize="small"
     )
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize="medium")
     figure.savefig(path, dpi=110)

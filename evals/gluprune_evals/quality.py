@@ -310,24 +310,30 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The methods of the picture; the table has all.
+DRAWN = ("MAW", "MAW gate+up+down", "hybrid", "hybrid, re-solved, + own text", "surgeon, reconstructed, + own text")
+
+
 def plot(records: list[Record], path: Path) -> None:
-    """Draw perplexity relative to dense against the pruning ratio, one panel for each text."""
-    from matplotlib import colormaps
+    """Draw perplexity relative to dense against the pruning ratio, one panel for each text, for some methods."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r.p50 for r in records if r.what == "perplexity"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
     figure = Figure(figsize=(5.5 * len(texts), 5), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts, strict=True):
-        axes.set_prop_cycle(color=[colormaps["tab20"](index) for index in range(20)])
-        for method in METHODS:
+        for method in DRAWN:
             points = {ratio: found[method, text, ratio] for ratio in RATIOS if (method, text, ratio) in found}
             if points:
                 values = [value / found["dense", text, 0.0] for value in points.values()]
                 axes.plot([0, *points], [1, *values], marker="o", label=method)
-        axes.set(yscale="log", title=text, xlabel="share of MLP neurons removed", ylim=(0.95, 20))
+        axes.set(yscale="log", title=text, xlabel="MLP neurons removed", ylim=(0.95, 20))
+        axes.set_yticks([1, 1.5, 2, 3, 5, 10, 20], ["1×", "1.5×", "2×", "3×", "5×", "10×", "20×"])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3, which="both")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.axes[0].set_ylabel("perplexity over dense (lower is better)")
     figure.suptitle(f"{records[-1].shape['model']}, no gradient step")
     figure.savefig(path, dpi=120)

@@ -285,6 +285,8 @@ def _plot(path: Path) -> None:
 
 
 def _plot_latency(axes, model: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     percents = _percents()
     averages = [_average(model, percent) for percent in percents]
     places = range(len(percents))
@@ -301,7 +303,9 @@ def _plot_latency(axes, model: str) -> None:
     )
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks(list(places), [f"{percent} %" for percent in percents])
-    axes.set(xlabel="neurons removed", ylabel="TTLT against dense, %", title=f"{model}, batch 1: longer, not slower")
+    axes.set(xlabel="neurons removed", ylabel="TTLT longer than dense", title=f"{model}, batch 1: longer, not slower")
+    axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+    axes.set_ylim(top=1.35 * max(axes.get_ylim()))  # room for the legend
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(loc="upper left", fontsize="small", markerscale=0.4)
@@ -319,11 +323,11 @@ def _plot_energy(axes, model: str) -> None:
             relative = [c.energy.each / own[0].energy.each for c in part]
             label = None if is_odd else workload
             axes.plot([c.width for c in part], relative, color=f"C{index}", label=label, lw=1, **style)
-    axes.plot([], [], "x", color="grey", ms=7, mew=2, label="odd widths")
+    axes.plot([], [], "x", color="grey", ms=7, mew=2, label="unaligned widths")
     axes.axhline(1, color="black", lw=0.8, ls=":")
     axes.invert_xaxis()
     axes.set(
-        xlabel="intermediate size", ylabel="J per token, dense = 1", title=f"{model}, batch 8: what odd widths cost"
+        xlabel="intermediate size", ylabel="J per token, dense = 1", title=f"{model}, batch 8: cost of unaligned widths"
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize="small")

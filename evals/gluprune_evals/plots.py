@@ -40,7 +40,7 @@ def _titled(axes, task: str, ratio_axis: str = "") -> None:
 
     spec = TASKS[task]
     for name in ratio_axis:
-        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1))
     axes.set_title(f"{task} ({'lower' if spec.lower_is_better else 'higher'} is better)", fontsize="small")
     axes.tick_params(labelsize="x-small")
     axes.grid(alpha=0.3)

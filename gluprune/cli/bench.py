@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +19,13 @@ EXAMPLES = (
 _WORKLOADS = "Workloads (without --preset)"
 
 
-class Preset(str, Enum):
+class Preset(StrEnum):
     """The presets of `bench`."""
 
     PAPER = "paper"
 
 
-class Decoding(str, Enum):
+class Decoding(StrEnum):
     """The decoding methods; see `gluprune.measure.decoding`."""
 
     GENERATE = "generate"

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from gluprune.cli.options import RUNNING, DtypeName, require
 _DOCUMENTS = "Documents"
 
 
-class Budget(str, Enum):
+class Budget(StrEnum):
     """Budgets for the number of documents."""
 
     SMALL = "small"

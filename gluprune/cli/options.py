@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ import typer
 OUTPUT, RUNNING = "Output", "How models run"
 
 
-class DtypeName(str, Enum):
+class DtypeName(StrEnum):
     """The dtypes of weights."""
 
     AUTO = "auto"

@@ -67,8 +67,10 @@ def check_prunable(model: nn.Module, glus: Sequence[GLU], layers: Sequence[int])
 
 def _check_projection(label: str, projection: nn.Module) -> None:
     if type(projection) is not nn.Linear:
+        kind, package = type(projection).__name__, type(projection).__module__.partition(".")[0]
+        found = f"{package}'s {kind}" if kind == nn.Linear.__name__ else kind
         raise ValueError(
-            f"{label} is {type(projection).__name__}, not nn.Linear: quantized or adapted projections cannot be"
+            f"{label} is {found}, not nn.Linear: quantized or adapted projections cannot be"
             " pruned (dequantize, or merge the adapter, first)"
         )
     weight = projection.weight

@@ -49,7 +49,7 @@ def test_merged_adapters(tiny_model):
 def test_a_merged_adapter_of_an_mlp_is_named(tiny_model):
     model = adapted(tiny_model(), ["gate_proj"])
     model.merge_adapter()
-    with pytest.raises(ValueError, match="layer 0, gate_proj is Linear, not nn.Linear: .*merge the adapter"):
+    with pytest.raises(ValueError, match="layer 0, gate_proj is peft's Linear, not nn.Linear: .*merge the adapter"):
         prune(model)
 
 

@@ -30,7 +30,7 @@ from gluprune.demo.smollm2 import cache_folder
 from gluprune.io import atomic
 from gluprune.io.progress import progress
 from gluprune.models.device import AUTO, choose_device, loading_options
-from gluprune.models.glu import count_parameters, model_glus
+from gluprune.models.glu import check_head, count_parameters, model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.runtime.patching import patch_llama
@@ -253,6 +253,7 @@ def _language_model(
 def _load(model: StudyModel, configuration: Configuration, settings: Settings) -> Any:
     """Load the model of a configuration, pruned and patched."""
     loaded: Any = _load_dense(model, settings)
+    check_head(loaded, f"evaluating {model.name}")
     recipe = configuration.recipe
     if recipe:
         statistics = _statistics(model, recipe, settings) if recipe.needs.calibration else None

@@ -23,7 +23,7 @@ from gluprune.calibration.sensitivity import (
 )
 from gluprune.calibration.statistics import LayerStatistics, Statistics, write_statistics
 from gluprune.io.progress import progress
-from gluprune.models.glu import GLU, decoder_layers, model_glus
+from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
 from gluprune.models.wrappers import check_weights, unwrapped
 
 if TYPE_CHECKING:
@@ -176,10 +176,7 @@ def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int
 
 
 def _output_gradients(model: PreTrainedModel, batches: list[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"sensitivity=True needs a model with a language-model head, but {type(model).__name__} has none"
-        )
+    check_head(model, "sensitivity=True")
     with evaluating(model):
         return output_gradients(model, batches, layers)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gluprune.calibration.running import evaluating
 from gluprune.io.progress import progress
+from gluprune.models.glu import check_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ def sample_text(
         The texts without special tokens, separated by empty lines.
 
     Raises:
-        ValueError: A number is below 1, or the tokenizer has neither a begin-of-text nor an end-of-text token.
+        ValueError: The model has no language-model head, a number is below 1, or the tokenizer has neither a
+            begin-of-text nor an end-of-text token.
 
     Example:
         >>> import gluprune
@@ -58,6 +60,7 @@ def sample_text(
         >>> model, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
         >>> text = gluprune.sample_text(model, tokenizer, windows=2, length=8)
     """
+    check_head(model, "sampling text")
     for name, value in {"windows": windows, "length": length}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _OTHER_FILES = (
     *("adapter_config.json", "trainer_state.json", "*_results.json", "events.out.tfevents.*", "zero_to_fp32.py"),
     *("README.md", "gluprune.json"),
 )
+_MODULES = "modules.json"
 # Names that wrappers put before those of the model.
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel or DDP", "base_model.model.": "PEFT"}
 
@@ -183,6 +185,7 @@ def _check_mlp(folder: Path, layer: int, tensors: dict[str, StoredTensor], confi
 def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
     """Return the other files of a checkpoint that are copied, and those that are not; paths relative to the folder."""
     copied, skipped = [], []
+    modules = _module_folders(folder)
     for root, folders, names in os.walk(folder):
         here = Path(root).relative_to(folder)
         left = sorted(name for name in folders if name.startswith(".") or _matches(name, _OTHER_FOLDERS))
@@ -190,8 +193,18 @@ def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
         folders[:] = sorted(set(folders) - set(left))
         for path in (here / name for name in sorted(names)):
             if str(path) not in written:
-                (copied if _belongs(folder, path) else skipped).append(str(path))
+                (copied if path.parts[0] in modules or _belongs(folder, path) else skipped).append(str(path))
     return copied, skipped
+
+
+def _module_folders(folder: Path) -> set[str]:
+    """Return the folders that sentence-transformers loads besides the model: they are copied with their weights."""
+    try:
+        return {
+            Path(module["path"]).parts[0] for module in json.loads((folder / _MODULES).read_bytes()) if module["path"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return set()
 
 
 def _belongs(folder: Path, path: Path) -> bool:

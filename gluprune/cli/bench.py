@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gluprune.cli.options import Device, Dtype, DtypeName, Json, Quiet, Verbose, require
+from gluprune.io.hub import model_name
 
 EXAMPLES = (
     "gluprune bench meta-llama/Llama-3.2-1B --pruning-ratio 0.2 0.4",
@@ -125,7 +126,7 @@ def run(
         weights = torch.bfloat16 if dtype is DtypeName.AUTO else getattr(torch, dtype.value)
         dense, name = random_model(random or "", weights), f"{random}, random weights"
     else:
-        dense, name = load(model, dtype=dtype.value).eval(), Path(model).name
+        dense, name = load(model, dtype=dtype.value).eval(), model_name(model)
     path, measured = Path(out) / "model.jsonl", []
 
     def keep(record: records.Record) -> None:

@@ -20,7 +20,7 @@ from gluprune.measure.decoding import GenerationTiming, Generator, make_generato
 from gluprune.measure.energy import Energy, Meter, find_meter
 from gluprune.measure.memory import PeakMemory
 from gluprune.measure.records import Record
-from gluprune.models.glu import GLU, model_glus
+from gluprune.models.glu import GLU, check_head, model_glus
 from gluprune.pruning.prune import prune
 from gluprune.pruning.widths import percent_hint, target_width
 from gluprune.runtime.fusion import fusion_status
@@ -150,6 +150,7 @@ def bench(dense, name: str, plan: BenchPlan, device: torch.device, keep: Callabl
     """
     device = torch.device(device)
     check(plan, device)
+    check_head(dense, "measuring generation")
     all_widths = widths(model_glus(dense)[0], plan.ratios)
     meter, idle = calibrated_meter(device, plan)
     with progress(total=len(all_widths) * len(_cells(plan, device)), unit="cell", desc="bench") as bar:

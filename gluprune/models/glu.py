@@ -115,6 +115,16 @@ def model_glus(model: PreTrainedModel) -> list[GLU]:
     return glus
 
 
+def check_head(model: PreTrainedModel, purpose: str) -> None:
+    """Check that a model predicts tokens; reward models and bare decoders do not.
+
+    Raises:
+        ValueError: It has no language-model head; the message begins with `purpose`.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{purpose} needs a model with a language-model head, but {type(model).__name__} has none")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

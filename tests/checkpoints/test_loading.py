@@ -112,3 +112,5 @@ def test_statistics_of_other_classes(folder, tmp_path, name):
         return
     with pytest.raises(ValueError, match="needs a model with a language-model head, but LlamaModel has none"):
         gluprune.calibrate(model, [IDS], sensitivity=True)
+    with pytest.raises(ValueError, match="sampling text needs a model with a language-model head"):
+        gluprune.sample_text(model, None)

@@ -155,3 +155,21 @@ def test_dry_run_reports_and_writes_nothing(llama, tmp_path):
     assert {**planned.to_dict(), "kept": 0} == {**done.to_dict(), "kept": 0}
     assert f"{WIDTH} -> {WIDTH // 2} neurons in 2 layers" in str(planned)
     json.dumps(done.to_dict())
+
+
+def test_modules_of_sentence_transformers_keep_their_weights(llama, tmp_path):
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]
+    (llama / "modules.json").write_text(json.dumps(modules))
+    names = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"]
+    for name in [*names, "3_Other/model.safetensors"]:
+        (llama / name).parent.mkdir(exist_ok=True)
+        (llama / name).write_text(name)
+    report = prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
+    after = contents(tmp_path / "out")
+    assert all(after[name] == name.encode() for name in names) and report.skipped == ["3_Other/model.safetensors"]
+    for content in ("{", "3", "[3]", '[{"path": 3}]', '[{"path": "/"}]'):
+        (llama / "modules.json").write_text(content)
+        assert (
+            "2_Dense/model.safetensors"
+            in prune_checkpoint(llama, tmp_path / "other", intermediate_size=20, multiple_of=1, dry_run=True).skipped
+        )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -178,6 +179,8 @@ def test_reconstruct(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     pruned = copy.deepcopy(dense)
     gluprune.prune(pruned, pruning_ratio=0.4, multiple_of=1, layers=[0, 2])
     gluprune.save(pruned, tmp_path / "pruned", smollm2_tokenizer)
+    for name in ("LICENSE", "tokenizer.model"):
+        (tmp_path / "pruned" / name).write_text(name)
     where = ["--dense", str(tmp_path / "dense"), "--text", str(text), str(other), "--windows", "3"]
     command = ["reconstruct", str(tmp_path / "pruned"), *where, "--out", str(tmp_path / "out"), "--json"]
     assert main(command) == 0
@@ -190,6 +193,11 @@ def test_reconstruct(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     assert not torch.equal(pruned.state_dict()["model.layers.2.mlp.down_proj.weight"], before)
     again = gluprune.load(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in pruned.state_dict().items())
+    assert {path.name for path in (tmp_path / "pruned").iterdir()} == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    steps = json.loads((tmp_path / "out" / "gluprune.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["prune", "reconstruct"]
     assert main(command) == 2 and "is not empty" in capsys.readouterr().err
     command[-2] = str(tmp_path / "new")
     command[command.index("--windows") + 1] = "0"
@@ -203,6 +211,19 @@ def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "101 -> 61 neurons in 3 layers" in printed and "nothing was written" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_clean_removes_what_interrupted_runs_left(checkpoint, tmp_path, capsys):
+    left = tmp_path / ".out.0123456789abcdef.partial"
+    other = tmp_path / ".other.0123456789abcdef.partial"
+    for folder in (left, other):
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / "model.safetensors").write_text("12345")
+    arguments = ["prune", str(checkpoint), "--pruning-ratio", "0.4", "--multiple-of", "1", "--out"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0 and left.is_dir()
+    shutil.rmtree(tmp_path / "out")
+    assert main([*arguments, str(tmp_path / "out"), "--clean"]) == 0
+    assert not left.exists() and other.is_dir() and (tmp_path / "out" / "config.json").is_file()
 
 
 def test_info_counts(checkpoint, capsys):

@@ -1,5 +1,6 @@
 """Vision-language models: their text part is pruned, patched, calibrated and written; the rest stays as it is."""
 
+import copy
 import json
 
 import pytest
@@ -66,6 +67,15 @@ def test_prune_in_memory_leaves_the_other_parts(kind):
     configs = [module.config for module in model.modules() if type(getattr(module, "config", None)) is kind_of_text]
     assert {config.intermediate_size for config in (model.config.get_text_config(), *configs)} == {WIDTH}
     assert model.config.vision_config.to_dict() == composite_model(kind).config.vision_config.to_dict()
+
+
+def test_a_part_with_a_copy_of_the_config():
+    """Some releases of transformers copy the config of a part when they build it."""
+    model = composite_model("llava")
+    decoder = model.get_decoder()
+    decoder.config = copy.deepcopy(decoder.config)
+    prune(model)
+    assert decoder.config.intermediate_size == WIDTH == model.config.get_text_config().intermediate_size
 
 
 def test_a_failed_prune_restores_every_config(kind, unchanged):

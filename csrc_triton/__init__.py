@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from csrc_triton.glu.forward import glu_mlp
     from csrc_triton.glu.weights import GluWeights
+    from csrc_triton.norm import rms_norm
     from csrc_triton.scores.kernel import NeuronStatistics, neuron_scores
 
-__all__ = ["GluWeights", "NeuronStatistics", "glu_mlp", "neuron_scores"]
+__all__ = ["GluWeights", "NeuronStatistics", "glu_mlp", "neuron_scores", "rms_norm"]
 
 _MODULES = {
     "GluWeights": "csrc_triton.glu.weights",
     "NeuronStatistics": "csrc_triton.scores.kernel",
     "glu_mlp": "csrc_triton.glu.forward",
     "neuron_scores": "csrc_triton.scores.kernel",
+    "rms_norm": "csrc_triton.norm",
 }
 
 

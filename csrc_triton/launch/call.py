@@ -16,6 +16,7 @@ class KernelCall:
 
     `args` are the runtime arguments by parameter name (tensors, ints, `TensorDescriptor`s, None), `constants` the
     `tl.constexpr` parameters. Parameters in the kernel's `do_not_specialize` are never specialised on their value.
+    Without `fp_fusion` a product and a sum are rounded separately.
     """
 
     kernel: Any
@@ -26,6 +27,7 @@ class KernelCall:
     num_warps: int
     num_stages: int
     launch_pdl: bool = False
+    fp_fusion: bool = True
 
     def run(self) -> None:
         """Launch on the current device and stream.
@@ -57,17 +59,32 @@ class KernelCall:
         """Return the compiled kernel, launched by `compiled()[grid_3d](*arguments())`; None before the first run."""
         return _compiled.get(self._key()) if isinstance(self.kernel, triton.JITFunction) else self.kernel
 
-    def _launch(self) -> Any:
+    @property
+    def options(self) -> dict[str, object]:
+        """Triton's options for the compilation."""
         options: dict[str, object] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.launch_pdl:
             options["launch_pdl"] = True
-        return self.kernel[self.grid](**self.args, **self.constants, **options)
+        if not self.fp_fusion:
+            options["enable_fp_fusion"] = False
+        return options
+
+    def _launch(self) -> Any:
+        return self.kernel[self.grid](**self.args, **self.constants, **self.options)
 
     def _key(self) -> tuple[object, ...]:
         """Return everything that a compilation of one of these kernels depends on."""
         free = self.kernel.do_not_specialize
         kinds = [_kind(value) for name, value in self.args.items() if name not in free]
-        return (self.kernel.fn, self.num_warps, self.num_stages, self.launch_pdl, *kinds, *self.constants.values())
+        return (
+            self.kernel.fn,
+            self.num_warps,
+            self.num_stages,
+            self.launch_pdl,
+            self.fp_fusion,
+            *kinds,
+            *self.constants.values(),
+        )
 
 
 # The kernels that `KernelCall.run` has compiled, by their key.

@@ -27,6 +27,7 @@ class Family:
         down: Attribute name of the down projection.
         activation: Attribute name of the activation module.
         normalized: Whether a norm comes between the down projection and the residual stream.
+        rounding: How the family's RMSNorm rounds; see `csrc_triton.norm`.
     """
 
     mlp_class: str
@@ -35,6 +36,12 @@ class Family:
     down: str = "down_proj"
     activation: str = "act_fn"
     normalized: bool = False
+    rounding: str = "scaled"
+
+    @property
+    def norm_class(self) -> str:
+        """Name of the transformers class of the family's RMSNorm."""
+        return self.mlp_class.removesuffix("MLP") + "RMSNorm"
 
     @property
     def packed(self) -> bool:
@@ -53,11 +60,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3MLP"),
     "ministral3": Family("Ministral3MLP"),
     "smollm3": Family("SmolLM3MLP"),
-    "olmo2": Family("Olmo2MLP", normalized=True),
+    "olmo2": Family("Olmo2MLP", normalized=True, rounding="product"),
     "granite": Family("GraniteMLP"),
-    "gemma": Family("GemmaMLP"),
-    "gemma2": Family("Gemma2MLP", normalized=True),
-    "gemma3_text": Family("Gemma3MLP", normalized=True),
+    "gemma": Family("GemmaMLP", rounding="offset"),
+    "gemma2": Family("Gemma2MLP", normalized=True, rounding="offset"),
+    "gemma3_text": Family("Gemma3MLP", normalized=True, rounding="offset"),
     "phi3": _packed("Phi3MLP"),
     "glm": _packed("GlmMLP"),
     "glm4": _packed("Glm4MLP", normalized=True),

@@ -31,6 +31,7 @@ Operands: TypeAlias = tuple[
 # An MLP whose class `patch` has set: a module with the class attributes `family` and `backend`.
 PatchedMLP: TypeAlias = Any
 
+ROUNDING_OF_NORM = {family.norm_class: family.rounding for family in FAMILIES.values()}
 FAMILY_OF_CLASS = {family.mlp_class: family for family in (*FAMILIES.values(), *TEXT_PARTS.values())}
 ACTIVATION_OF_CLASS = {
     type(ACT2FN["silu"]): "silu",
@@ -179,6 +180,8 @@ def _operand_obstacle(tensors: Operands) -> str | None:
     dtype, device = down.dtype, down.device
     if dtype not in operator.KERNEL_DTYPES:
         return f"the weights are {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and device.type == "cpu" and operator.INTERPRETED:
+        return "Triton's interpreter computes bfloat16 wrongly"
     if device.type == "meta":
         return "the weights are on the meta device (offloaded, or not loaded)"
     for other in (gate, up, *biases):
@@ -196,7 +199,7 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     """Whether the fused operator computes what the modules of a patched MLP compute for `x`, in this call."""
     if not operator.uses_kernels(mlp.backend, x.device) or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch._C._is_tracing() or is_intercepted():
+    if torch.jit.is_tracing() or is_intercepted():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if type(x) not in _PLAIN or x.layout is not torch.strided or module_obstacle(mlp) is not None:
         return False
@@ -217,6 +220,51 @@ def is_intercepted() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._len_torch_function_stack() > 0
+
+
+def norm_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of a supported RMSNorm that a module is an instance of (also if patched), else None."""
+    for owner in type(module).__mro__:
+        if owner.__name__ in ROUNDING_OF_NORM and owner.__module__.startswith("transformers.models."):
+            return owner
+    return None
+
+
+def norm_obstacle(norm: nn.Module) -> str | None:
+    """Return why the class of a norm must not be swapped, or None if it may."""
+    owner = norm_class(norm)
+    if owner is None:
+        return f"{type(norm).__name__} is not an RMSNorm of a supported family"
+    if type(norm) is not owner and not is_patched(norm):
+        return f"{type(norm).__name__} is a subclass of {owner.__name__}"
+    forward = owner.forward
+    if forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward":
+        return f"the forward of {owner.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
+    return None if runs_forward_of(norm, type(norm)) else "its forward was replaced"
+
+
+def is_norm_fusible(norm: Any, x: torch.Tensor) -> bool:
+    """Whether the fused norm computes what the eager code of a patched norm computes for `x`, without autograd."""
+    weight = norm._parameters.get("weight")
+    if type(weight) not in _PLAIN or type(x) not in _PLAIN or not operator.uses_kernels(norm.backend, x.device):
+        return False
+    if torch._C._is_tracing() or is_intercepted() or torch._C._are_functorch_transforms_active():
+        return False
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return False  # Triton's interpreter truncates
+    if x.dtype != weight.dtype or x.device != weight.device or x.dtype not in operator.KERNEL_DTYPES:
+        return False
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape or weight.shape[0] > operator.MOST_NORM_COLUMNS:
+        return False
+    if x.layout is not torch.strided or not x.is_contiguous() or not weight.is_contiguous() or x.is_neg():
+        return False
+    return x.numel() > 0 and not operator.is_observed(x, weight)
+
+
+def epsilon(norm: Any) -> float:
+    """Return what an RMSNorm adds to the mean square."""
+    attributes = norm.__dict__
+    return attributes["variance_epsilon"] if "variance_epsilon" in attributes else attributes["eps"]
 
 
 def activation_of(mlp: PatchedMLP) -> nn.Module:

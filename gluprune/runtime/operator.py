@@ -30,6 +30,7 @@ Operands = tuple[  # weights of gate [I, H], up [I, H] and down [H, I], then the
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 ]
 
+MOST_NORM_COLUMNS = 1 << 16
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -118,12 +119,49 @@ def find_replay(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
     plan = forward.plan_checked(rows, weights, path=path)
     plan.run()
-    found = replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases))
+    return _keep(key, replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases)))
+
+
+def _keep(key: tuple[object, ...], replay: Replay | None) -> Replay | None:
     with _replays_lock:
         if len(_replays) >= MOST_REPLAYS:
             del _replays[next(iter(_replays))]
-        _replays[key] = found
-    return found
+        _replays[key] = replay
+    return replay
+
+
+def find_norm_replay(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str) -> Replay | None:
+    """Return the replay of an RMSNorm of tensors such as these, recorded by running it if there is none yet.
+
+    Args:
+        x: `[..., H]`, contiguous, of the dtype and device of `weight`, which is the current device.
+        weight: `[H]`.
+        eps: added to the mean square.
+        rounding: see `csrc_triton.norm`.
+
+    Returns:
+        None if there can be no replay, or none now because a CUDA graph is captured.
+    """
+    if x.numel() == 0:
+        return None
+    H = x.shape[-1]
+    key = ("norm", x.numel() // H, H, x.data_ptr() % 16, weight.data_ptr() % 16, x.dtype, x.device, eps, rounding)
+    if key in _replays:
+        return _replays[key]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    _, _, _, replay = _kernels()
+    rows = x.view(-1, H)
+    plan = _plan_rms_norm()(rows, weight, eps, rounding)
+    plan.run()
+    return _keep(key, replay.make_replay(plan, rows, (weight, None, None, None, None)))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str) -> torch.Tensor:
+    """Return `csrc_triton.rms_norm` of contiguous tokens `[..., H]`."""
+    rows = x.view(-1, x.shape[-1])
+    with torch.cuda.device_of(x):
+        return _plan_rms_norm()(rows, weight, eps, rounding).run().view(x.shape)
 
 
 MOST_REPLAYS = 1024  # of a few kilobytes each; the oldest goes first
@@ -164,6 +202,13 @@ def _kernels():
     from csrc_triton.launch import chooser, device, replay
 
     return forward, chooser, device, replay
+
+
+@functools.cache
+def _plan_rms_norm():
+    from csrc_triton.norm import plan_rms_norm
+
+    return plan_rms_norm
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:

@@ -8,10 +8,8 @@ removed: as long as they are present, the MLP calls its modules.
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
-import types
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -22,20 +20,23 @@ from torch import nn
 from gluprune.models.families import Family
 from gluprune.models.glu import GLU
 from gluprune.runtime import aligned, fusion, operator
+from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
+from gluprune.runtime.norms import FusedNorm, patch_norms, unpatch_norms
 from gluprune.runtime.operator import layout
-from gluprune.runtime.prepared import Prepared
+from gluprune.runtime.prepared import PreparedMLP
 
 logger = logging.getLogger(__name__)
 
-_PREPARED = "_prepared"  # the attribute of a patched MLP that holds its `Prepared`
 
+class FusedGLU(Swapped):
+    """The forward of a patched MLP."""
 
-class FusedGLU(nn.Module):
-    """The forward of a patched MLP. Its state is in the class; instances hold only what the last calls found out."""
-
-    original_class: type[nn.Module]
     family: Family
-    backend: str
+
+    @staticmethod
+    def class_attributes(original: type[nn.Module]) -> dict[str, Any]:
+        """Return the entry of the table of families."""
+        return {"family": fusion.FAMILY_OF_CLASS[original.__name__]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the original forward returns for `x` `[..., H]`."""
@@ -44,7 +45,7 @@ class FusedGLU(nn.Module):
                 return super().forward(x)
             # The operator looks at the storages at run time.
             return operator.glu_mlp(x, *fusion.operands(self), fusion.activation_name(self), self.backend)
-        prepared = self.__dict__.get(_PREPARED)
+        prepared = self.__dict__.get(PREPARED)
         if prepared is not None and prepared.holds(self) and prepared.takes(x):
             y = prepared.run(self, x)
             if y is not None:
@@ -61,7 +62,7 @@ class FusedGLU(nn.Module):
         options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
             return operator.glu_mlp(x, *operands, *options)
-        self.__dict__[_PREPARED] = Prepared.of(self, up_row)
+        self.__dict__[PREPARED] = PreparedMLP.of(self, up_row)
         return operator.run_kernels(x, up_row, operands, *options)
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.
@@ -90,30 +91,16 @@ class FusedGLU(nn.Module):
                     destination[prefix + name] = aligned.with_own_storage(parameter)
         return destination
 
-    def __reduce__(self):
-        state = {name: value for name, value in self.__dict__.items() if name != _PREPARED}
-        return _new_instance, (self.original_class, self.backend), state
 
-
-@functools.cache
-def _fused_class(original: type[nn.Module], backend: str) -> type[FusedGLU]:
-    contents = {"original_class": original, "family": fusion.FAMILY_OF_CLASS[original.__name__], "backend": backend}
-    return type(f"Fused{original.__name__}", (FusedGLU, original), contents)
-
-
-def _new_instance(original: type[nn.Module], backend: str) -> FusedGLU:
-    fused = _fused_class(original, backend)
-    return fused.__new__(fused)
-
-
-def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
-    """Make the GLU MLPs of a model run as one fused operator, in place. All or nothing, idempotent; see `unpatch`.
+def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None) -> nn.Module:
+    """Make the GLU MLPs and RMSNorms of a model run as fused kernels, in place. All or nothing, idempotent.
 
     Works on any module that contains MLP classes of `gluprune.models.families.FAMILIES` (a causal LM, its bare decoder,
     a wrapped model) and changes nothing else. Where kernels run, the weights move into aligned storage
     (`gluprune.runtime.aligned`), one layer at a time. No weight exists twice, and saved checkpoints stay bit for bit
     the same. On the CPU, and wherever a call finds hooks, adapters, autocast, quantized, offloaded or sharded weights,
-    an MLP calls its modules as it did before.
+    an MLP calls its modules as it did before. Norms run fused where no gradient is needed; they round as the family's
+    eager code rounds. See `unpatch`.
 
     All that torch.compile has compiled is compiled again at its next call, since it may contain the unpatched MLPs. One
     line goes to the log; `fusion_status` returns the same as data. Patch again after other code has replaced weights.
@@ -122,6 +109,7 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
         model: Any module with GLU MLPs of a supported family; changed in place.
         backend: "auto" (kernels on CUDA, Triton or cuBLAS by shape; PyTorch elsewhere), "triton", "cublas" (either
             only where kernels can run) or "torch" (PyTorch everywhere).
+        norms: Whether norms run fused, too. None: those on CUDA do.
 
     Returns:
         The model.
@@ -155,22 +143,26 @@ def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
             if obstacle is not None:
                 continue
             if fusion.is_patched(mlp):
-                undo.callback(_set_class, mlp, type(mlp))
+                undo.callback(set_class, mlp, type(mlp))
             else:
                 undo.callback(_unpatch, mlp)
             _patch(mlp, backend)
+        patch_norms(model, backend, norms, undo)
         undo.pop_all()
     if before != [type(mlp) for mlp in mlps]:
         _forget_compiled()
     status = fusion.fusion_status(model)
     reasons = [entry.reason for entry in status if not entry.fused]
-    line = f"{len(status) - len(reasons)} of {len(status)} MLPs are fused (backend {backend})"
+    norms_found = [module for module in model.modules() if fusion.norm_class(module) is not None]
+    fused_norms = sum(isinstance(norm, FusedNorm) for norm in norms_found)
+    line = f"{len(status) - len(reasons)} of {len(status)} MLPs and {fused_norms} of {len(norms_found)} norms are fused"
+    line += f" (backend {backend})"
     logger.info(line + (f"; not fused: {fusion.summary(reasons)}" if reasons else ""))
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo `patch`: every MLP gets its original class back, and every weight gets unshared contiguous memory.
+    """Undo `patch`: MLPs and norms get their original classes back, and every weight gets unshared contiguous memory.
 
     Args:
         model: Any module; changed in place.
@@ -198,6 +190,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} became {type(mlp).__name__} after it was patched: undo that change first")
     for _, mlp in patched:
         _unpatch(mlp)
+    unpatch_norms(model)
     if patched:
         _forget_compiled()
     return model
@@ -230,28 +223,19 @@ def _check_model(model: nn.Module) -> None:
 def _patch(mlp: nn.Module, backend: str) -> None:
     original = fusion.glu_class(mlp)
     assert original is not None
-    _set_class(mlp, _fused_class(original, backend))
+    set_class(mlp, fused_class(FusedGLU, original, backend))
     if _after_load not in mlp._load_state_dict_post_hooks.values():
         mlp.register_load_state_dict_post_hook(_after_load)
     _settle(mlp)
 
 
 def _unpatch(mlp: fusion.PatchedMLP) -> None:
-    _set_class(mlp, mlp.original_class)
+    set_class(mlp, mlp.original_class)
     hooks = mlp._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _after_load]:
         del hooks[key]
     for parameter in mlp.parameters():
         aligned.separate(parameter)
-
-
-def _set_class(mlp: nn.Module, new: type[nn.Module]) -> None:
-    old = type(mlp)
-    for name in ("forward", "_old_forward"):  # accelerate leaves bound methods on the instance
-        if getattr(mlp.__dict__.get(name), "__func__", None) is old.forward:
-            mlp.__dict__[name] = types.MethodType(new.forward, mlp)
-    mlp.__dict__.pop(_PREPARED, None)
-    mlp.__class__ = new
 
 
 def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
@@ -260,7 +244,7 @@ def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
 
 def _settle(mlp: fusion.PatchedMLP) -> None:
     """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
-    mlp.__dict__.pop(_PREPARED, None)
+    mlp.__dict__.pop(PREPARED, None)
     for parameter in mlp.parameters():
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so such an MLP trains on contiguous weights.

@@ -1,9 +1,9 @@
-"""The short way through a patched MLP: what one call found out is kept, and the next calls check that it still holds.
+"""The short way through a patched module: what one call found is kept, and later calls check that it still holds.
 
 Examining an MLP's modules and weights, finding a launch and filling its arguments takes the host longer than the MLP of
-a few tokens takes the GPU. A call that ran fused without autograd therefore leaves a `Prepared` on its MLP. Later calls
-compare everything that `gluprune.runtime.fusion` examines; if anything has changed, the MLP is examined again. A
-`Prepared` refers to no tensor and no module, so weights that are replaced are freed.
+a few tokens takes the GPU. A call that ran fused without autograd therefore leaves a `Prepared` on its module. Later
+calls compare everything that `gluprune.runtime.fusion` examines; if anything has changed, the module is examined again.
+A `Prepared` refers to no tensor and no module, so weights that are replaced are freed.
 """
 
 from __future__ import annotations
@@ -16,50 +16,28 @@ from torch._C._dynamo.guards import TensorGuards
 
 from gluprune.runtime import fusion, operator
 
-MOST_LENGTHS = 64  # numbers of tokens that one MLP keeps launches for
+MOST_LENGTHS = 64  # numbers of tokens that one module keeps launches for
 
 
 class Prepared:
-    """The guards and the launches of one patched MLP, for the weights that it has now. See `of`."""
+    """The guards and the launches of one patched module, for the parameters that it has now.
 
-    @classmethod
-    def of(cls, mlp: fusion.PatchedMLP, up_row: int) -> Prepared | None:
-        """Return the guards of an MLP that ran fused; None if there is no fast way to check them.
+    Args:
+        parameters: All that the launches read, on one device, of one dtype.
+        hidden: Size of the last dimension of input and output.
+    """
 
-        Args:
-            mlp: A patched MLP that is fusible in this call.
-            up_row: The result of `csrc_triton.layout.first_up_row` for its weights.
-        """
-        return cls(mlp, up_row) if mlp.family.activation in mlp._modules else None
-
-    def __init__(self, mlp: fusion.PatchedMLP, up_row: int):
-        family, modules = mlp.family, mlp._modules
-        if family.activation not in modules:
-            raise ValueError(f"{family.activation} is no submodule")
-        self._activation_name, self._activation_type = family.activation, type(modules[family.activation])
-        self._activation_forward = vars(modules[family.activation]).get("forward")
-        self._activation, self._backend, self._up_row = fusion.activation_name(mlp), mlp.backend, up_row
-        self._projections = []
-        tensors = []
-        for name in dict.fromkeys((family.gate, family.up, family.down)):
-            parameters = modules[name]._parameters
-            self._projections.append((name, vars(modules[name]).get("forward"), parameters["bias"] is not None))
-            tensors += [tensor for tensor in parameters.values() if tensor is not None]
-        shapes: Any = [list(tensor.shape) for tensor in tensors]
-        strides: Any = [list(tensor.stride()) for tensor in tensors]
-        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
-        self._is_trainable = any(tensor.requires_grad for tensor in tensors)
-        self._data = [tensor.data_ptr() for tensor in tensors]
-        gate, _, down, *biases = fusion.operands(mlp)
-        self._down = next(number for number, tensor in enumerate(tensors) if tensor is down)
-        self._sizes = gate.untyped_storage().nbytes(), down.untyped_storage().nbytes()
-        self._addresses: Any = tuple(None if tensor is None else tensor.data_ptr() for tensor in (gate, down, *biases))
-        self._dtype, self._device, self._hidden = down.dtype, down.device, down.shape[0]
-        self._index = down.device.index
+    def __init__(self, parameters: list[torch.Tensor], hidden: int):
+        shapes: Any = [list(tensor.shape) for tensor in parameters]
+        strides: Any = [list(tensor.stride()) for tensor in parameters]
+        self._guards = TensorGuards(*parameters, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+        self._is_trainable = any(tensor.requires_grad for tensor in parameters)
+        self._data = [tensor.data_ptr() for tensor in parameters]
+        self._dtype, self._device, self._hidden = parameters[0].dtype, parameters[0].device, hidden
         self._launches: dict[object, Any] = {}
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Return whether there are launches for inputs such as `x`, if the MLP is as it was."""
+        """Return whether there are launches for inputs such as `x`, if the module is as it was."""
         return (
             type(x) is torch.Tensor
             and x.dtype is self._dtype
@@ -71,13 +49,85 @@ class Prepared:
             and not ((x.requires_grad or self._is_trainable) and torch.is_grad_enabled())
         )
 
-    def holds(self, mlp: fusion.PatchedMLP) -> bool:
-        """Return whether the MLP, its weights and PyTorch's global state are as they were.
+    def _same_tensors(self, parameters: list[Any]) -> bool:
+        """Return whether parameters and PyTorch's global state are as they were.
 
-        `TensorGuards` compares types, dtypes, devices, shapes, strides and requires_grad of the weights, and the
-        dispatch keys: under autocast, dispatch modes, functorch's transforms, tracing or another inference mode, these
-        differ.
+        `TensorGuards` compares types, dtypes, devices, shapes, strides and requires_grad, and the dispatch keys: under
+        autocast, dispatch modes, functorch's transforms, tracing or another inference mode, these differ.
         """
+        if fusion.is_intercepted() or not self._guards.check(*parameters):
+            return False
+        return [tensor.data_ptr() for tensor in parameters] == self._data
+
+    def run(self, module: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the module's output for `x` `[..., H]`; None if there can be no launches for such tokens."""
+        key: object = x.numel() // self._hidden, x.data_ptr() % 16
+        if self._dtype is torch.float32:
+            key = key, operator.input_precision(self._dtype)
+        launch, takes_weights = self._launches.get(key) or self._find(module, x, key)
+        if launch is None:
+            return None
+        arguments = (x, self._weights(module)) if takes_weights else (x,)
+        index = self._device.index
+        if index is None or torch.cuda.current_device() == index:
+            return launch(*arguments)
+        with torch.cuda.device(index):
+            return launch(*arguments)
+
+    def _find(self, module: Any, x: torch.Tensor, key: object) -> tuple[Any, bool]:
+        """Return how to launch for tokens such as `x`, and whether that takes the weights."""
+        with torch.cuda.device_of(x):
+            replay = self._replay(module, x)
+        if replay is None:
+            return None, False
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._weights(module)]
+        bound = replay.bind(addresses, x.device)
+        found = (replay.run, True) if bound is None else (bound.run, False)
+        if len(self._launches) >= MOST_LENGTHS:
+            self._launches = {}
+        self._launches[key] = found
+        return found
+
+    def _replay(self, module: Any, x: torch.Tensor) -> Any:
+        """Return the replay for tokens such as `x`, or None."""
+        raise NotImplementedError
+
+    def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
+        """Return the five weights that a replay takes."""
+        raise NotImplementedError
+
+
+class PreparedMLP(Prepared):
+    """The guards and the launches of one patched MLP. See `of`."""
+
+    @classmethod
+    def of(cls, mlp: fusion.PatchedMLP, up_row: int) -> PreparedMLP | None:
+        """Return the guards of an MLP that ran fused; None if there is no fast way to check them.
+
+        Args:
+            mlp: A patched MLP that is fusible in this call.
+            up_row: The result of `csrc_triton.layout.first_up_row` for its weights.
+        """
+        return cls(mlp, up_row) if mlp.family.activation in mlp._modules else None
+
+    def __init__(self, mlp: fusion.PatchedMLP, up_row: int):
+        family, modules = mlp.family, mlp._modules
+        activation = modules[family.activation]
+        self._activation_name, self._activation_type = family.activation, type(activation)
+        self._activation_forward = vars(activation).get("forward")
+        self._options = up_row, fusion.activation_name(mlp), mlp.backend
+        self._projections, tensors = [], []
+        for name in dict.fromkeys((family.gate, family.up, family.down)):
+            parameters = modules[name]._parameters
+            self._projections.append((name, vars(modules[name]).get("forward"), parameters["bias"] is not None))
+            tensors += [tensor for tensor in parameters.values() if tensor is not None]
+        gate, _, down, *_ = fusion.operands(mlp)
+        super().__init__(tensors, hidden=down.shape[0])
+        self._down = next(number for number, tensor in enumerate(tensors) if tensor is down)
+        self._sizes = gate.untyped_storage().nbytes(), down.untyped_storage().nbytes()
+
+    def holds(self, mlp: fusion.PatchedMLP) -> bool:
+        """Return whether the MLP, its parameters and PyTorch's global state are as they were."""
         modules, tensors = mlp._modules, []
         for name, forward, has_bias in self._projections:
             module = modules[name]
@@ -96,43 +146,40 @@ class Prepared:
         attributes = activation.__dict__
         if type(activation) is not self._activation_type or _has_hooks(attributes):
             return False
-        if attributes.get("forward") is not self._activation_forward or fusion.is_intercepted():
-            return False
-        if not self._guards.check(*tensors) or [tensor.data_ptr() for tensor in tensors] != self._data:
+        if attributes.get("forward") is not self._activation_forward or not self._same_tensors(tensors):
             return False
         sizes = tensors[0].untyped_storage().nbytes(), tensors[self._down].untyped_storage().nbytes()
         return sizes == self._sizes
 
-    def run(self, mlp: fusion.PatchedMLP, x: torch.Tensor) -> torch.Tensor | None:
-        """Return the MLP's output for `x` `[..., H]`; None if there can be no launches for such tokens."""
-        key: object = x.numel() // self._hidden, x.data_ptr() % 16
-        if self._dtype is torch.float32:
-            key = key, operator.input_precision(self._dtype)
-        launch, takes_weights = self._launches.get(key) or self._find(mlp, x, key)
-        if launch is None:
-            return None
-        arguments: tuple = (x,)
-        if takes_weights:
-            gate, _, *others = fusion.operands(mlp)
-            arguments = x, (gate, *others)
-        if self._index is None or torch.cuda.current_device() == self._index:
-            return launch(*arguments)
-        with torch.cuda.device(self._index):
-            return launch(*arguments)
+    def _replay(self, module: fusion.PatchedMLP, x: torch.Tensor) -> Any:
+        up_row, activation, backend = self._options
+        return operator.find_replay(x, up_row, fusion.operands(module), activation, backend)
 
-    def _find(self, mlp: fusion.PatchedMLP, x: torch.Tensor, key: object) -> tuple[Any, bool]:
-        """Return how to launch for tokens such as `x`, and whether that takes the weights."""
-        with torch.cuda.device_of(x):
-            operands = fusion.operands(mlp)
-            replay = operator.find_replay(x, self._up_row, operands, self._activation, self._backend)
-        if replay is None:
-            return None, False
-        bound = replay.bind(self._addresses, x.device)
-        found = (replay.run, True) if bound is None else (bound.run, False)
-        if len(self._launches) >= MOST_LENGTHS:
-            self._launches = {}
-        self._launches[key] = found
-        return found
+    def _weights(self, module: fusion.PatchedMLP) -> tuple[torch.Tensor | None, ...]:
+        gate, _, down, *biases = fusion.operands(module)
+        return gate, down, *biases
+
+
+class PreparedNorm(Prepared):
+    """The guards and the launches of one patched norm.
+
+    Args:
+        norm: A patched norm that is fusible in this call.
+    """
+
+    def __init__(self, norm: Any):
+        super().__init__([norm._parameters["weight"]], hidden=norm._parameters["weight"].shape[0])
+        self._eps = fusion.epsilon(norm)
+
+    def holds(self, norm: Any) -> bool:
+        """Return whether the norm, its weight and PyTorch's global state are as they were."""
+        return fusion.epsilon(norm) == self._eps and self._same_tensors([norm._parameters.get("weight")])
+
+    def _replay(self, module: Any, x: torch.Tensor) -> Any:
+        return operator.find_norm_replay(x, module._parameters["weight"], self._eps, module.rounding)
+
+    def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
+        return module._parameters["weight"], None, None, None, None
 
 
 def _has_hooks(attributes: dict[str, Any]) -> bool:

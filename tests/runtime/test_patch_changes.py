@@ -120,7 +120,7 @@ def test_one_line_in_the_log(caplog):
     with caplog.at_level(logging.INFO, logger="gluprune"):
         patch(model, "triton")
     assert [record.getMessage() for record in caplog.records] == [
-        "1 of 2 MLPs are fused (backend triton); not fused: 1 x gate_proj has a hook"
+        "1 of 2 MLPs and 0 of 5 norms are fused (backend triton); not fused: 1 x gate_proj has a hook"
     ]
 
 

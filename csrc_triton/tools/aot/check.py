@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from csrc_triton.glu.forward import meta_weights, shipped_plans
 from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.device import SHARED_MEMORY, SM_COUNT
+from csrc_triton.norm import ROUNDINGS, plan_rms_norm
 from csrc_triton.scores.kernel import plan_neuron_scores
 from csrc_triton.tools.aot.compile import Compilation, KernelFacts, require_tools
 from csrc_triton.tools.aot.ptx import MIN_WIDTH, UNKNOWN
@@ -120,10 +122,13 @@ def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, *, progress: bool 
 
 
 def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple[Shape, KernelCall]]:
-    """Yield every kernel call that the package launches on a chip for a model: forward pass and statistics."""
+    """Yield every kernel call that the package launches on a chip for a model: MLPs, norms and statistics."""
     for label, M, call in shipped_plans(sm, dtype, H, I):
         yield Shape(label.split("/")[0], M, H, I), call
     # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
     weights = meta_weights(H, I, dtype)
     gate, up = weights.gate_up[:, :I]
     yield Shape("scores", 0, H, I), plan_neuron_scores(gate, up, weights.down[:, :I])[0]
+    for rounding, M in itertools.product(ROUNDINGS, (1, 2048)):
+        x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, H), (H,)))
+        yield Shape(f"norm {rounding}", M, H, 1), plan_rms_norm(x, weight, 1e-6, rounding).calls[0]

@@ -64,10 +64,7 @@ class Compilation:
         kernel = call.kernel
         target = GPUTarget("cuda", sm, 32)
         backend = make_backend(target)
-        options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
-        if call.launch_pdl:
-            options["launch_pdl"] = True
-        arguments = {**call.args, **call.constants, **options}
+        arguments = {**call.args, **call.constants, **call.options}
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, extra = binder(**arguments)
         parsed, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, extra)

@@ -5,7 +5,8 @@ results are garbage: only time counts. Products only allocate their result. What
 host work of cuBLAS (three products in the stock MLP, none to two in the patched one), CUDA's allocator in place of the
 CPU's, and the driver's launch.
 
-Prints one JSON object per case: its name, the launches per call, and microseconds of thread CPU time.
+Prints one JSON object per case: kernels launched and seconds of thread CPU time per module. Products of cuBLAS do not
+count as launches.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 HIDDEN, INTERMEDIATE = 64, 128  # small, since the CPU computes what no kernel does
@@ -75,36 +77,61 @@ def pretend_cuda() -> None:
     replay._same_bits = lambda a, b: True
 
 
-def cases():
-    """Yield (name, function of no arguments) of every case: stock, patched, and what every call of a module costs."""
+class Case(NamedTuple):
+    """What is called, and how many modules one call runs."""
+
+    provider: str
+    what: str
+    call: Callable[[], object]
+    modules: int = 1
+
+
+def cases() -> Iterator[Case]:
+    """Yield MLPs and norms of Llama, stock and patched, in bfloat16."""
     import torch
     from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
     from csrc_triton.launch import chooser
     from gluprune.runtime import patching
 
-    def mlp(backend: str | None):
-        config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
-        module = LlamaMLP(config).to(torch.bfloat16).eval()
-        return module if backend is None else patching.patch(module, backend)
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
 
-    def tokens(count: int):
+    def layer(backend: str | None) -> torch.nn.ModuleDict:
+        modules = torch.nn.ModuleDict({"mlp": LlamaMLP(config), "norm": LlamaRMSNorm(HIDDEN)}).to(torch.bfloat16).eval()
+        return modules if backend is None else patching.patch(modules, backend, norms=True)
+
+    def tokens(count: int) -> torch.Tensor:
         return torch.randn(1, count, HIDDEN).to(torch.bfloat16)
 
     x, nothing = tokens(1), torch.nn.Identity()
-    stock, patched = mlp(None), mlp("auto")
-    yield "a module that does nothing", lambda: nothing(x)
-    yield "stock", lambda: stock(x)
+    stock, patched = layer(None), layer("auto")
+    yield Case("torch", "a module that does nothing", lambda: nothing(x))
+    yield Case("transformers", "MLP, 1 token", lambda: stock["mlp"](x))
     for count in (1, 8, 64):
-        yield f"patched, {count} tokens", functools.partial(patched, tokens(count))
+        yield Case(
+            "gluprune", f"MLP, {count} token{'s' * (count > 1)}", functools.partial(patched["mlp"], tokens(count))
+        )
     # The paths of many tokens, here on two: the CPU's allocator is slow for large tensors.
-    two, products, prefill = tokens(2), mlp("cublas"), mlp("triton")
+    two, products, prefill = tokens(2), layer("cublas"), layer("triton")
     with mock.patch.object(chooser, "triton_path", lambda M: "prefill"):
-        prefill(two)
-        prefill(two)  # the second call keeps the launches
-    yield "patched, cuBLAS and one kernel", lambda: products(two)
-    yield "patched, tensor descriptors and cuBLAS", lambda: prefill(two)
+        for _ in range(2):  # the second call keeps the launches
+            prefill["mlp"](two)
+    yield Case("gluprune", "MLP, many tokens, cuBLAS and one kernel", lambda: products["mlp"](two))
+    yield Case("gluprune", "MLP, many tokens, tensor descriptors and cuBLAS", lambda: prefill["mlp"](two))
+    yield Case("transformers", "RMSNorm, 1 token", lambda: stock["norm"](x))
+    yield Case("gluprune", "RMSNorm, 1 token", lambda: patched["norm"](x))
+    for provider, backend in (("transformers", None), ("gluprune", "auto")):
+        layers = [layer(backend) for _ in range(16)]  # modules that are not in the processor's caches
+        yield Case(
+            provider, "MLP and RMSNorm of one layer of 16, 1 token", functools.partial(in_sequence, layers, x), 16
+        )
+
+
+def in_sequence(layers, x) -> None:
+    """Call the norm and the MLP of every layer."""
+    for modules in layers:
+        modules["mlp"](modules["norm"](x))
 
 
 def measure() -> list[dict]:
@@ -115,21 +142,22 @@ def measure() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         launches = use_driver(build_driver(Path(folder)))
         pretend_cuda()
-        functions = dict(cases())
-        counts, times = {}, {name: [] for name in functions}
-        for name, function in functions.items():
+        found = []
+        for case in cases():
             for _ in range(3):  # compiles, records, replays
-                function()
+                case.call()
             before = launches()
-            function()
-            counts[name] = launches() - before
+            case.call()
+            count = (launches() - before) / case.modules
+            found.append({"what": case.what, "provider": case.provider, "launches": count, "seconds": [], "case": case})
         for _ in range(ROUNDS):
-            for name, function in functions.items():
+            for entry in found:
+                case = entry["case"]
                 start = time.thread_time_ns()
-                for _ in range(CALLS):
-                    function()
-                times[name].append((time.thread_time_ns() - start) / CALLS / 1e3)
-    return [{"name": name, "launches": counts[name], "microseconds": times[name]} for name in functions]
+                for _ in range(CALLS // case.modules):
+                    case.call()
+                entry["seconds"].append((time.thread_time_ns() - start) / (CALLS // case.modules * case.modules) / 1e9)
+    return [{name: value for name, value in entry.items() if name != "case"} for entry in found]
 
 
 if __name__ == "__main__":

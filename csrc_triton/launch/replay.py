@@ -166,7 +166,8 @@ class _Kernel:
             if isinstance(value, torch.Tensor):
                 self.views.append((position, numbers.view(value)))
             elif isinstance(value, TensorDescriptor):
-                self._descriptors.append((position, numbers.view(value.base), value.block_shape))
+                fields = {name: part for name, part in vars(value).items() if name != "base"}
+                self._descriptors.append((position, numbers.view(value.base), fields))
             else:
                 continue
             self.arguments[position] = None
@@ -181,8 +182,12 @@ class _Kernel:
         for position, view in self.views:
             # An address saves the launcher a query to the driver. The interpreter needs tensors.
             arguments[position] = view.address(tensors) if self._compiled else view.of(tensors).detach()
-        for position, view, block_shape in self._descriptors:
-            arguments[position] = TensorDescriptor.from_tensor(view.of(tensors), block_shape)
+        for position, view, fields in self._descriptors:
+            descriptor = object.__new__(
+                TensorDescriptor
+            )  # what its constructor checks was checked for the first tensor
+            descriptor.__dict__.update(fields, base=view.of(tensors))
+            arguments[position] = descriptor
         if self._compiled and not _is_profiled():
             active: Any = driver.active
             kernel = self.kernel

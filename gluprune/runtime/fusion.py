@@ -172,6 +172,8 @@ def module_obstacle(mlp: PatchedMLP) -> str | None:
             return f"{name}.weight is no parameter (sharded, or a replica of nn.DataParallel)"
         if type(weight) not in _PLAIN:
             return f"{name}.weight is {type(weight).__name__}"
+        if operator.INTERPRETED and weight.dtype == torch.bfloat16 and mlp.backend == "triton" and not weight.is_cuda:
+            return "Triton's interpreter computes products of bfloat16 wrongly"
     return _operand_obstacle(operands(mlp))
 
 
@@ -180,8 +182,6 @@ def _operand_obstacle(tensors: Operands) -> str | None:
     dtype, device = down.dtype, down.device
     if dtype not in operator.KERNEL_DTYPES:
         return f"the weights are {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and device.type == "cpu" and operator.INTERPRETED:
-        return "Triton's interpreter computes bfloat16 wrongly"
     if device.type == "meta":
         return "the weights are on the meta device (offloaded, or not loaded)"
     for other in (gate, up, *biases):
@@ -250,8 +250,8 @@ def is_norm_fusible(norm: Any, x: torch.Tensor) -> bool:
         return False
     if torch._C._is_tracing() or is_intercepted() or torch._C._are_functorch_transforms_active():
         return False
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return False  # Triton's interpreter truncates
+    if operator.INTERPRETED and x.dtype == torch.bfloat16 and not x.is_cuda:
+        return False  # the interpreter truncates
     if x.dtype != weight.dtype or x.device != weight.device or x.dtype not in operator.KERNEL_DTYPES:
         return False
     if weight.dim() != 1 or x.shape[-1:] != weight.shape or weight.shape[0] > operator.MOST_NORM_COLUMNS:

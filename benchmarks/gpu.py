@@ -98,14 +98,26 @@ def steps() -> list[Step]:
     def model(name: str, plan: str, widths: Iterable[int]) -> Step:
         return _benchmarks(f"model-{name}-{plan}", whole, f"{name} and {plan} and {_any(widths)}")
 
+    def called(plan: str, minutes: float) -> list[Step]:
+        select = f"{small} and {plan}"
+        return [
+            _benchmarks(f"model-{plan}-{width}", whole, f"{select} and I{width}", minutes=minutes)
+            for width in few[small]
+        ]
+
     def rest(name: str) -> Step:
-        done = f"(graph and {_any(exact[name])}) or (energy and {_any(few[name])})"
+        early = "energy or called or static" if name == small else "energy"
+        done = f"(graph and {_any(exact[name])}) or (({early}) and {_any(few[name])})"
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
-    kernels = ("csrc_triton/glu", "csrc_triton/scores", "runtime/test_ops.py")
+    runtime = ("ops", "prepared", "norms", "graphs", "patch_changes")
+    kernels = ("csrc_triton/glu", "csrc_triton/scores", "csrc_triton/test_norm.py")
     return [
-        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=5),
+        _tests("tests-runtime", *(f"tests/runtime/test_{name}.py" for name in runtime), minutes=3),
         _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
+        # What users call, stock and patched, at the dense width and at 40 and 60 % pruned.
+        *called("called", minutes=3),
+        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=5),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
         _tuner(f"tune-{small}", small, minutes=5),
         forward(small),
@@ -117,6 +129,7 @@ def steps() -> list[Step]:
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
         _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=8),
+        *called("static", minutes=8),
         *(_benchmarks(f"backward-{name}", mlp, f"backward and {name}") for name in (small, large)),
         *(rest(name) for name in (small, large)),
         *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),

@@ -30,6 +30,8 @@ class Decoding(StrEnum):
     """The decoding methods; see `gluprune.measure.decoding`."""
 
     GENERATE = "generate"
+    STATIC = "static"
+    GRAPH_DECODING = "graph_decoding"
     COMPILED = "compiled"
     GRAPH = "graph"
 

@@ -16,7 +16,7 @@ import torch
 
 from gluprune.io.progress import progress
 from gluprune.measure import paper
-from gluprune.measure.decoding import GenerationTiming, Generator, make_generator, time_generator
+from gluprune.measure.decoding import DECODINGS, GenerationTiming, Generator, make_generator, time_generator
 from gluprune.measure.energy import Energy, Meter, find_meter
 from gluprune.measure.memory import PeakMemory
 from gluprune.measure.records import Record
@@ -105,8 +105,9 @@ def check(plan: BenchPlan, device: torch.device) -> None:
     Raises:
         ValueError: It cannot.
     """
-    if "graph" in plan.decodings and device.type != "cuda":
-        raise ValueError(f"decoding 'graph' needs a CUDA device, the device is {device}")
+    for decoding in ("graph", "graph_decoding"):
+        if decoding in plan.decodings and device.type != "cuda":
+            raise ValueError(f"decoding {decoding!r} needs a CUDA device, the device is {device}")
     for workload in plan.workloads:
         for name, least in (("batch", 1), ("prompt", 1), ("new_tokens", 2)):
             if getattr(workload, name) < least:
@@ -329,6 +330,6 @@ def bench_plan(
     else:
         workloads = tuple(Workload(batch, prompt, new_tokens) for batch in batches for prompt in prompts)
         on_cuda = torch.device(device).type == "cuda"
-        plan = BenchPlan(workloads, ("generate", "compiled", "graph") if on_cuda else ("generate", "compiled"))
+        plan = BenchPlan(workloads, tuple(DECODINGS) if on_cuda else ("generate", "compiled"))
     changes = {"ratios": ratios, "decodings": decodings}
     return replace(plan, **{name: tuple(value) for name, value in changes.items() if value is not None})

@@ -1,22 +1,26 @@
 """Timing of generation at a forced length.
 
-Prefill and decode are timed separately, so that longer output never looks like slower tokens. Three decoding methods
-(`DECODINGS`) return the same greedy tokens and differ in what a token costs in addition to its arithmetic: "generate"
-is what users call, and launches every kernel from Python; "compiled" runs a decode step compiled by `torch.compile`
-over a static cache; "graph" replays the same step as one CUDA graph, with almost no launches. The time of "generate"
-beyond "graph" is launch overhead.
+Prefill and decode are timed separately, so that longer output never looks like slower tokens. The decoding methods
+(`DECODINGS`) return the same greedy tokens and differ in what a token costs in addition to its arithmetic. Three are
+what users call: "generate" launches every kernel from Python; "static" is `generate` over a static cache, whose decode
+step transformers compiles on a GPU; "graph_decoding" is `generate` within `gluprune.graph_decoding`. Two run only the
+decode step, over a static cache, and show what the others can reach: "compiled" compiles it, "graph" replays it as one
+CUDA graph. The time of "generate" beyond "graph" is launch overhead.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
+
+from gluprune.runtime.graphs import graph_decoding
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,11 @@ class Generator(Protocol):
 
 
 class PlainGenerator:
-    """Plain `model.generate`."""
+    """Plain `model.generate`, with further options of it."""
 
-    def __init__(self, model, prompt: torch.Tensor, new_tokens: int):
+    def __init__(self, model, prompt: torch.Tensor, new_tokens: int, **options: Any):
         self.model = model
+        self.options = options
 
     def __call__(self, prompt: torch.Tensor, new_tokens: int, on_token: Callable[[], None]) -> torch.Tensor:
         """See `Generator`."""
@@ -106,6 +111,7 @@ class PlainGenerator:
             max_new_tokens=new_tokens,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([Notify()]),
+            **self.options,
         )
         return output[:, prompt.shape[1] :]
 
@@ -195,19 +201,36 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def _static_generator(model, prompt: torch.Tensor, new_tokens: int) -> Generator:
+    return PlainGenerator(model, prompt, new_tokens, cache_implementation="static")
+
+
+def _graph_decoding_generator(model, prompt: torch.Tensor, new_tokens: int) -> Generator:
+    _check_cuda("graph_decoding", model)
+    generator = PlainGenerator(model, prompt, new_tokens)
+    weakref.finalize(generator, graph_decoding(model).close)
+    return generator
+
+
+def _check_cuda(decoding: str, model) -> None:
+    if model.device.type != "cuda":
+        raise ValueError(f"decoding {decoding!r} needs a CUDA device, the model is on {model.device}")
+
+
 def _compiled_generator(model, prompt: torch.Tensor, new_tokens: int) -> Generator:
     return StaticGenerator(model, prompt, new_tokens, _compiled)
 
 
 def _graph_generator(model, prompt: torch.Tensor, new_tokens: int) -> Generator:
-    if model.device.type != "cuda":
-        raise ValueError(f"decoding 'graph' needs a CUDA device, the model is on {model.device}")
+    _check_cuda("graph", model)
     with torch.cuda.device(model.device):
         return StaticGenerator(model, prompt, new_tokens, _captured)
 
 
 DECODINGS: dict[str, Callable[..., Generator]] = {
     "generate": PlainGenerator,
+    "static": _static_generator,
+    "graph_decoding": _graph_decoding_generator,
     "compiled": _compiled_generator,
     "graph": _graph_generator,
 }
@@ -283,7 +306,7 @@ def time_generation(
         prompt: int64 `[B, S]`, no padding.
         new_tokens: At least 2; end-of-sequence does not stop the generation.
         repeats: Timed runs.
-        decoding: "generate", "compiled" or "graph".
+        decoding: A key of `DECODINGS`.
 
     Raises:
         ValueError: Fewer than two new tokens, or a decoding that model or device does not support.

@@ -24,7 +24,7 @@ def bench_table(records: Sequence[Record]) -> str:
         shape = record.shape
         place = shape.get("workload", f"batch {shape['batch']}, {shape['prompt']}+{shape['new tokens']} tokens")
         rows.setdefault((shape["I"], record.provider, shape["decoding"], place), {})[record.what] = record
-    head = f"{'neurons':>8}  {'provider':<13}{'decoding':<10}{'workload':<26}" + "".join(
+    head = f"{'neurons':>8}  {'provider':<13}{'decoding':<16}{'workload':<26}" + "".join(
         f"{name:>11}" for name in columns
     )
     lines, reasons = [head], []
@@ -33,7 +33,7 @@ def bench_table(records: Sequence[Record]) -> str:
         for what, scale in columns.values():
             value = row[what].p50 if what in row else None
             cells.append("–" if value is None else number(value * scale))
-        lines.append(f"{width:>8}  {provider:<13}{decoding:<10}{place:<26}" + "".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"{width:>8}  {provider:<13}{decoding:<16}{place:<26}" + "".join(f"{cell:>11}" for cell in cells))
         reasons += [
             f"{record.what.removeprefix('generation: ')}: {record.refusal}" for record in row.values() if record.refusal
         ]

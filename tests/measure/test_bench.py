@@ -129,7 +129,8 @@ def test_the_papers_preset():
 
 def test_default_plans_by_device():
     cuda, cpu = (bench.bench_plan(None, torch.device(name)) for name in ("cuda", "cpu"))
-    assert cuda.decodings == ("generate", "compiled", "graph") and cpu.decodings == ("generate", "compiled")
+    assert cuda.decodings == ("generate", "static", "graph_decoding", "compiled", "graph")
+    assert cpu.decodings == ("generate", "compiled")
     assert {(w.batch, w.prompt) for w in cuda.workloads} == {(1, 128), (1, 1024), (8, 128), (8, 1024)}
 
 

@@ -134,6 +134,23 @@ def test_the_compiled_step_gives_the_tokens_of_generate(tiny_model):
     assert time_generator(generator, [prompt] * 3, NEW_TOKENS).ttlt > 0
 
 
+def test_a_static_cache_gives_the_tokens_of_generate(tiny_model):
+    model, prompt = tiny_model(seed=3), torch.randint(3, 64, (2, 9))
+    assert_same_tokens(model, make_generator("static", model, prompt, NEW_TOKENS))
+
+
+@pytest.mark.cuda
+def test_graph_decoding_is_on_as_long_as_its_generator(tiny_model):
+    model = tiny_model(seed=3).cuda()
+    prompt = torch.randint(3, 64, (2, 9), device="cuda")
+    for _ in range(2):
+        generator = make_generator("graph_decoding", model, prompt, NEW_TOKENS)
+        assert "get_compiled_call" in vars(model)
+        assert_same_tokens(model, generator)
+        del generator
+        assert "get_compiled_call" not in vars(model)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("width", [101, 128])
 @pytest.mark.parametrize("is_patched", [False, True])
@@ -146,13 +163,16 @@ def test_the_graph_gives_the_tokens_of_generate(tiny_model, is_patched, width):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error on a machine without CUDA")
-def test_a_graph_needs_cuda(tiny_model):
-    with pytest.raises(ValueError, match="decoding 'graph' needs a CUDA device, the model is on cpu"):
-        time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="graph")
+@pytest.mark.parametrize("decoding", ["graph", "graph_decoding"])
+def test_a_graph_needs_cuda(tiny_model, decoding):
+    with pytest.raises(ValueError, match=f"decoding '{decoding}' needs a CUDA device, the model is on cpu"):
+        time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding=decoding)
 
 
 def test_unknown_decoding(tiny_model):
-    with pytest.raises(ValueError, match="unknown decoding 'fast'; allowed: generate, compiled, graph"):
+    with pytest.raises(
+        ValueError, match="unknown decoding 'fast'; allowed: generate, static, graph_decoding, compiled, graph"
+    ):
         time_generation(tiny_model(), torch.tensor([[5, 6]]), new_tokens=2, decoding="fast")
 
 

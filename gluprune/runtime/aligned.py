@@ -26,6 +26,7 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
     return storage[:elements].view(shape)
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained afterwards
 @torch.no_grad()
 def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
     """Move separate weights into the aligned layout, in place; weights already in it are left there.
@@ -48,6 +49,7 @@ def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Param
     _align_down(down)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
     """Do the same as `align` for a packed gate_up `[2 * I, H]`."""
@@ -96,6 +98,7 @@ def is_alone(weight: torch.nn.Parameter) -> bool:
     return _fills_storage(weight) or is_view(weight)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def separate(weight: torch.nn.Parameter) -> None:
     """Move a weight that is a view into an aligned buffer into plain contiguous memory; others stay."""

@@ -206,7 +206,9 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     down = mlp._modules[mlp.family.down]._parameters["weight"]
     if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
         return False
-    return torch.compiler.is_compiling() or not (x.is_neg() or torch._C._are_functorch_transforms_active())
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or not x.is_neg()  # which cannot be traced
 
 
 def is_intercepted() -> bool:
@@ -215,10 +217,12 @@ def is_intercepted() -> bool:
     # program holds only PyTorch's operators, so it runs without this package.
     if torch.compiler._is_exporting_flag:  # pyright: ignore[reportPrivateImportUsage]
         return True
-    if nn.modules.module._has_any_global_hook() or nn.Linear.forward is not _LINEAR_FORWARD:
+    if nn.modules.module._has_any_global_hook():
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which guards what it traces, and calls function modes for the operator
         return False
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return True
     return forward_ad._current_level >= 0 or torch._C._len_torch_function_stack() > 0
 
 

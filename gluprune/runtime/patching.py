@@ -83,12 +83,16 @@ class FusedGLU(Swapped):
         _settle(self)
 
     def state_dict(self, *args, destination: Any = None, prefix="", keep_vars=False):
-        """Return the state dict; tensors in aligned storage get storage objects that span only themselves."""
+        """Return the state dict; tensors in aligned storage get storage objects that span only themselves.
+
+        A down projection of an unaligned width has gaps between rows and is copied: safetensors saves no such tensor.
+        """
         destination = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if not keep_vars:
             for name, parameter in self.named_parameters():
                 if aligned.is_view(parameter) and prefix + name in destination:
-                    destination[prefix + name] = aligned.with_own_storage(parameter)
+                    own = aligned.with_own_storage(parameter)
+                    destination[prefix + name] = own if own.is_contiguous() else own.contiguous()
         return destination
 
 

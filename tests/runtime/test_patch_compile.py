@@ -33,6 +33,22 @@ def test_compile(ids, backend, options):
 
 
 @pytest.mark.slow
+def test_compiled_transforms_are_those_of_the_modules():
+    (mlp, _), x, tangent = mlps(tiny_model(device=DEVICE, width=128)), *torch.randn(2, 3, 48, device=DEVICE)
+    mlp.requires_grad_(False)
+    transforms = {
+        "jvp": lambda x: torch.func.jvp(mlp, (x,), (tangent,)),
+        "grad": lambda x: (torch.func.grad(lambda y: mlp(y).sum())(x),),
+        "vmap": lambda x: (torch.vmap(mlp)(x),),
+    }
+    expected = {name: transform(x) for name, transform in transforms.items()}
+    patch(mlp, "triton")
+    for name, transform in transforms.items():
+        for ours, theirs in zip(torch.compile(transform, backend="eager")(x), expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_compile_with_a_changing_number_of_tokens():
     torch.compiler.reset()
     model = tiny_model(device=DEVICE, num_hidden_layers=1)

@@ -4,6 +4,8 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -269,6 +271,25 @@ def test_saves_bit_equal_and_without_a_copy(family, width, tmp_path, monkeypatch
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name].cpu())
+
+
+@pytest.mark.parametrize("width", [77, 128])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_every_way_to_save(family, width, tmp_path):
+    model = tiny_model(family, width, device=DEVICE)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patch(model, "triton")
+
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    save_model(model, str(tmp_path / "b.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "c.pt")
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "d", no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    dcp.load(found, checkpoint_id=tmp_path / "d", no_dist=True)
+    files = [load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    for loaded in (*files, torch.load(tmp_path / "c.pt"), found):
+        assert all(torch.equal(loaded[name].to(DEVICE), expected[name]) for name in expected)
+    assert (tmp_path / "c.pt").stat().st_size < 1.2 * sum(tensor.nbytes for tensor in expected.values()) + 20000
 
 
 def test_state_dict_has_the_same_names_and_values_and_no_padding():

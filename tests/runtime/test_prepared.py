@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from gluprune.runtime import operator, patching, prepared
+from gluprune.runtime import fusion, operator, patching, prepared
 from tests.helpers.poison import poison_empty
 
 pytestmark = pytest.mark.skipif(not operator.INTERPRETED, reason="runs in Triton's interpreter")
@@ -262,6 +262,23 @@ def test_gradients_flow_at_the_next_call(short_ways):
     warm_x = x.clone().requires_grad_()
     mlp(warm_x).sum().backward()
     assert warm_x.grad is not None and not short_ways
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_call_their_modules(short_ways):
+    """A replica's weights are attributes, not parameters, on another device."""
+    mlp = make_mlp()
+    x, y = warm(mlp, short_ways)
+    replica = mlp._replicate_for_data_parallel()
+    for name, child in mlp.named_children():
+        replica._modules[name] = copied = child._replicate_for_data_parallel()
+        for key in list(child._parameters):
+            copied._parameters.pop(key, None)
+            setattr(copied, key, None if child._parameters[key] is None else 2 * child._parameters[key].detach())
+    expected = by_modules(replica, x)
+    assert not torch.allclose(expected, y)
+    assert torch.equal(replica(x), expected) and not short_ways
+    assert any("no parameter" in entry.reason for entry in fusion.fusion_status(replica))
 
 
 @torch.no_grad()

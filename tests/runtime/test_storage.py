@@ -169,6 +169,17 @@ def test_with_own_storage_shares_the_memory_and_covers_the_view():
     assert alias.isfinite().all()  # it keeps the buffer alive
 
 
+def test_weights_moved_in_inference_mode_can_be_trained():
+    weights = make_weights(37, 24, torch.float32)
+    with torch.inference_mode():
+        aligned.align(*weights)
+        assert not any(weight.is_inference() for weight in weights)
+        for weight in weights:
+            aligned.separate(weight)
+    sum(weight.sum() for weight in weights).backward()
+    assert all(weight.grad is not None for weight in weights)
+
+
 def test_layout_survives_saving():
     weights = make_weights(37, 24)
     aligned.align(*weights)

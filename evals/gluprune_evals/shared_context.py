@@ -107,7 +107,7 @@ class SharedContextLM(HFLM):
             row = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             by_row.setdefault(row, []).append(index)
         answers: list = [None] * len(requests)
-        hidden = {"disable": True} if disable_tqdm else {}  # otherwise as the environment says
+        hidden: dict[str, Any] = {"disable": True} if disable_tqdm else {}  # otherwise as the environment says
         with progress(total=len(requests), desc="log-likelihoods", unit="request", **hidden) as bar:
             for tree, nodes in chunks(sorted(by_row)):
                 wanted = []  # (request, nodes whose logits predict its continuation)

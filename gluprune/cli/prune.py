@@ -106,6 +106,9 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the result without writing it.", rich_help_panel=_STREAMING)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_STREAMING)]
+Kept = Annotated[
+    bool, typer.Option("--kept", help="With --json, also print the index of every kept neuron.", rich_help_panel=OUTPUT)
+]
 Clean = Annotated[
     bool,
     typer.Option("--clean", help="First remove what interrupted runs to this folder left.", rich_help_panel=OUTPUT),
@@ -133,6 +136,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
+    kept: Kept = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -151,6 +155,8 @@ def run(
     }
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
     _check(recipe, calibration, statistics, dry_run=dry_run, resume=resume, clean=clean)
+    if kept and not as_json:
+        raise ValueError("--kept needs --json")
     if not calibration:
         used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
         for flag in (flag for flag, is_given in used.items() if is_given):
@@ -171,8 +177,13 @@ def run(
             file = Path(folder) / "statistics"
             statistics = _calibrate(source, texts, recipe, file, device=device, dtype=dtype)
         report = prune_checkpoint(source, out, **options, **recipe.options(), statistics=statistics)
+    if layers is not None or len(set(report.widths.values())) > 1:
+        logger.warning("layers of different widths: `gluprune.load` loads the result, stock transformers does not")
     if as_json:
-        print(json.dumps(report.to_dict()))
+        result = report.to_dict()
+        if not kept:
+            del result["kept"]
+        print(json.dumps(result))
     else:
         print(report, "dry run: nothing was written" if dry_run else out, sep="\n")
 

@@ -54,7 +54,9 @@ def test_help(command, capsys):
 def test_prune_writes_the_same_as_pruning_in_memory(checkpoint, tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "maw_gud", "--json"]
-    assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 0
+    assert main(["prune", str(checkpoint), "--out", str(tmp_path / "short"), *arguments]) == 0
+    assert "kept" not in json.loads(capsys.readouterr().out)
+    assert main(["prune", str(checkpoint), "--out", str(out), *arguments, "--kept"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["intermediate_size"], report["score"]) == (61, "maw_gud")
     model = tiny_model(dtype=torch.bfloat16, seed=1)
@@ -66,11 +68,12 @@ def test_prune_writes_the_same_as_pruning_in_memory(checkpoint, tiny_model, tmp_
     assert (out / "tokenizer.json").is_file()
 
 
-def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys):
+def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     arguments = ["--intermediate-size", "64", "--multiple-of", "64", "--layers", "0,2"]
     assert main(["prune", str(checkpoint), "--out", str(out), *arguments]) == 0
     assert "101 -> 64 neurons in 2 layers" in capsys.readouterr().out
+    assert "`gluprune.load` loads the result, stock transformers does not" in caplog.text
     assert main(["info", str(out)]) == 0
     text = capsys.readouterr().out
     assert "64 to 101 neurons (layers differ: load with gluprune.load)" in text
@@ -86,7 +89,17 @@ def test_prune_with_calibration(smollm2_path, smollm2_tokenizer, tmp_path, capsy
     """The command line writes the same weights as the library with the same text."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text((files("gluprune.demo") / "data" / "demo_text.txt").read_text())
-    arguments = ["--expansion-ratio", "2", "--score", "hybrid", "--calibration", str(text), "--compensate", "--json"]
+    arguments = [
+        "--expansion-ratio",
+        "2",
+        "--score",
+        "hybrid",
+        "--calibration",
+        str(text),
+        "--compensate",
+        "--json",
+        "--kept",
+    ]
     assert main(["prune", str(smollm2_path), "--out", str(out), *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     model = gluprune.load(smollm2_path)
@@ -110,7 +123,17 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert (output["layers"], output["gram"], output["file"]) == (3, True, str(statistics)) and output["tokens"] >= 512
     assert main(calibrating) == 2 and "must be a new file" in capsys.readouterr().err
 
-    arguments = ["--pruning-ratio", "0.4", "--multiple-of", "1", "--score", "hybrid", "--compensate", "--json"]
+    arguments = [
+        "--pruning-ratio",
+        "0.4",
+        "--multiple-of",
+        "1",
+        "--score",
+        "hybrid",
+        "--compensate",
+        "--json",
+        "--kept",
+    ]
     reports, tensors = [], []
     for how in (["--calibration", str(text)], ["--statistics", str(statistics)]):
         out = tmp_path / how[0]
@@ -295,6 +318,7 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
             " activation, hybrid, surgeon, --compensate or --allocation sensitivity",
         ),
         (["--pruning-ratio", "0.4", "--dry-run", "--clean"], "--clean"),
+        (["--pruning-ratio", "0.4", "--kept"], "--kept needs --json"),
         (["--pruning-ratio", "0.4", "--dry-run", "--resume"], "--dry-run writes nothing"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--resume"], "work only without --calibration"),
         (["--pruning-ratio", "0.4", "--calibration", __file__, "--statistics", "x"], "work only without --calibration"),

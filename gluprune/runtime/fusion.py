@@ -140,17 +140,22 @@ def class_obstacle(mlp: nn.Module) -> str | None:
     owner = glu_class(mlp)
     if owner is None:
         return f"{type(mlp).__name__} is not a GLU MLP of a supported family"
-    if type(mlp) is not owner and not is_patched(mlp):
-        return f"{type(mlp).__name__} is a subclass of {owner.__name__}"
-    forward = owner.forward
-    if forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward":
-        return f"the forward of {owner.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
-    if not runs_forward_of(mlp, type(mlp)):
-        return "its forward was replaced"
+    if obstacle := _forward_obstacle(mlp, owner):
+        return obstacle
     activation = getattr(mlp, FAMILY_OF_CLASS[owner.__name__].activation)
     if type(activation) not in ACTIVATION_OF_CLASS:
         return _unsupported_activation(activation)
     return None
+
+
+def _forward_obstacle(module: nn.Module, owner: type[nn.Module]) -> str | None:
+    """Return why a module may run another forward than the one that the class `owner` of transformers defines."""
+    if type(module) is not owner and not is_patched(module):
+        return f"{type(module).__name__} is a subclass of {owner.__name__}"
+    forward = owner.forward
+    if forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward":
+        return f"the forward of {owner.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
+    return None if runs_forward_of(module, type(module)) else "its forward was replaced"
 
 
 def module_obstacle(mlp: PatchedMLP) -> str | None:
@@ -234,17 +239,10 @@ def norm_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def norm_obstacle(norm: nn.Module) -> str | None:
-    """Return why the class of a norm must not be swapped, or None if it may."""
+def may_swap_norm(norm: nn.Module) -> bool:
+    """Whether a module is an RMSNorm of a supported family that runs the forward of its class."""
     owner = norm_class(norm)
-    if owner is None:
-        return f"{type(norm).__name__} is not an RMSNorm of a supported family"
-    if type(norm) is not owner and not is_patched(norm):
-        return f"{type(norm).__name__} is a subclass of {owner.__name__}"
-    forward = owner.forward
-    if forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward":
-        return f"the forward of {owner.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
-    return None if runs_forward_of(norm, type(norm)) else "its forward was replaced"
+    return owner is not None and _forward_obstacle(norm, owner) is None
 
 
 def is_norm_fusible(norm: Any, x: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ def patch_norms(model: nn.Module, backend: str, wanted: bool | None, undo: ExitS
     """
     for module in list(model.modules()):
         original = fusion.norm_class(module)
-        if original is None or fusion.norm_obstacle(module) is not None:
+        if original is None or not fusion.may_swap_norm(module):
             continue
         weight: Any = module.weight
         selected = weight.device.type == "cuda" if wanted is None else wanted

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import os
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -56,6 +57,21 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def restored_output():
+    """Take back what `-v` and `-q` of a command change: the package's logger and variables of the environment."""
+    names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")
+    logger, before = logging.getLogger("gluprune"), {name: os.environ.get(name) for name in names}
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagate
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

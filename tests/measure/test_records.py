@@ -1,6 +1,7 @@
 """Records: spread of the measurements, one JSON line each, no figures that were not measured."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gluprune.measure import records
 def test_percentiles():
     record = records.Record.of("copy", "torch", {"M": 1}, torch.bfloat16, unit="s", values=[5.0, 1.0, 4.0, 2.0, 3.0])
     assert (record.p20, record.p50, record.p80, record.repeats) == pytest.approx((1.8, 3.0, 4.2, 5))
-    assert record.dtype == "bfloat16" and record.versions["torch"] == torch.__version__
+    assert record.dtype == "bfloat16" and record.versions["torch"] == version("torch")
     single = records.Record.of("copy", "torch", {}, torch.float32, unit="s", values=[2.5])
     assert (single.p20, single.p50, single.p80, single.repeats) == (2.5, 2.5, 2.5, 1)
 

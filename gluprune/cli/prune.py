@@ -155,12 +155,9 @@ def run(
     }
     recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
     _check(recipe, calibration, statistics, dry_run=dry_run, resume=resume, clean=clean)
-    if kept and not as_json:
-        raise ValueError("--kept needs --json")
-    if not calibration:
-        used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
-        for flag in (flag for flag, is_given in used.items() if is_given):
-            raise ValueError(f"{flag} needs --calibration FILE")
+    used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
+    _check_needs({} if calibration else used, "--calibration FILE")
+    _check_needs({} if as_json else {"--kept": kept}, "--json")
     texts = dict(zip(calibration or (), read_texts(calibration or (), field), strict=True))
 
     from gluprune.checkpoints.stream import prune_checkpoint
@@ -180,12 +177,15 @@ def run(
     if layers is not None or len(set(report.widths.values())) > 1:
         logger.warning("layers of different widths: `gluprune.load` loads the result, stock transformers does not")
     if as_json:
-        result = report.to_dict()
-        if not kept:
-            del result["kept"]
-        print(json.dumps(result))
+        print(_as_json(report, kept))
     else:
         print(report, "dry run: nothing was written" if dry_run else out, sep="\n")
+
+
+def _as_json(report, kept: bool) -> str:
+    """Return a report as JSON, with the kept neurons or without."""
+    fields = report.to_dict()
+    return json.dumps(fields if kept else {name: value for name, value in fields.items() if name != "kept"})
 
 
 def _check(
@@ -198,6 +198,12 @@ def _check(
         raise ValueError("--clean removes what --resume continues, and --dry-run changes nothing: give one of them")
     given = {"--calibration": calibration, "--statistics": statistics}
     recipe.check_data([flag for flag, value in given.items() if value], "--calibration FILE or --statistics FILE")
+
+
+def _check_needs(given: dict[str, bool], needed: str) -> None:
+    """Raise ValueError for the first flag that is given without what it needs."""
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        raise ValueError(f"{flag} needs {needed}")
 
 
 def _calibrate(source: str, texts: dict[str, str], recipe, file: Path, *, device: str, dtype: DtypeName) -> str:

@@ -68,6 +68,12 @@ def run(
     when the same command is run again.
     """
     evaluation.require_evaluation(tasks, backend)
+    chosen = [float(ratio) for ratio in ratios if ratio]
+    unused = {"--scores": scores != ["maw"], "--multiple-of": multiple_of != 1, "--calibration": calibration}
+    for flag in (flag for flag, is_given in unused.items() if is_given and not chosen):
+        raise ValueError(f"{flag} would be ignored: --ratios has no value, so nothing is pruned")
+    if calibration_windows != 128 and not calibration:
+        raise ValueError("--calibration-windows needs --calibration FILE")
     texts = read_texts(calibration or (), field)
     from gluprune_evals.configuration import grid
 
@@ -88,5 +94,5 @@ def run(
         as_json=as_json,
     )
     recipes = [Recipe.parse(score, multiple_of=multiple_of) for score in scores]
-    configurations = grid([float(ratio) for ratio in ratios if ratio], recipes)
+    configurations = grid(chosen, recipes)
     evaluation.evaluate(models, configurations, options, texts, calibration_windows)

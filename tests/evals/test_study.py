@@ -314,6 +314,7 @@ def test_patched_scores_equal_unpatched_scores(smollm2_path, tmp_path):
         (["--data", "nowhere"], "data folder nowhere does not exist"),
         (["--scores", "hybrid", "--calibration", "nowhere.txt"], "nowhere.txt"),
         (["--calibration", __file__], "--calibration would be ignored"),
+        (["--calibration-windows", "3"], "--calibration-windows needs --calibration FILE"),
         (["--tasks", "mmlu_pro"], "unknown task 'mmlu_pro'"),
         (["--ratios", "20"], "got 20.0: did you mean 0.2?"),
         (["--ratios", "1.5"], "pruning ratios must lie between 0 and 1 (both excluded), got 1.5"),
@@ -324,6 +325,12 @@ def test_bad_input_is_one_line(inputs, tmp_path, capsys, more, message):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("gluprune study: error: ") and message in last
     assert not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("more", [["--scores", "l2"], ["--multiple-of", "8"], ["--calibration", __file__]])
+def test_what_only_pruning_uses_is_refused_without_ratios(tmp_path, capsys, more):
+    assert main(["study", "absent", "--ratios", *more, "--out", str(tmp_path / "out")]) == 2
+    assert f"{more[0]} would be ignored: --ratios has no value" in capsys.readouterr().err
 
 
 def test_without_lm_eval(inputs, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,8 @@ class FusedNorm(Swapped):
                 return y
         if not fusion.is_norm_fusible(self, x):
             return super().forward(x)
-        self.__dict__[PREPARED] = PreparedNorm(self)
+        if prepared is None or not prepared.holds(self):  # it may hold, for other inputs
+            self.__dict__[PREPARED] = PreparedNorm(self)
         return operator.rms_norm(x, self.weight, fusion.epsilon(self), self.rounding)
 
 

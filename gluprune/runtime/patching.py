@@ -50,9 +50,6 @@ class FusedGLU(Swapped):
             y = prepared.run(self, x)
             if y is not None:
                 return y
-        return self._examined_forward(x)
-
-    def _examined_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
@@ -62,7 +59,8 @@ class FusedGLU(Swapped):
         options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
             return operator.glu_mlp(x, *operands, *options)
-        self.__dict__[PREPARED] = PreparedMLP.of(self, up_row)
+        if prepared is None or not prepared.holds(self):  # it may hold, for other inputs
+            self.__dict__[PREPARED] = PreparedMLP.of(self, up_row)
         return operator.run_kernels(x, up_row, operands, *options)
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.

@@ -338,6 +338,17 @@ def test_other_inputs(short_ways):
 
 
 @torch.no_grad()
+def test_other_inputs_leave_the_launches(short_ways):
+    mlp = make_mlp()
+    x, _ = warm(mlp, short_ways)
+    before = mlp.__dict__["_prepared"]
+    mlp(torch.randn(1, 3, 2 * H)[..., ::2])
+    assert mlp.__dict__["_prepared"] is before and not short_ways
+    mlp(x)
+    assert len(short_ways) == 1
+
+
+@torch.no_grad()
 def test_nothing_is_kept_alive(short_ways):
     mlp = make_mlp(backend="cublas")
     warm(mlp, short_ways, tokens=130)

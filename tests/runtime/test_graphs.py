@@ -74,8 +74,9 @@ def generate(model, ids, **options):
 
 
 def stock(model, ids, **options):
-    """The same by eager steps over a dynamic cache."""
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **options}
+    """The same by eager steps."""
+    common = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    options = {**common, **options}
     return model.generate(ids, **options)
 
 

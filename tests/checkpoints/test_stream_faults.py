@@ -76,6 +76,7 @@ def calls(source, expected, tmp_path, monkeypatch):
     return calls.log
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_fault_at_every_call(source, expected, calls, tmp_path):
     before, out = contents(source), tmp_path / "out"

@@ -146,6 +146,7 @@ def test_prune_with_the_statistics_of_a_text(tiny_model, smollm2_tokenizer, tmp_
     assert f"{text} is not a complete safetensors file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prune_by_sensitivity_from_text(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     """Text does what its statistics do, and all files of the source come along."""
     source, text, statistics = (tmp_path / name for name in ("source", "text.txt", "statistics"))

@@ -30,6 +30,7 @@ def measured(model, workload, meter, idle, decoding="generate", plan=TINY):
     return list(bench.measure(model, common, workload, plan=plan, meter=meter, idle=idle))
 
 
+@pytest.mark.slow
 def test_records_of_every_width(tiny_model):
     model = tiny_model(intermediate_size=256, seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -110,6 +110,7 @@ def compiled(tmp_path_factory):
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_an_unaligned_pitch_fails(compiled):
     assert compiled["padded"] == []
     (reason,) = compiled["unaligned pitch"]

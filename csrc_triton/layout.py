@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 PAD = 128  # the intermediate size is padded to a multiple of this
+MOST_NORM_COLUMNS = 1 << 16  # a program of the norm holds a whole row
 ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 

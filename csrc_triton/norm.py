@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 
 from csrc_triton.launch.call import KernelCall, Plan
-from csrc_triton.layout import DTYPES, cdiv, next_power_of_2
+from csrc_triton.layout import DTYPES, MOST_NORM_COLUMNS, cdiv, next_power_of_2
 
 ROUNDINGS = ("scaled", "product", "offset")
 TILE = 2048  # elements of a program, unless a single row is longer
-MAX_HIDDEN = 1 << 16
 
 
 @triton.jit(do_not_specialize=["M", "scale", "eps"])
@@ -66,8 +65,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str = 
     """
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"x must be [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
-    if not 1 <= weight.shape[0] <= MAX_HIDDEN:
-        raise ValueError(f"H must be between 1 and {MAX_HIDDEN}, got {weight.shape[0]}")
+    if not 1 <= weight.shape[0] <= MOST_NORM_COLUMNS:
+        raise ValueError(f"H must be between 1 and {MOST_NORM_COLUMNS}, got {weight.shape[0]}")
     if not x.is_contiguous() or not weight.is_contiguous():
         raise ValueError(f"x and weight must be contiguous, got strides {x.stride()} and {weight.stride()}")
     if rounding not in ROUNDINGS:

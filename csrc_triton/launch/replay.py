@@ -102,10 +102,7 @@ class BoundReplay:
                     moving.append((position, 2, starts[view.number] + offset))
                 else:
                     moving.append((position, 1 if view.number == OUTPUT else 0, offset))
-            kernel = step.kernel
-            self._launches.append(
-                (kernel, kernel.run, kernel.function, kernel.packed_metadata, step.grid, arguments, moving)
-            )
+            self._launches.append((step.kernel, step.grid, arguments, moving))
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for contiguous tokens `x` `[..., H]`, launched on the current device and stream.
@@ -117,21 +114,20 @@ class BoundReplay:
         bases = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
         active: Any = driver.active
         stream = active.get_current_stream(self._index)
-        profiled = _is_profiled()
-        for kernel, run, function, metadata, grid, fixed, moving in self._launches:
+        for kernel, grid, fixed, moving in self._launches:
             arguments = fixed.copy()  # other threads may replay at the same time
             for position, base, offset in moving:
                 arguments[position] = bases[base] + offset
-            if profiled:
-                kernel[grid](*arguments)
-            else:  # what the line above does, without collecting what hooks are called with
-                run(*grid, stream, function, metadata, None, None, None, *arguments)
+            _launch(kernel, grid, stream, arguments)
         return y
 
 
-def _is_profiled() -> bool:
-    """Return whether a profiler hooks into Triton's launches."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+def _launch(kernel: Any, grid: tuple[int, ...], stream: int, arguments: Sequence[object]) -> None:
+    """Launch a compiled kernel on the current device."""
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:  # a profiler's
+        kernel[grid](*arguments)
+    else:  # what the line above does, without collecting what hooks are called with
+        kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
 
 SCRATCH_ALIGNMENT = 512  # bytes; that of CUDA's allocator
@@ -183,16 +179,12 @@ class _Kernel:
             # An address saves the launcher a query to the driver. The interpreter needs tensors.
             arguments[position] = view.address(tensors) if self._compiled else view.of(tensors).detach()
         for position, view, fields in self._descriptors:
-            descriptor = object.__new__(
-                TensorDescriptor
-            )  # what its constructor checks was checked for the first tensor
+            descriptor = object.__new__(TensorDescriptor)  # the constructor's checks passed for the first tensor
             descriptor.__dict__.update(fields, base=view.of(tensors))
             arguments[position] = descriptor
-        if self._compiled and not _is_profiled():
+        if self._compiled:
             active: Any = driver.active
-            kernel = self.kernel
-            stream = active.get_current_stream(active.get_current_device())
-            kernel.run(*self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+            _launch(self.kernel, self.grid, active.get_current_stream(active.get_current_device()), arguments)
         else:
             self.kernel[self.grid](*arguments)
 

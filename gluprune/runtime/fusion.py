@@ -256,7 +256,7 @@ def is_norm_fusible(norm: Any, x: torch.Tensor) -> bool:
         return False  # the interpreter truncates
     if x.dtype != weight.dtype or x.device != weight.device or x.dtype not in operator.KERNEL_DTYPES:
         return False
-    if weight.dim() != 1 or x.shape[-1:] != weight.shape or weight.shape[0] > operator.MOST_NORM_COLUMNS:
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape or weight.shape[0] > operator.layout.MOST_NORM_COLUMNS:
         return False
     if x.layout is not torch.strided or not x.is_contiguous() or not weight.is_contiguous() or x.is_neg():
         return False

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from gluprune.runtime import fusion, operator
-from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
-from gluprune.runtime.prepared import PreparedNorm
+from gluprune.runtime.classes import Swapped, fused_class, set_class
+from gluprune.runtime.prepared import PreparedNorm, keep_prepared, run_prepared
 
 
 class FusedNorm(Swapped):
@@ -31,15 +31,12 @@ class FusedNorm(Swapped):
         """Return what the original forward returns for `x` `[..., H]`, bit for bit but for the order of the sum."""
         if torch.compiler.is_compiling():
             return super().forward(x)
-        prepared = self.__dict__.get(PREPARED)
-        if prepared is not None and prepared.holds(self) and prepared.takes(x):
-            y = prepared.run(self, x)
-            if y is not None:
-                return y
+        y = run_prepared(self, x)
+        if y is not None:
+            return y
         if not fusion.is_norm_fusible(self, x):
             return super().forward(x)
-        if prepared is None or not prepared.holds(self):  # it may hold, for other inputs
-            self.__dict__[PREPARED] = PreparedNorm(self)
+        keep_prepared(self, lambda: PreparedNorm(self))
         return operator.rms_norm(x, self.weight, fusion.epsilon(self), self.rounding)
 
 

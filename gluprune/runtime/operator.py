@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,6 @@ Operands = tuple[  # weights of gate [I, H], up [I, H] and down [H, I], then the
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 ]
 
-MOST_NORM_COLUMNS = 1 << 16
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -112,17 +112,23 @@ def find_replay(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, gate, down, *biases)]
     shapes = M, H, down.shape[1], up_row
     key = (*shapes, *alignments, x.dtype, x.device, activation, path, device.input_precision(x.dtype))
+
+    def record() -> Replay | None:
+        rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
+        plan = forward.plan_checked(rows, weights, path=path)
+        plan.run()
+        return replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases))
+
+    return _kept(key, x, record)
+
+
+def _kept(key: tuple[object, ...], x: torch.Tensor, record: Callable[[], Replay | None]) -> Replay | None:
+    """Return the replay of a key, recorded if there is none yet; None while a CUDA graph is captured on x's device."""
     if key in _replays:
         return _replays[key]
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
-    plan = forward.plan_checked(rows, weights, path=path)
-    plan.run()
-    return _keep(key, replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases)))
-
-
-def _keep(key: tuple[object, ...], replay: Replay | None) -> Replay | None:
+    replay = record()
     with _replays_lock:
         if len(_replays) >= MOST_REPLAYS:
             del _replays[next(iter(_replays))]
@@ -146,22 +152,20 @@ def find_norm_replay(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding
         return None
     H = x.shape[-1]
     key = ("norm", x.numel() // H, H, x.data_ptr() % 16, weight.data_ptr() % 16, x.dtype, x.device, eps, rounding)
-    if key in _replays:
-        return _replays[key]
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    _, _, _, replay = _kernels()
-    rows = x.view(-1, H)
-    plan = _plan_rms_norm()(rows, weight, eps, rounding)
-    plan.run()
-    return _keep(key, replay.make_replay(plan, rows, (weight, None, None, None, None)))
+
+    def record() -> Replay | None:
+        _, _, _, replay = _kernels()
+        rows = x.view(-1, H)
+        plan = _norm().plan_rms_norm(rows, weight, eps, rounding)
+        plan.run()
+        return replay.make_replay(plan, rows, (weight, None, None, None, None))
+
+    return _kept(key, x, record)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str) -> torch.Tensor:
     """Return `csrc_triton.rms_norm` of contiguous tokens `[..., H]`."""
-    rows = x.view(-1, x.shape[-1])
-    with torch.cuda.device_of(x):
-        return _plan_rms_norm()(rows, weight, eps, rounding).run().view(x.shape)
+    return _norm().rms_norm(x, weight, eps, rounding)
 
 
 MOST_REPLAYS = 1024  # of a few kilobytes each; the oldest goes first
@@ -205,10 +209,10 @@ def _kernels():
 
 
 @functools.cache
-def _plan_rms_norm():
-    from csrc_triton.norm import plan_rms_norm
+def _norm():
+    from csrc_triton import norm  # imports Triton
 
-    return plan_rms_norm
+    return norm
 
 
 def is_observed(*tensors: torch.Tensor | None) -> bool:

@@ -23,7 +23,7 @@ from gluprune.runtime import aligned, fusion, operator
 from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
 from gluprune.runtime.norms import FusedNorm, patch_norms, unpatch_norms
 from gluprune.runtime.operator import layout
-from gluprune.runtime.prepared import PreparedMLP
+from gluprune.runtime.prepared import PreparedMLP, keep_prepared, run_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,9 @@ class FusedGLU(Swapped):
                 return super().forward(x)
             # The operator looks at the storages at run time.
             return operator.glu_mlp(x, *fusion.operands(self), fusion.activation_name(self), self.backend)
-        prepared = self.__dict__.get(PREPARED)
-        if prepared is not None and prepared.holds(self) and prepared.takes(x):
-            y = prepared.run(self, x)
-            if y is not None:
-                return y
+        y = run_prepared(self, x)
+        if y is not None:
+            return y
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
@@ -59,8 +57,7 @@ class FusedGLU(Swapped):
         options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
             return operator.glu_mlp(x, *operands, *options)
-        if prepared is None or not prepared.holds(self):  # it may hold, for other inputs
-            self.__dict__[PREPARED] = PreparedMLP.of(self, up_row)
+        keep_prepared(self, lambda: PreparedMLP.of(self, up_row))
         return operator.run_kernels(x, up_row, operands, *options)
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.

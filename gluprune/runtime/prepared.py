@@ -1,4 +1,4 @@
-"""The short way through a patched module: what one call found is kept, and later calls check that it still holds.
+"""The fast path of a patched module: what one call found is kept, and later calls check that it still holds.
 
 Examining an MLP's modules and weights, finding a launch and filling its arguments takes the host longer than the MLP of
 a few tokens takes the GPU. A call that ran fused without autograd therefore leaves a `Prepared` on its module. Later
@@ -8,6 +8,7 @@ A `Prepared` refers to no tensor and no module, so weights that are replaced are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch._C._dynamo.guards import TensorGuards
 
 from gluprune.runtime import fusion, operator
+from gluprune.runtime.classes import PREPARED
 
 MOST_LENGTHS = 64  # numbers of tokens that one module keeps launches for
 
@@ -95,6 +97,21 @@ class Prepared:
     def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
         """Return the five weights that a replay takes."""
         raise NotImplementedError
+
+
+def run_prepared(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Return the output of a patched module that has kept its launches; None if it must be examined."""
+    prepared = module.__dict__.get(PREPARED)
+    if prepared is not None and prepared.holds(module) and prepared.takes(x):
+        return prepared.run(module, x)
+    return None
+
+
+def keep_prepared(module: Any, prepare: Callable[[], Prepared | None]) -> None:
+    """Keep the guards and launches of a module that runs fused in this call, unless those that it has still hold."""
+    prepared = module.__dict__.get(PREPARED)
+    if prepared is None or not prepared.holds(module):  # they may hold, for other inputs
+        module.__dict__[PREPARED] = prepare()
 
 
 class PreparedMLP(Prepared):

@@ -13,7 +13,6 @@ from pathlib import Path
 from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.card import History
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
-from gluprune.io.atomic import read_chunks
 from gluprune.io.shards import INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, encode_header, read_checkpoint
 from gluprune.models.families import Family
 from gluprune.models.widths import width_entries
@@ -163,19 +162,19 @@ def make_plan(
     pruned = _pruned_tensors(mlps, config.family, recipe, widths, original)
     shards = [_plan_shard(shard, pruned) for shard in sources]
     counted = _parameters(shards, config)
-    parameters = sum(math.prod(tensor.shape) for tensor in counted)
     summary = PruneReport(
         kept={},
         widths=widths,
         intermediate_size=width,
         original_intermediate_size=original,
         hidden_size=config.hidden_size,
-        parameters=parameters,
+        parameters=sum(math.prod(tensor.shape) for tensor in counted),
         original_parameters=sum(math.prod(tensor.stored.shape) for tensor in counted),
         score=recipe.score_name,
     )
     step = prune_step(summary, recipe, None if statistics is None else _calibration(found, statistics))
-    documents = _documents(config, shards, widths, parameters) | _history(folder, config, widths, step)
+    after = config.widths_after(widths)
+    documents = _documents(config, shards, after, summary.parameters) | _history(folder, config, after, step)
     copied, skipped = other_files(folder, {*documents, *(shard.name for shard in shards)})
     report = CheckpointReport(
         **vars(summary),
@@ -227,9 +226,7 @@ def _parameters(shards: list[OutputShard], config: SourceConfig) -> list[OutputT
     """Return the tensors that count as parameters."""
     # A checkpoint may hold the tied head besides the embedding; it still counts as one parameter.
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    if not config.tied:
-        return tensors
-    return [tensor for tensor in tensors if tensor.stored.name.rpartition("lm_head.")[1:] != ("lm_head.", "weight")]
+    return [tensor for tensor in tensors if not (config.tied and tensor.stored.name.endswith("lm_head.weight"))]
 
 
 def _plan_shard(shard: Shard, pruned: dict[str, OutputTensor]) -> OutputShard:
@@ -243,11 +240,8 @@ def _plan_shard(shard: Shard, pruned: dict[str, OutputTensor]) -> OutputShard:
     return OutputShard(shard.file.name, header, tensors)
 
 
-def _documents(
-    config: SourceConfig, shards: list[OutputShard], pruned: dict[int, int], parameters: int
-) -> dict[str, bytes]:
+def _documents(config: SourceConfig, shards: list[OutputShard], widths: list[int], parameters: int) -> dict[str, bytes]:
     """Return the JSON files of the output: the config and, if there are several shards, the index."""
-    widths = [pruned.get(index, width) for index, width in enumerate(config.widths)]
     # The rest of the config stays as it is, so that the output loads wherever the source loads.
     entries = {**config.text_entries, **width_entries(widths)}
     entries = {key: value for key, value in entries.items() if key != "per_layer_config" or value is not None}
@@ -261,9 +255,8 @@ def _documents(
     return documents
 
 
-def _history(folder: Path, config: SourceConfig, pruned: dict[int, int], step: dict) -> dict[str, bytes]:
+def _history(folder: Path, config: SourceConfig, widths: list[int], step: dict) -> dict[str, bytes]:
     """Return the files that say where the output comes from."""
-    widths = [pruned.get(index, width) for index, width in enumerate(config.widths)]
     architecture, *_ = config.raw.get("architectures") or ["AutoModelForCausalLM"]
     return History.of(folder).documents([step], str(architecture), widths)
 
@@ -279,10 +272,8 @@ def _calibration(statistics: Statistics | None, file: Path) -> dict:
 @functools.cache
 def _sha256(file: Path, size: int, mtime: int) -> str:
     """Return the SHA-256 of a file, computed once for this size and time."""
-    digest = hashlib.sha256()
-    for chunk in read_chunks(file):
-        digest.update(chunk)
-    return digest.hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _json_bytes(document: dict) -> bytes:

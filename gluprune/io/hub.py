@@ -50,7 +50,7 @@ def stored_folder(source: str | Path) -> Path | None:
 def hub_model(source: str | Path) -> HubModel | None:
     """Return the Hub's model and commit of a Hub id or of a path in the Hub's cache; None if neither is cached.
 
-    transformers no longer tells the commit that it loaded; the path in the cache does.
+    transformers no longer reports the commit that it loaded; the path in the cache contains it.
     """
     found = _SNAPSHOT.search((stored_folder(source) or Path(source)).absolute().as_posix())
     return HubModel(found["repo"].replace("--", "/"), found["commit"]) if found else None

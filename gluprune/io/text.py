@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gluprune.io.hub import first_line
+
 DATASET = "hf:"  # begins the name of a data set of the Hub
 _JSON_LINES, _JSON = (".jsonl", ".ndjson"), ".json"
 
@@ -126,8 +128,7 @@ def _read_dataset(source: str) -> str:
     try:
         rows = load_dataset(identifier, *config, split=split)
     except Exception as error:  # the package passes on errors of many kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{source} cannot be loaded: {reason}") from error
+        raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
     if column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}: its columns are {', '.join(rows.column_names)}")
     return "\n".join(text for text in rows[column] if text)

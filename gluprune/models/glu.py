@@ -139,10 +139,3 @@ def resize(glu: GLU, width: int) -> None:
         setattr(glu.mlp, name, new.to_empty(device=old.weight.device))
     if hasattr(glu.mlp, "intermediate_size"):
         setattr(glu.mlp, "intermediate_size", width)  # noqa: B010 (not a parameter)
-
-
-def realign(glu: GLU) -> None:
-    """Let a patched MLP move its new weights into aligned storage; an MLP that is not patched is left unchanged."""
-    settle = getattr(glu.mlp, "settle", None)
-    if settle is not None:
-        settle()

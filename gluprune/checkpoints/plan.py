@@ -258,7 +258,7 @@ def _documents(config: SourceConfig, shards: list[OutputShard], widths: list[int
 def _history(folder: Path, config: SourceConfig, widths: list[int], step: dict) -> dict[str, bytes]:
     """Return the files that say where the output comes from."""
     architecture, *_ = config.raw.get("architectures") or ["AutoModelForCausalLM"]
-    return History.of(folder).documents([step], str(architecture), widths)
+    return History.of(folder).documents([step], architecture, widths)
 
 
 def _calibration(statistics: Statistics | None, file: Path) -> dict:

@@ -88,12 +88,15 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
     if isinstance(layers, int) and not 0 < layers <= tensor_count:
         found = f"num_hidden_layers={str(layers)[:40]}"
         raise ValueError(f"{file} says {found}, but the checkpoint holds {tensor_count} tensors")
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file} says architectures={str(names)[:40]}, which is not a list of class names")
     is_composite = any(key in raw for key in _PARTS)
     is_plain = not is_composite and all(type(raw.get(key)) is kind for key, kind in _CONFIG_ENTRIES.items())
     if isinstance(raw.get("model_type"), str) and is_plain and raw.get("per_layer_config") is None:
         return SourceConfig(
             raw=raw,
-            family=family_of_type(raw["model_type"]),
+            family=_family(file, raw["model_type"]),
             hidden_size=raw["hidden_size"],
             widths=[raw["intermediate_size"]] * raw["num_hidden_layers"],
             tied=raw["tie_word_embeddings"],
@@ -104,17 +107,25 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
 
     try:
         config = read_config(folder)
+        text = config.get_text_config()
+        model_type = text.model_type
     except Exception as error:  # a corrupt config can make transformers raise anything
         raise ValueError(f"{file} is not a usable config: {first_line(error)}") from error
-    text = config.get_text_config()
     return SourceConfig(
         raw=raw,
-        family=family_of_type(text.model_type),
+        family=_family(file, model_type),
         hidden_size=text.hidden_size,
         widths=layer_widths(config),
         tied=getattr(config, "tie_word_embeddings", False),
         is_composite=is_composite,
     )
+
+
+def _family(file: Path, model_type: str) -> Family:
+    try:
+        return family_of_type(model_type)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def mlp_tensors(folder: Path, tensors: Sequence[StoredTensor], config: SourceConfig) -> list[dict[str, StoredTensor]]:

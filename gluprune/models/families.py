@@ -115,7 +115,7 @@ def family_of_type(model_type: str) -> Family:
             return table[model_type]
     reason = REFUSED.get(model_type)
     raise ValueError(
-        f"model type {model_type!r} is not supported"
+        f"model type {model_type[:60]!r} is not supported"
         + (f": {reason}" if reason else "")
         + f"; supported are {', '.join(FAMILIES)}"
     )

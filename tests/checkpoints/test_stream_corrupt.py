@@ -175,6 +175,22 @@ def memory_below(growth):
     assert status("VmHWM") - before < growth
 
 
+@contextmanager
+def time_below(seconds, what):
+    """Stop what hangs within the block; no alarm is left to a later test."""
+
+    def stop(*_):
+        pytest.fail(f"{what} hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def prune_damaged(case, what):
     """Prune `case/source`; return whether a checkpoint was written."""
     damaged = contents(case / "source")
@@ -200,14 +216,12 @@ def test_corrupt_files_are_rejected_or_pruned(source, tmp_path, monkeypatch):
     seed = random.randrange(10**6)
     rng, case, pruned = random.Random(seed), tmp_path / "case", 0
     monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"seed {seed} hangs"))
     with memory_below(150e6):
         for number in range(600):
             shutil.copytree(source, case / "source")
             what = f"seed {seed}, case {number}: {damage(rng, case / 'source')}"
-            signal.alarm(30)
-            pruned += prune_damaged(case, what)
-            signal.alarm(0)
+            with time_below(30, what):
+                pruned += prune_damaged(case, what)
             shutil.rmtree(case)
     print(f"seed {seed}: {pruned} of 600 were pruned, the others rejected")
     assert 10 < pruned < 300

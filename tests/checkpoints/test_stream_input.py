@@ -90,9 +90,15 @@ BAD_CHECKPOINTS = {
     "composite": (lambda f: _configure(f, model_type="gemma3", text_config={}), "its config says 26"),
     "unsupported text part": (
         lambda f: _configure(f, model_type="llava", text_config={"model_type": "gpt2"}),
-        "'gpt2' is not",
+        "config.json: model type 'gpt2' is not",
     ),
     "odd config": (lambda f: _configure(f, hidden_size="many"), "config.json is not a usable config"),
+    "odd text part": (lambda f: _configure(f, text_config=[1]), "config.json is not a usable config"),
+    "odd class": (
+        lambda f: _configure(f, architectures=1.5),
+        "config.json says architectures=1.5, which is not a list",
+    ),
+    "odd class name": (lambda f: _configure(f, architectures=[[]]), r"config.json says architectures=\[\[\]\]"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / SINGLE_FILE).unlink(), "only safetensors checkpoints"),

@@ -18,6 +18,7 @@ from gluprune.calibration.sensitivity import (
 )
 from gluprune.models.glu import model_glus
 from gluprune.runtime.patching import patch
+from tests.helpers.marks import slow
 from tests.helpers.sensitivities import choose_labels, random_batches
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -60,7 +61,7 @@ def assert_near(found, expected):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)], ids=["fp32", "bf16"])
 def test_gradients(family_name, dtype, monkeypatch):
     def choose(p):
         return (p.argmax(-1) * 7 + torch.arange(len(p))) % 64

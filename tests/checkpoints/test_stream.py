@@ -19,6 +19,7 @@ from gluprune.io import atomic
 from gluprune.io.shards import SINGLE_FILE
 from gluprune.models.families import FAMILIES
 from gluprune.pruning.scores import STATIC_SCORES
+from tests.helpers.marks import slow
 from tests.helpers.streaming import (
     LAYERS,
     WIDTH,
@@ -40,7 +41,7 @@ def in_memory(source, destination, **arguments):
     return report
 
 
-@pytest.mark.parametrize("score", STATIC_SCORES)
+@pytest.mark.parametrize("score", ["maw_gud", *slow(*(score for score in STATIC_SCORES if score != "maw_gud"))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_pruning_in_memory(tmp_path, family, score, monkeypatch):
     monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and flushing is tested elsewhere

@@ -14,6 +14,7 @@ from gluprune.pruning.history import steps_of
 from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
 from gluprune.runtime import aligned
 from gluprune.runtime.patching import patch
+from tests.helpers.marks import slow
 from tests.helpers.reconstructions import DIRECT, narrowed, padded_batches, random_batches
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -71,7 +72,7 @@ def expected(pruned, dense, batches, scale=1.0):
     return weights, factors
 
 
-@pytest.mark.parametrize("make_batches", [random_batches, padded_batches])
+@pytest.mark.parametrize("make_batches", [padded_batches, *slow(random_batches)])
 @pytest.mark.parametrize("family", DIRECT)
 def test_every_layer_is_the_least_squares_solution(family, make_batches):
     granite = {"residual_multiplier": 0.3} if family == "granite" else {}

@@ -21,8 +21,8 @@ def norms(model):
 
 
 @pytest.fixture
-def short_ways(monkeypatch):
-    """The norms that took the short way."""
+def prepared_calls(monkeypatch):
+    """The norms whose calls were prepared."""
     taken, run = [], prepared.Prepared.run
 
     def noted(self, module, x):
@@ -37,7 +37,7 @@ def short_ways(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_bits_of_every_family(family, dtype, short_ways):
+def test_the_bits_of_every_family(family, dtype, prepared_calls):
     """Of every norm of a model, on inputs whose sum of squares is exact in any order."""
     config = AutoConfig.for_model(
         family,
@@ -66,7 +66,7 @@ def test_the_bits_of_every_family(family, dtype, short_ways):
             x = torch.randint(-16, 17, (1, tokens, *norm.weight.shape)).to(DEVICE, dtype) / 8
             assert torch.equal(norm(x), original(x))
     # Triton's interpreter truncates to bfloat16, so there the eager code runs.
-    assert len(short_ways) == (0 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2 * len(found))
+    assert len(prepared_calls) == (0 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2 * len(found))
     classes = [type(norm) for norm in norms(gluprune.unpatch(model))]
     assert classes == [type(original) for original in stock]
 
@@ -76,13 +76,13 @@ def model():
     return tiny_model(device=DEVICE)
 
 
-def test_a_whole_model(model, short_ways):
+def test_a_whole_model(model, prepared_calls):
     ids = token_ids(device=DEVICE)
     expected = logits(model, ids)
     gluprune.patch(model, "triton", norms=True)
     for _ in range(3):
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
-    assert len(short_ways) == 2 * 5
+    assert len(prepared_calls) == 2 * 5
 
 
 def test_gradients_are_those_of_the_eager_code(model):
@@ -96,16 +96,16 @@ def test_gradients_are_those_of_the_eager_code(model):
         torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
 
 
-def warm_norm(model, short_ways):
-    """A patched norm that takes the short way, an input, and what comes out."""
+def warm_norm(model, prepared_calls):
+    """A patched norm whose call is prepared, an input and the output."""
     gluprune.patch(model, "triton", norms=True)
     norm = norms(model)[0]
     x = torch.randn(1, 3, 48, device=DEVICE)
     with torch.no_grad():
         norm(x)
         y = norm(x)
-    assert short_ways == [norm]
-    short_ways.clear()
+    assert prepared_calls == [norm]
+    prepared_calls.clear()
     return norm, x, y
 
 
@@ -123,26 +123,26 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
-def test_a_change_takes_effect_at_the_next_call(model, name, short_ways):
-    norm, x, before = warm_norm(model, short_ways)
+def test_a_change_takes_effect_at_the_next_call(model, name, prepared_calls):
+    norm, x, before = warm_norm(model, prepared_calls)
     CHANGES[name](norm)
     expected = norm.original_class.forward(norm, x)
     assert expected.dtype != before.dtype or not torch.allclose(before, expected)
     torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-6)
-    assert not short_ways
+    assert not prepared_calls
 
 
 @torch.no_grad()
-def test_weights_changed_in_place_need_no_other_launch(model, short_ways):
-    norm, x, before = warm_norm(model, short_ways)
+def test_weights_changed_in_place_need_no_other_launch(model, prepared_calls):
+    norm, x, before = warm_norm(model, prepared_calls)
     norm.weight.mul_(2)
     torch.testing.assert_close(norm(x), 2 * before, atol=1e-6, rtol=1e-6)
-    assert short_ways == [norm]
+    assert prepared_calls == [norm]
 
 
 @torch.no_grad()
-def test_other_inputs(model, short_ways):
-    norm, x, _ = warm_norm(model, short_ways)
+def test_other_inputs(model, prepared_calls):
+    norm, x, _ = warm_norm(model, prepared_calls)
     flat = torch.randn(3 * 48 + 1, device=DEVICE)
     for other in (x.transpose(0, 1), torch.randn(3, 96, device=DEVICE)[:, ::2], flat[1:].view(3, 48), x[:, :0]):
         torch.testing.assert_close(norm(other), norm.original_class.forward(norm, other), atol=1e-6, rtol=1e-6)
@@ -151,12 +151,12 @@ def test_other_inputs(model, short_ways):
     torch.testing.assert_close(torch.vmap(norm)(x[0])[None], norm(x), atol=1e-6, rtol=1e-6)
 
 
-def test_x_that_requires_a_gradient(model, short_ways):
-    norm, x, _ = warm_norm(model, short_ways)
+def test_x_that_requires_a_gradient(model, prepared_calls):
+    norm, x, _ = warm_norm(model, prepared_calls)
     norm.requires_grad_(False)
     x = x.clone().requires_grad_()
     norm(x).sum().backward()
-    assert x.grad is not None and not short_ways
+    assert x.grad is not None and not prepared_calls
 
 
 def test_norms_are_left_where_asked(model):
@@ -174,8 +174,8 @@ def test_a_norm_with_another_forward_is_left(model, monkeypatch):
     assert not any(isinstance(module, FusedNorm) for module in model.modules())
 
 
-def test_copies(model, short_ways):
-    norm, x, y = warm_norm(model, short_ways)
+def test_copies(model, prepared_calls):
+    norm, x, y = warm_norm(model, prepared_calls)
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert type(other) is type(norm) and "_prepared" not in vars(other)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
 from tests.helpers.interop import assert_same, reasons
+from tests.helpers.marks import slow
 from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, snapshot, tiny_model
 
 
@@ -37,7 +38,7 @@ HOOKS = [add_forward_hook, add_forward_pre_hook, add_backward_hook, add_backward
 
 @pytest.mark.parametrize("add", HOOKS)
 @pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "act_fn"])
-@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("hook_first", [True, *slow(False)])
 def test_hooks_inside_an_mlp_run(model, ids, add, where, hook_first):
     plain = copy.deepcopy(model)
     add(getattr(mlps(plain)[0], where))

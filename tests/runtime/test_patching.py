@@ -13,6 +13,7 @@ from gluprune.models.families import FAMILIES
 from gluprune.runtime import operator
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
+from tests.helpers.marks import slow
 from tests.helpers.patching import TOLERANCE, assert_fused, assert_same
 from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, tiny_model, token_ids
 
@@ -107,7 +108,7 @@ def test_bfloat16_is_left_to_pytorch_in_the_interpreter():
     assert torch.equal(logits(model, ids), expected)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", ["static", *slow(None)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_generate(family, cache, kernel_calls):
     model, ids = tiny_model(family, device=DEVICE), token_ids(device=DEVICE)

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from gluprune.runtime import fusion, operator, patching, prepared
+from tests.helpers.marks import slow
 from tests.helpers.poison import poison_empty
 
 pytestmark = pytest.mark.skipif(not operator.INTERPRETED, reason="runs in Triton's interpreter")
@@ -35,8 +36,8 @@ def by_modules(mlp, x):
 
 
 @pytest.fixture
-def short_ways(monkeypatch):
-    """The outputs of all calls that took the short way."""
+def prepared_calls(monkeypatch):
+    """The outputs of all prepared calls."""
     taken, run = [], prepared.Prepared.run
 
     def noted(self, mlp, x):
@@ -47,41 +48,41 @@ def short_ways(monkeypatch):
     return taken
 
 
-def warm(mlp, short_ways, tokens=3):
-    """Call an MLP until it takes the short way; return the input and what comes out."""
+def warm(mlp, prepared_calls, tokens=3):
+    """Call an MLP until its call is prepared; return the input and the output."""
     x = torch.randn(1, tokens, H)
     with torch.no_grad():
         mlp(x)
         y = mlp(x)
-    assert len(short_ways) == 1 and short_ways[0] is y
-    short_ways.clear()
+    assert len(prepared_calls) == 1 and prepared_calls[0] is y
+    prepared_calls.clear()
     return x, y
 
 
 @pytest.mark.parametrize("owner, bias", [(LlamaMLP, False), (LlamaMLP, True), (Phi3MLP, False)])
 @pytest.mark.parametrize("backend", ["triton", "cublas"])
-@pytest.mark.parametrize("tokens", [1, 3, 130])
+@pytest.mark.parametrize("tokens", [3, *slow(1, 130)])
 @torch.no_grad()
-def test_the_short_way_computes_what_the_modules_compute(owner, bias, backend, tokens, short_ways, monkeypatch):
+def test_a_prepared_call_computes_what_the_modules_compute(owner, bias, backend, tokens, prepared_calls, monkeypatch):
     poison_empty(monkeypatch)
     monkeypatch.setattr(operator, "_replays", {})
     mlp = make_mlp(owner, bias, backend)
-    warm(mlp, short_ways, tokens)
+    warm(mlp, prepared_calls, tokens)
     for shape in ((1, tokens, H), (tokens, H), (tokens, 1, H)):
         x = torch.randn(shape)
         y = mlp(x)
         assert y.shape == x.shape and y.is_contiguous()
         torch.testing.assert_close(y, by_modules(mlp, x), atol=2e-5, rtol=2e-5)
-    assert len(short_ways) == 3 and all(y is not None for y in short_ways)
+    assert len(prepared_calls) == 3 and all(y is not None for y in prepared_calls)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [3, *slow(1)])
 @torch.no_grad()
-def test_layers_share_launches_but_not_weights(tokens, short_ways, monkeypatch):
+def test_layers_share_launches_but_not_weights(tokens, prepared_calls, monkeypatch):
     monkeypatch.setattr(operator, "_replays", {})
     mlps = [make_mlp() for _ in range(3)]
     for mlp in mlps:
-        x, y = warm(mlp, short_ways, tokens)
+        x, y = warm(mlp, prepared_calls, tokens)
         torch.testing.assert_close(y, by_modules(mlp, x), atol=2e-5, rtol=2e-5)
     assert len(operator._replays) == 1
 
@@ -150,35 +151,35 @@ def doubled(self, x):
 
 @pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
-def test_a_change_of_the_modules_takes_effect_at_the_next_call(name, short_ways):
+def test_a_change_of_the_modules_takes_effect_at_the_next_call(name, prepared_calls):
     mlp = make_mlp()
-    x, before = warm(mlp, short_ways)
+    x, before = warm(mlp, prepared_calls)
     CHANGES[name](mlp)
     expected = by_modules(mlp, x)
     assert not torch.allclose(before, expected, atol=1e-3), "the change does not show"
     torch.testing.assert_close(mlp(x), expected, atol=2e-5, rtol=2e-5)
-    assert not short_ways
+    assert not prepared_calls
 
 
 @pytest.mark.parametrize("module", [*PROJECTIONS, "act_fn"])
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @torch.no_grad()
-def test_backward_hooks_take_the_long_way(module, register, short_ways):
+def test_backward_hooks_call_the_modules(module, register, prepared_calls):
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     getattr(getattr(mlp, module), register)(lambda *args: None)
     mlp(x)
-    assert not short_ways
+    assert not prepared_calls
 
 
 @torch.no_grad()
-def test_a_changed_storage_at_the_same_address_is_noticed(short_ways, monkeypatch):
+def test_a_changed_storage_at_the_same_address_is_noticed(prepared_calls, monkeypatch):
     """Its size determines which columns are padding."""
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     monkeypatch.setattr(mlp.__dict__["_prepared"], "_sizes", (0, 0))
     mlp(x)
-    assert not short_ways
+    assert not prepared_calls
 
 
 class Doubling(TorchFunctionMode):
@@ -232,47 +233,47 @@ SURROUNDINGS = {
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
 @torch.no_grad()
-def test_surroundings_take_effect_at_the_next_call(name, short_ways):
+def test_surroundings_take_effect_at_the_next_call(name, prepared_calls):
     mlp = make_mlp()
-    x, before = warm(mlp, short_ways)
+    x, before = warm(mlp, prepared_calls)
     with SURROUNDINGS[name]():
         expected, actual = by_modules(mlp, x), mlp(x)
     assert not torch.equal(before, expected), "they do not show"
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
-    assert not short_ways
+    assert not prepared_calls
     mlp(x)
-    assert len(short_ways) == 1, "afterwards it is short again"
+    assert len(prepared_calls) == 1, "afterwards it is prepared again"
 
 
 @torch.no_grad()
-def test_a_dispatch_mode_sees_the_operator(short_ways):
+def test_a_dispatch_mode_sees_the_operator(prepared_calls):
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     with Counting() as mode:
         mlp(x)
-    assert mode.products >= 1 and not short_ways
+    assert mode.products >= 1 and not prepared_calls
 
 
-def test_gradients_flow_at_the_next_call(short_ways):
+def test_gradients_flow_at_the_next_call(prepared_calls):
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     mlp(x).sum().backward()
-    assert mlp.down_proj.weight.grad is not None and not short_ways
+    assert mlp.down_proj.weight.grad is not None and not prepared_calls
     mlp.requires_grad_(False)
     mlp(x)
     mlp(x)
-    assert short_ways
-    short_ways.clear()
+    assert prepared_calls
+    prepared_calls.clear()
     trained = x.clone().requires_grad_()
     mlp(trained).sum().backward()
-    assert trained.grad is not None and not short_ways
+    assert trained.grad is not None and not prepared_calls
 
 
 @torch.no_grad()
-def test_replicas_of_data_parallel_call_their_modules(short_ways):
+def test_replicas_of_data_parallel_call_their_modules(prepared_calls):
     """A replica's weights are attributes, not parameters, on another device."""
     mlp = make_mlp()
-    x, y = warm(mlp, short_ways)
+    x, y = warm(mlp, prepared_calls)
     replica = mlp._replicate_for_data_parallel()
     for name, child in mlp.named_children():
         replica._modules[name] = copied = child._replicate_for_data_parallel()
@@ -281,14 +282,14 @@ def test_replicas_of_data_parallel_call_their_modules(short_ways):
             setattr(copied, key, None if child._parameters[key] is None else 2 * child._parameters[key].detach())
     expected = by_modules(replica, x)
     assert not torch.allclose(expected, y)
-    assert torch.equal(replica(x), expected) and not short_ways
+    assert torch.equal(replica(x), expected) and not prepared_calls
     assert any("no parameter" in entry.reason for entry in fusion.fusion_status(replica))
 
 
 @torch.no_grad()
-def test_transforms_take_the_long_way(short_ways):
+def test_transforms_call_the_modules(prepared_calls):
     mlp = make_mlp()
-    x, y = warm(mlp, short_ways)
+    x, y = warm(mlp, prepared_calls)
     torch.testing.assert_close(torch.vmap(mlp)(x[0])[None], y, atol=2e-5, rtol=2e-5)
     tangent = torch.randn_like(x)
     expected = torch.func.jvp(lambda x: by_modules(mlp, x), (x,), (tangent,))[1]
@@ -298,13 +299,13 @@ def test_transforms_take_the_long_way(short_ways):
         torch.testing.assert_close(out.tangent, expected)
     traced = torch.jit.trace(mlp, x, check_trace=False)
     assert "aten::linear" in str(traced.inlined_graph)
-    assert not short_ways
+    assert not prepared_calls
 
 
 @pytest.mark.parametrize(
     "first, second", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.no_grad)]
 )
-def test_inference_mode_and_back(first, second, short_ways):
+def test_inference_mode_and_back(first, second, prepared_calls):
     mlp = make_mlp()
     x = torch.randn(1, 3, H)
     with torch.no_grad():
@@ -313,14 +314,14 @@ def test_inference_mode_and_back(first, second, short_ways):
         with mode():
             for _ in range(2):
                 torch.testing.assert_close(mlp(x), expected, atol=2e-5, rtol=2e-5)
-    assert len(short_ways) >= 3
+    assert len(prepared_calls) >= 3
 
 
 @torch.no_grad()
-def test_other_inputs(short_ways):
+def test_other_inputs(prepared_calls):
     """Inputs that the recorded launches cannot take are computed right, too."""
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     wide, flat = torch.randn(1, 3, 2 * H), torch.randn(3 * H + 1)
     for other in (
         wide[..., :H],
@@ -338,33 +339,33 @@ def test_other_inputs(short_ways):
 
 
 @torch.no_grad()
-def test_other_inputs_leave_the_launches(short_ways):
+def test_other_inputs_leave_the_launches(prepared_calls):
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     before = mlp.__dict__["_prepared"]
     mlp(torch.randn(1, 3, 2 * H)[..., ::2])
-    assert mlp.__dict__["_prepared"] is before and not short_ways
+    assert mlp.__dict__["_prepared"] is before and not prepared_calls
     mlp(x)
-    assert len(short_ways) == 1
+    assert len(prepared_calls) == 1
 
 
 @torch.no_grad()
-def test_nothing_is_kept_alive(short_ways):
+def test_nothing_is_kept_alive(prepared_calls):
     mlp = make_mlp(backend="cublas")
-    warm(mlp, short_ways, tokens=130)
+    warm(mlp, prepared_calls, tokens=130)
     projection, storage = weakref.ref(mlp.up_proj), weakref.ref(mlp.down_proj.weight)
     mlp.up_proj, mlp.down_proj.weight = fresh(H, I), nn.Parameter(torch.randn(H, I))
     gc.collect()
     assert projection() is None and storage() is None
 
 
-def test_the_state_of_a_model_stays_the_same(short_ways):
+def test_the_state_of_a_model_stays_the_same(prepared_calls):
     import copy
     import pickle
 
     mlp = make_mlp()
     before = set(vars(mlp)) | {"_prepared"}
-    x, y = warm(mlp, short_ways)
+    x, y = warm(mlp, prepared_calls)
     for other in (copy.deepcopy(mlp), copy.copy(mlp), pickle.loads(pickle.dumps(mlp))):
         assert "_prepared" not in vars(other)
         with torch.no_grad():
@@ -373,8 +374,9 @@ def test_the_state_of_a_model_stays_the_same(short_ways):
     assert "_prepared" not in vars(patching.unpatch(mlp))
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_launches_are_bounded(short_ways, monkeypatch):
+def test_launches_are_bounded(prepared_calls, monkeypatch):
     monkeypatch.setattr(prepared, "MOST_LENGTHS", 2)
     monkeypatch.setattr(operator, "MOST_REPLAYS", 3)
     monkeypatch.setattr(operator, "_replays", {})
@@ -387,10 +389,10 @@ def test_launches_are_bounded(short_ways, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_precision_of_float32_is_part_of_a_launch(short_ways, monkeypatch):
+def test_the_precision_of_float32_is_part_of_a_launch(prepared_calls, monkeypatch):
     monkeypatch.setattr(operator, "_replays", {})
     mlp = make_mlp()
-    x, _ = warm(mlp, short_ways)
+    x, _ = warm(mlp, prepared_calls)
     saved = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

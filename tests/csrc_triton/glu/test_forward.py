@@ -16,6 +16,7 @@ from csrc_triton.launch.configs import Launch
 from csrc_triton.launch.device import SHARED_MEMORY
 from csrc_triton.launch.paths import PATHS
 from tests.helpers.glu_cases import LAYOUTS, TOLERANCE, error, make_case
+from tests.helpers.marks import slow
 from tests.helpers.poison import poison_empty
 
 WIDTHS = (7373, 6554, 5735, 4916, 4096, 3277)  # widths of Llama-3.2 at pruning ratios 10 ... 60 %
@@ -106,8 +107,8 @@ def test_small_blocks(data, M, **shape):
     assert error(y, case) < TOLERANCE[case.x.dtype]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("H", [16, 96])
+@pytest.mark.parametrize("packed", [True, *slow(False)])
+@pytest.mark.parametrize("H", [16, *slow(96)])
 @pytest.mark.parametrize("path", PATHS)
 def test_aligned_sizes(path, H, packed):
     """Sizes without tails in H take the unmasked loops and, for prefill, the descriptors."""
@@ -145,6 +146,7 @@ def test_pruned_widths(I):
         assert error(y, case) < TOLERANCE[dtype], decision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_same_bits_twice(path):
     seed = torch.seed() % 2**31

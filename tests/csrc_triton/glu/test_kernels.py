@@ -13,6 +13,7 @@ from csrc_triton.glu.reference import act_mul_reference, down_reference, gate_up
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.device import input_precision
 from tests.helpers.glu_cases import TOLERANCE, error, hidden_error, make_case
+from tests.helpers.marks import slow
 from tests.helpers.poison import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +53,7 @@ def planned(config, case):
     return config.plan(case.x, case.weights, case.weights.problem(case.x))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, *slow(False)])
 @pytest.mark.parametrize("biases, activation", [("", "silu"), ("g", "gelu_tanh"), ("u", "silu"), ("gu", "gelu_tanh")])
 @pytest.mark.parametrize("kernel", GATE_UP)
 def test_gate_up(kernel, activation, biases, packed, seed):

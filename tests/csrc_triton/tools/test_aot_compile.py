@@ -117,6 +117,7 @@ def test_an_unaligned_pitch_fails(compiled):
     assert reason.startswith("narrow weight load") and reason.endswith("of 2 bytes from down")
 
 
+@pytest.mark.slow
 def test_real_compilations_fail_as_they_should(compiled):
     assert compiled["good gemm"] == [[]] * 6
     assert compiled["small gemm"] == ["a dot without HGMMA"]  # wgmma has at least 64 rows

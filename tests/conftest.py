@@ -22,8 +22,8 @@ if os.environ.pop("PYTEST_XDIST_WORKER", None):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gluprune.demo.smollm2 import smollm2_checkpoint
-from gluprune.models.families import FAMILIES
 from gluprune.runtime import operator
+from tests.helpers.marks import each_family
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
 
@@ -95,7 +95,7 @@ def tiny_model():
     return make_tiny_model
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=each_family())
 def family_name(request):
     return request.param
 

@@ -19,7 +19,7 @@ from gluprune.io import atomic
 from gluprune.io.shards import SINGLE_FILE
 from gluprune.models.families import FAMILIES
 from gluprune.pruning.scores import STATIC_SCORES
-from tests.helpers.marks import slow
+from tests.helpers.marks import each_family, slow
 from tests.helpers.streaming import (
     LAYERS,
     WIDTH,
@@ -42,7 +42,7 @@ def in_memory(source, destination, **arguments):
 
 
 @pytest.mark.parametrize("score", ["maw_gud", *slow(*(score for score in STATIC_SCORES if score != "maw_gud"))])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 def test_equals_pruning_in_memory(tmp_path, family, score, monkeypatch):
     monkeypatch.setattr(atomic, "fsync", lambda descriptor: None)  # slow, and flushing is tested elsewhere
     source = tmp_path / "source"

@@ -49,7 +49,9 @@ def reference(model, instances, limit):
     return answers
 
 
-@pytest.mark.parametrize("packed, related", [(512, 2048), (40, 90), (1, 1)])
+@pytest.mark.parametrize(
+    "packed, related", [(40, 90), *[pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((512, 2048), (1, 1))]]
+)
 def test_log_likelihoods(loaded, monkeypatch, packed, related):
     monkeypatch.setattr(shared_context, "PACKED", packed)
     monkeypatch.setattr(shared_context, "RELATED", related)

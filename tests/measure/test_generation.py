@@ -16,6 +16,7 @@ from gluprune.measure.decoding import (
     time_generator,
 )
 from gluprune.models.families import FAMILIES
+from tests.helpers.marks import each_family
 
 NEW_TOKENS = 7
 
@@ -85,7 +86,7 @@ def assert_same_tokens(model, generator):
         assert generate(generator, prompt, new_tokens) == (plain, new_tokens)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gemma2", "gemma3_text")])
+@pytest.mark.parametrize("family", each_family(name for name in FAMILIES if name not in ("gemma2", "gemma3_text")))
 def test_the_static_step_gives_the_tokens_of_generate(tiny_model, family):
     model = tiny_model(family, seed=3, **({"sliding_window": None} if family in ("mistral", "phi3") else {}))
     assert_same_tokens(model, StaticGenerator(model, torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step))

@@ -14,7 +14,7 @@ from gluprune.pruning.history import steps_of
 from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
 from gluprune.runtime import aligned
 from gluprune.runtime.patching import patch
-from tests.helpers.marks import slow
+from tests.helpers.marks import each_family, slow
 from tests.helpers.reconstructions import DIRECT, narrowed, padded_batches, random_batches
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
@@ -73,7 +73,7 @@ def expected(pruned, dense, batches, scale=1.0):
 
 
 @pytest.mark.parametrize("make_batches", [padded_batches, *slow(random_batches)])
-@pytest.mark.parametrize("family", DIRECT)
+@pytest.mark.parametrize("family", each_family(DIRECT))
 def test_every_layer_is_the_least_squares_solution(family, make_batches):
     granite = {"residual_multiplier": 0.3} if family == "granite" else {}
     dense = make_tiny_model(family, seed=3, initializer_range=0.15, attention_dropout=0.5, **granite)
@@ -115,7 +115,7 @@ def test_outputs_match_the_dense_model_better():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("family", DIRECT)
+@pytest.mark.parametrize("family", each_family(DIRECT))
 def test_an_unpruned_model_does_not_change(family, dtype):
     dense = make_tiny_model(family, seed=3, dtype=dtype)
     pruned = copy.deepcopy(dense)

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gluprune
-from gluprune.models.families import FAMILIES
 from gluprune.runtime import fusion, operator, prepared
 from gluprune.runtime.norms import FusedNorm
+from tests.helpers.marks import each_family
 from tests.helpers.tiny_models import DEVICE, gradients, logits, tiny_model, token_ids
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,7 +35,7 @@ def prepared_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 @torch.no_grad()
 def test_the_bits_of_every_family(family, dtype, prepared_calls):
     """Of every norm of a model, on inputs whose sum of squares is exact in any order."""

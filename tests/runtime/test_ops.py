@@ -49,7 +49,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize("backend", ["triton", "cublas", "torch", "auto"])
 @pytest.mark.parametrize("activation", operator.ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(2, 3, 48), (48,), (0, 48), *slow((1, 48), (1, 1, 48), (2, 0, 48))], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 48), (0, 48), *slow((48,), (1, 48), (1, 1, 48), (2, 0, 48))], ids=str)
 @pytest.mark.parametrize("width", [37, *slow(128)])
 def test_matches_float64_for_every_leading_shape(backend, activation, shape, width):
     operands = make_operands(width, 48, device=DEVICE)

@@ -101,7 +101,7 @@ def lora(model, names, seed=3):
 
 
 @pytest.mark.parametrize("names", [["down_proj"], ["gate_proj", "up_proj", "down_proj"], ["q_proj"]], ids=",".join)
-@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.parametrize("lora_first", [True, *slow(False)])
 def test_lora(model, ids, names, lora_first):
     reference = lora(copy.deepcopy(model), names)
     if lora_first:

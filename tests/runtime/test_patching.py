@@ -9,11 +9,10 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from gluprune.models.families import FAMILIES
 from gluprune.runtime import operator
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
-from tests.helpers.marks import slow
+from tests.helpers.marks import each_family, slow
 from tests.helpers.patching import TOLERANCE, assert_fused, assert_same
 from tests.helpers.tiny_models import DEVICE, gradients, logits, mlps, tiny_model, token_ids
 
@@ -23,7 +22,7 @@ def greedy(model, ids, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_family_fused(family, dtype, kernel_calls):
     model, ids = tiny_model(family, dtype=dtype, device=DEVICE), token_ids(device=DEVICE)
@@ -45,7 +44,7 @@ def test_every_family_fused(family, dtype, kernel_calls):
     assert torch.equal(logits(model, ids), expected) and not kernel_calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_family_on_the_cpu_is_bit_equal_and_moves_nothing(family, dtype):
     model, ids = tiny_model(family, dtype=dtype), token_ids()

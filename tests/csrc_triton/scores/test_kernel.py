@@ -135,6 +135,7 @@ def test_variance_when_the_first_chunk_is_unlike_the_rest():
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_variance_of_constant_rows_is_zero():
     """Also if the rounded mean of equal numbers differs from that number."""
     constants = torch.rand(200, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float32) + 0.5

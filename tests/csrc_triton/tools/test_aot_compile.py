@@ -128,6 +128,7 @@ def test_real_compilations_fail_as_they_should(compiled):
     assert reason.startswith("does not compile: ") and "undefined_name" in reason
 
 
+@pytest.mark.slow
 def test_specialisation_matches_a_launch(compiled):
     assert compiled["signature"] == {
         "x": "*bf16",
@@ -144,12 +145,14 @@ def test_specialisation_matches_a_launch(compiled):
     assert compiled["pdl"] == [False, True]
 
 
+@pytest.mark.slow
 def test_packed_weights_of_an_unaligned_width_run_the_same_kernels(compiled):
     """Therefore the check of all shipped kernels covers them."""
     split, packed = compiled["split and packed"]
     assert split == packed and all(split)
 
 
+@pytest.mark.slow
 def test_running_maximum_of_the_statistics_keeps_nan(compiled):
     """The interpreter's maximum always keeps NaN, so this needs compiled code."""
     ptx = compiled["ptx"]

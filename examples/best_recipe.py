@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gluprune
 from gluprune.demo.smollm2 import smollm2_checkpoint
-from gluprune.measure.perplexity import perplexity
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
     gluprune.reconstruct(model, dense, batches[::2])
     test = (files("gluprune.demo") / "data" / "demo_text.txt").read_text("utf-8")
     ids = tokenizer(test, return_tensors="pt").input_ids[0, :512]
-    print(f"perplexity {perplexity(dense, ids):.1f} -> {perplexity(model, ids):.1f}")
+    print(f"perplexity {gluprune.perplexity(dense, ids):.1f} -> {gluprune.perplexity(model, ids):.1f}")
 
     gluprune.save(model.to(torch.bfloat16), options.out, tokenizer)
     print(f"{options.out}: load it with AutoModelForCausalLM.from_pretrained")

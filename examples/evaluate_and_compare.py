@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gluprune
 from gluprune.demo.smollm2 import smollm2_checkpoint
-from gluprune.measure.perplexity import perplexity
 
 RECIPES = ("maw", "maw_gud", "hybrid+compensate")
 
@@ -46,13 +45,13 @@ def main() -> None:
     batches = gluprune.batches_from_text(tokenizer, text, windows=options.windows, length=256)
     statistics = gluprune.calibrate(dense, batches)  # serves every recipe and ratio
 
-    before = perplexity(dense, ids)
+    before = gluprune.perplexity(dense, ids)
     print(f"{'dense':<20}{before:>10.2f}")
     for recipe in map(gluprune.Recipe.parse, RECIPES):
         model = copy.deepcopy(dense)
         calibration = statistics if recipe.needs.calibration else None
         gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=calibration)
-        after = perplexity(model, ids)
+        after = gluprune.perplexity(model, ids)
         print(f"{recipe!s:<20}{after:>10.2f}  {after / before:.2f} times dense")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gluprune.checkpoints.info import info
     from gluprune.checkpoints.load_save import load, save
     from gluprune.checkpoints.stream import prune_checkpoint
+    from gluprune.measure.perplexity import perplexity
     from gluprune.pruning.prune import prune
     from gluprune.pruning.recipe import Recipe
     from gluprune.pruning.reconstruct import reconstruct
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "patch",
     "patch_llama",
+    "perplexity",
     "prune",
     "prune_checkpoint",
     "reconstruct",
@@ -55,6 +57,7 @@ _MODULES = {
     "load": "checkpoints.load_save",
     "patch": "runtime.patching",
     "patch_llama": "runtime.patching",
+    "perplexity": "measure.perplexity",
     "prune": "pruning.prune",
     "prune_checkpoint": "checkpoints.stream",
     "reconstruct": "pruning.reconstruct",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gluprune import __version__
-from gluprune.cli import bench, calibrate, command, demo, info, prune, reconstruct, report, sample, study
+from gluprune.cli import bench, calibrate, command, demo, info, perplexity, prune, reconstruct, report, sample, study
 from gluprune.cli import eval as evaluate
 from gluprune.cli.help import HELP_FLAGS
 
@@ -21,6 +21,7 @@ PANELS = {
         "info": info,
     },
     "Measure and compare": {
+        "perplexity": perplexity,
         "bench": bench,
         "eval": evaluate,
         "study": study,

@@ -27,6 +27,12 @@ def fingerprints(sources: Sequence[str], texts: Sequence[str]) -> dict[str, str]
     return found
 
 
+def computing_dtype(dtype: DtypeName, device: str) -> DtypeName:
+    """Return the dtype to compute with: half precision is slow on most CPUs, so `auto` is float32 there."""
+    is_slow = dtype is DtypeName.AUTO and choose_device(device).type == "cpu"
+    return DtypeName.FLOAT32 if is_slow else dtype
+
+
 def load_model(source: str, *, device: str, dtype: DtypeName):
     """Load a model in a dtype onto a device, in eval mode.
 

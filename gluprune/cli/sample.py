@@ -35,13 +35,10 @@ def run(
     from transformers import AutoTokenizer
 
     from gluprune.calibration.sample import sample_text
-    from gluprune.cli.calibration import load_model
+    from gluprune.cli.calibration import computing_dtype, load_model
     from gluprune.io.atomic import write_file
-    from gluprune.models.device import choose_device
 
-    if dtype is DtypeName.AUTO and choose_device(device).type == "cpu":
-        dtype = DtypeName.FLOAT32  # half precision is slow on most CPUs
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=computing_dtype(dtype, device))
     text = sample_text(loaded, AutoTokenizer.from_pretrained(model), windows, length, seed=seed)
     write_file(out, [text.encode()])
     result = {"windows": windows, "tokens": windows * length, "file": str(out)}

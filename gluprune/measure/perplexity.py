@@ -3,36 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from gluprune.io.progress import progress
+from gluprune.models.glu import check_head
 
-def windows(ids: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
-    """Yield consecutive windows `[1, length + 1]` of token ids `[T]`; the last has at least two tokens."""
-    for start in range(0, ids.numel() - 1, length):
-        yield ids[start : start + length + 1].unsqueeze(0)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def cut_windows(ids: torch.Tensor, length: int, windows: int | None = None) -> list[torch.Tensor]:
+    """Return consecutive windows `[length + 1]` of token ids; the last may be shorter, with at least two tokens.
+
+    The last token of a window is the first of the next, so that every token but the first is predicted once.
+
+    Args:
+        ids: int64 `[T]`, T >= 2.
+        length: Tokens of context, at most.
+        windows: Return at most this many of them, evenly spread. None: all.
+
+    Raises:
+        ValueError: Fewer than two tokens, or a number below 1.
+    """
+    for name, value in {"length": length, "windows": windows}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if ids.numel() < 2:
+        raise ValueError(f"perplexity needs at least 2 tokens, got {ids.numel()}")
+    starts = range(0, ids.numel() - 1, length)
+    count = len(starts) if windows is None else min(windows, len(starts))
+    chosen = (starts[number * len(starts) // count] for number in range(count))
+    return [ids[start : start + length + 1] for start in chosen]
 
 
 @torch.no_grad()
-def perplexity(model, ids: torch.Tensor, window: int = 512) -> float:
-    """Return exp of the mean negative log-likelihood per token, over consecutive windows.
-
-    Every token but the first is predicted once; the last token of a window is the first of the next.
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, length: int = 512, *, windows: int | None = None) -> float:
+    """Return exp of the mean negative log-likelihood per token of a text, over consecutive windows.
 
     Args:
-        model: A causal LM in eval mode.
-        ids: int64 `[T]`, T >= 2.
-        window: Maximum number of tokens of context.
+        model: A causal LM in eval mode; it runs on its device and in its dtype.
+        ids: int64 `[T]`, the token ids of the text, T >= 2.
+        length: Tokens of context, at most.
+        windows: Measure on at most this many windows, evenly spread over the text. None: on all of it.
+
+    Returns:
+        The perplexity.
 
     Raises:
-        ValueError: Fewer than two tokens.
+        ValueError: Fewer than two tokens, a number below 1, or a model without a language-model head.
+
+    Example:
+        >>> import gluprune
+        >>> from transformers import AutoTokenizer
+        >>> model, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
+        >>> ids = tokenizer("A long text. " * 100, return_tensors="pt").input_ids[0]
+        >>> gluprune.perplexity(model, ids, windows=2) > 1
+        True
     """
-    if ids.numel() < 2:
-        raise ValueError(f"perplexity needs at least 2 tokens, got {ids.numel()}")
-    total = 0.0
-    for chunk in windows(ids.to(model.device), window):
-        logits = model(chunk[:, :-1]).logits[0].float()
-        total += F.cross_entropy(logits, chunk[0, 1:], reduction="sum").item()
-    return math.exp(total / (ids.numel() - 1))
+    check_head(model, "perplexity")
+    total = tokens = 0
+    chunks = cut_windows(ids.to(model.device), length, windows)
+    for chunk in progress(chunks, desc="perplexity", unit="window", delay=1):  # no bar if it takes no time
+        logits = model(chunk[None, :-1]).logits[0].float()
+        total += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
+        tokens += chunk.numel() - 1
+    return math.exp(total / tokens)

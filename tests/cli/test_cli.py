@@ -39,6 +39,7 @@ def run(*arguments):
         ["calibrate"],
         ["reconstruct"],
         ["info"],
+        ["perplexity"],
         ["bench"],
         ["report"],
         ["eval"],
@@ -287,6 +288,28 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
     assert main(["info", str(tmp_path / "relu")]) == 0
     text = capsys.readouterr().out
     assert "0 of 3 MLPs" in text and "3 x activation ReLU is not supported" in text
+
+
+def test_perplexity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """Of a checkpoint whose layers differ, on two texts."""
+    model, texts = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer)), ["One text. " * 60, "Another one, " * 50]
+    gluprune.prune(model, pruning_ratio=0.4, multiple_of=1, layers=[1])
+    gluprune.save(model, tmp_path / "pruned", smollm2_tokenizer)
+    files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    files[0].write_text(texts[0])
+    files[1].write_text(json.dumps({"text": texts[1]}))
+    command = ["perplexity", str(tmp_path / "pruned"), "--text", *map(str, files), "--length", "32"]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    for row, file, text in zip(record["texts"], files, texts, strict=True):
+        ids = torch.tensor(smollm2_tokenizer(text, add_special_tokens=False).input_ids)
+        assert row["perplexity"] == pytest.approx(gluprune.perplexity(model, ids, 32), rel=1e-5)
+        assert row["text"] == str(file) and row["tokens"] == len(ids) - 1
+        assert row["windows"] == -(-row["tokens"] // 32)
+    assert main([*command, "--windows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].startswith(f"{files[1]}: perplexity ")
+    assert lines[1].endswith("on 2 windows, 64 tokens")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def parsed(monkeypatch):
 
 def test_commands():
     assert list(COMMANDS) == [
-        *("prune", "calibrate", "sample", "reconstruct", "info", "bench", "eval", "study", "report", "demo")
+        *("prune", "calibrate", "sample", "reconstruct", "info"),
+        *("perplexity", "bench", "eval", "study", "report", "demo"),
     ]
 
 
@@ -171,6 +172,7 @@ def test_expand(given, expected):
     [
         (["calibrate", "m", "--out", "f"], "--text", "text", ["a", "b"]),
         (["reconstruct", "m", "--dense", "d", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["perplexity", "m"], "--text", "text", ["a", "b"]),
         (["prune", "m", "--out", "f"], "--calibration", "calibration", ["a", "b"]),
         (["bench", "m"], "--pruning-ratio", "pruning_ratio", [0.1, 0.4]),
         (["bench", "m"], "--batch", "batch", [1, 8]),

@@ -11,7 +11,7 @@ import gluprune
 from gluprune.calibration.statistics import Statistics
 from gluprune.cli import app, main
 
-LOADING = ("prune", "calibrate", "sample", "reconstruct", "bench", "eval", "study", "demo")
+LOADING = ("prune", "calibrate", "sample", "reconstruct", "perplexity", "bench", "eval", "study", "demo")
 
 
 @pytest.fixture
@@ -80,7 +80,16 @@ def test_sample_runs_on_the_gpu_and_in_float32_on_a_cpu(loaded, checkpoint, tmp_
     assert loaded == [{"dtype": dtype, **({} if flags else {"device_map": "cuda"})}]
 
 
-@pytest.mark.parametrize("command", [["calibrate"], ["reconstruct", "--dense", "m"]])
+@pytest.mark.parametrize("flags, dtype", [([], "auto"), (["--device", "cpu"], "float32")])
+def test_perplexity_runs_on_the_gpu_and_in_float32_on_a_cpu(loaded, checkpoint, text, flags, dtype):
+    command = ["perplexity", checkpoint, "--text", text, "--field", "body", "--length", "40", "--windows", "2"]
+    assert main([*command, *flags]) == 0
+    assert loaded == [{"dtype": dtype, **({} if flags else {"device_map": "cuda"})}]
+
+
+@pytest.mark.parametrize(
+    "command", [["calibrate", "--out", "out"], ["reconstruct", "--dense", "m", "--out", "out"], ["perplexity"]]
+)
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -94,10 +103,11 @@ def test_sample_runs_on_the_gpu_and_in_float32_on_a_cpu(loaded, checkpoint, tmp_
 def test_bad_input_is_noticed_before_a_model_is_loaded(
     command, flags, message, checkpoint, text, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("gluprune.cli.calibration.load", lambda *a, **o: pytest.fail("loaded"))
     given = ["--text", text, *([] if "--field" in flags else ["--field", "body"]), *flags]
-    assert main([command[0], checkpoint, *command[1:], *given, "--out", str(tmp_path / "out"), "--length", "64"]) == 2
+    assert main([command[0], checkpoint, *command[1:], *given, "--length", "64"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"gluprune {command[0]}: error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gluprune.measure.perplexity import perplexity
+from gluprune.measure.perplexity import cut_windows, perplexity
 
 
 @pytest.mark.parametrize("tokens, window", [(2, 5), (6, 5), (7, 5), (11, 5), (12, 5), (40, 512)])
@@ -23,3 +23,24 @@ def test_against_the_definition(tiny_model, tokens, window):
 def test_one_token_is_too_few(tiny_model):
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
         perplexity(tiny_model(), torch.tensor([5]))
+
+
+def test_some_windows_evenly_spread(tiny_model):
+    """Of the windows that begin at tokens 0, 5, 10, 15 and 20: the first, second and fourth."""
+    model, ids = tiny_model(dtype=torch.float64), torch.randint(3, 64, (24,))
+    chosen = [ids[start : start + 6] for start in (0, 5, 15)]
+    assert [chunk.tolist() for chunk in cut_windows(ids, 5, 3)] == [chunk.tolist() for chunk in chosen]
+    logs = [math.log(perplexity(model, chunk, 5)) for chunk in chosen]
+    assert perplexity(model, ids, 5, windows=3) == pytest.approx(math.exp(sum(logs) / 3), rel=1e-6)
+    assert perplexity(model, ids, 5, windows=9) == perplexity(model, ids, 5)
+
+
+@pytest.mark.parametrize("given", [{"length": 0}, {"windows": 0}])
+def test_numbers_below_one(given, tiny_model):
+    with pytest.raises(ValueError, match=f"{next(iter(given))} must be at least 1, got 0"):
+        perplexity(tiny_model(), torch.arange(3, 9), **given)
+
+
+def test_a_model_without_a_head(tiny_model):
+    with pytest.raises(ValueError, match="perplexity needs a model with a language-model head, but LlamaModel has"):
+        perplexity(tiny_model().model, torch.arange(3, 9))

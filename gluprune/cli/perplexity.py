@@ -1,0 +1,69 @@
+"""`gluprune perplexity`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Model, Quiet, Verbose
+from gluprune.io.text import read_texts
+
+EXAMPLES = (
+    "gluprune perplexity meta-llama/Llama-3.2-1B --text notes.txt",
+    "gluprune perplexity llama-narrow --text notes.txt mails.jsonl --windows 64",
+)
+
+
+def run(
+    model: Model,
+    *,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE...",
+            help="Texts to measure on, as for `calibrate --text`. Not those that the model was calibrated on.",
+            show_default=False,
+        ),
+    ],
+    windows: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Windows from each text, evenly spread. By default all of the text."),
+    ] = None,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    field: Fields = ["text"],  # noqa: B006
+    device: Device = "auto",
+    dtype: Dtype = DtypeName.AUTO,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity on text.
+
+    Cuts each text into windows, without special tokens, and predicts every token from those before it in its window.
+    On a CPU, weights in half precision are converted to float32 unless --dtype is given.
+    """
+    texts = read_texts(text, field)
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from gluprune.cli.calibration import computing_dtype, load_model
+    from gluprune.measure.perplexity import cut_windows, perplexity
+    from gluprune.models.device import choose_device
+
+    choose_device(device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]
+    cut = [cut_windows(tokens, length, windows) for tokens in ids]  # raises before the model is loaded
+    loaded = load_model(model, device=device, dtype=computing_dtype(dtype, device))
+    rows = []
+    for source, tokens, chunks in zip(text, ids, cut, strict=True):
+        value = perplexity(loaded, tokens, length, windows=windows)
+        predicted = sum(chunk.numel() - 1 for chunk in chunks)
+        rows.append({"text": source, "perplexity": value, "windows": len(chunks), "tokens": predicted})
+        if not as_json:
+            print(f"{source}: perplexity {value:.2f} on {len(chunks):,} windows, {predicted:,} tokens")
+    if as_json:
+        print(json.dumps({"model": model, "length": length, "texts": rows}))

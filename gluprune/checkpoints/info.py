@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from gluprune.checkpoints.card import History, read_history
 from gluprune.checkpoints.load_save import build_empty, read_config
 from gluprune.io.hub import stored_folder
 from gluprune.io.shards import DTYPES, read_checkpoint
+from gluprune.models.consumers import CONSUMERS, Verdict, verdict
 from gluprune.models.families import family_of
 from gluprune.models.glu import count_parameters, model_glus
 from gluprune.models.widths import layer_widths
@@ -19,7 +21,6 @@ from gluprune.runtime.fusion import fusion_prospect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
 TENSOR_PARALLEL_RANKS = (2, 4, 8)
 
 
@@ -40,6 +41,8 @@ class ModelInfo:
         aligned_to: Largest power of two, at most 128, that divides every width. Below 8, rows of down_proj are not
             aligned to 16 bytes in bf16, and plain matrix libraries use slow kernels.
         tensor_parallel: Ranks -> whether every width divides over them.
+        consumers: Where it can run: name -> what happens there; see `gluprune.models.consumers`. Only widths are
+            checked, not whether the program supports the family.
         fusible: Number of MLPs that `patch_llama` fuses on a GPU.
         not_fusible: Reason -> number of MLPs that it does not fuse.
         history: What `gluprune.json` says about the checkpoint: the dense model and what was done to it. None if there
@@ -57,6 +60,7 @@ class ModelInfo:
     dtype: str
     aligned_to: int
     tensor_parallel: dict[int, bool]
+    consumers: dict[str, Verdict]
     fusible: int
     not_fusible: dict[str, int]
     history: History | None
@@ -76,11 +80,13 @@ class ModelInfo:
             widths = f"{distinct[0]} neurons, expansion ratio {self.expansion_ratios[0]:.3f}"
         else:
             widths = f"{distinct[-1]} to {distinct[0]} neurons (layers differ: load with gluprune.load)"
-        ranks = ", ".join(f"{count}: {'yes' if fits else 'no'}" for count, fits in self.tensor_parallel.items())
         aligned = f"every width is a multiple of {self.aligned_to}"
         if self.aligned_to < 8:
             aligned += " (unaligned: slow without gluprune.patch_llama)"
         fused = f"{self.fusible} of {self.layers} MLPs by gluprune.patch_llama on a GPU"
+        ranks = ", ".join(f"{count}: {'yes' if fits else 'no'}" for count, fits in self.tensor_parallel.items())
+        column = max(map(len, self.consumers))
+        runs = [f"{name:<{column}}  {found}" for name, found in self.consumers.items()]
         stored = "not known: the weights are not on this disk"
         if self.bytes is not None:
             stored = f"{self.bytes:,}, {self.mlp_bytes:,} of them in MLPs"
@@ -95,6 +101,7 @@ class ModelInfo:
                 f"alignment        {aligned}",
                 f"tensor parallel  {ranks}",
                 f"fused            {fused}",
+                *(f"{label:<17}{row}" for label, row in zip_longest(["runs in"], runs, fillvalue="")),
                 *([f"made from        {self.history}"] if self.history else []),
             ]
         )
@@ -135,8 +142,9 @@ def info(path: str | Path) -> ModelInfo:
     if sizes is None and not quantized:
         item_size = model.dtype.itemsize
         sizes = _Sizes(parameters * item_size, mlp_parameters * item_size, str(model.dtype))
+    model_type = config.get_text_config().model_type
     return ModelInfo(
-        model_type=config.get_text_config().model_type,
+        model_type=model_type,
         layers=len(glus),
         hidden_size=glus[0].hidden_size,
         widths=widths,
@@ -147,6 +155,7 @@ def info(path: str | Path) -> ModelInfo:
         dtype=quantized or (sizes.dtype if sizes else str(model.dtype)).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
         tensor_parallel={ranks: all(width % ranks == 0 for width in widths) for ranks in TENSOR_PARALLEL_RANKS},
+        consumers={name: verdict(entry, widths, model_type) for name, entry in CONSUMERS.items()},
         fusible=fusible,
         not_fusible=not_fusible,
         history=read_history(path),

@@ -20,7 +20,7 @@ from gluprune.pruning.checks import check_layers, check_statistics, common_width
 from gluprune.pruning.history import calibration_entry, prune_step
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport
-from gluprune.pruning.widths import allocated_widths, target_width
+from gluprune.pruning.widths import planned_widths, target_width
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +147,11 @@ def make_plan(
     mlps = mlp_tensors(folder, stored, config)
     indices = check_layers(layers, len(mlps))
     original = common_width(config.widths, indices)
-    width = target_width(original, config.hidden_size, multiple_of=recipe.multiple_of, **target)
+    width = target_width(original, config.hidden_size, multiple_of=recipe.width_multiple, **target)
     found = None if statistics is None else Statistics.load(statistics)
     if found is not None:
         check_statistics(found, config.widths, indices, recipe)
-    widths = allocated_widths(
-        indices,
-        allocation=recipe.allocation,
-        statistics=found,
-        intermediate_size=original,
-        width=width,
-        multiple_of=recipe.multiple_of,
-    )
+    widths = planned_widths(config.widths, indices, recipe, found, width=width, model_type=config.model_type)
     pruned = _pruned_tensors(mlps, config.family, recipe, widths, original)
     shards = [_plan_shard(shard, pruned) for shard in sources]
     counted = _parameters(shards, config)
@@ -171,6 +164,8 @@ def make_plan(
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         original_parameters=sum(math.prod(tensor.stored.shape) for tensor in counted),
         score=recipe.score_name,
+        multiple_of=recipe.width_multiple,
+        deploy=recipe.deploy,
     )
     step = prune_step(summary, recipe, None if statistics is None else _calibration(found, statistics))
     after = config.widths_after(widths)

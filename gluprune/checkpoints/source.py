@@ -48,7 +48,8 @@ class SourceConfig:
 
     Attributes:
         raw: The whole config, as in its JSON file.
-        family: The table entry of its model type.
+        model_type: Its model type, or that of its text part.
+        family: The table entry of the model type.
         hidden_size: H.
         widths: Intermediate size of every layer.
         tied: Whether the head is the embedding.
@@ -56,6 +57,7 @@ class SourceConfig:
     """
 
     raw: dict
+    model_type: str
     family: Family
     hidden_size: int
     widths: list[int]
@@ -96,6 +98,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
     if isinstance(raw.get("model_type"), str) and is_plain and raw.get("per_layer_config") is None:
         return SourceConfig(
             raw=raw,
+            model_type=raw["model_type"],
             family=_family(file, raw["model_type"]),
             hidden_size=raw["hidden_size"],
             widths=[raw["intermediate_size"]] * raw["num_hidden_layers"],
@@ -113,6 +116,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
         raise ValueError(f"{file} is not a usable config: {first_line(error)}") from error
     return SourceConfig(
         raw=raw,
+        model_type=model_type,
         family=_family(file, model_type),
         hidden_size=text.hidden_size,
         widths=layer_widths(config),

@@ -27,6 +27,7 @@ def prune_checkpoint(
     intermediate_size: int | None = None,
     score: str = "maw_gud",
     multiple_of: int = 128,
+    deploy: str | None = None,
     layers: Sequence[int] | None = None,
     statistics: str | Path | None = None,
     compensate: bool = False,
@@ -51,6 +52,7 @@ def prune_checkpoint(
         intermediate_size: As in `prune`.
         score: The name of a score, as in `prune`.
         multiple_of: As in `prune`.
+        deploy: As in `prune`.
         layers: As in `prune`.
         statistics: File of statistics of this model (`Statistics.save`, `gluprune calibrate`), for calibrated scores,
             `compensate` and `allocation`; an error otherwise. One layer of it is read at a time.
@@ -75,7 +77,7 @@ def prune_checkpoint(
     """
     if not isinstance(score, str) or score not in SCORES:
         raise ValueError(f"unknown score {score!r}; allowed for a checkpoint on disk: {', '.join(SCORES)}")
-    recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
+    recipe = Recipe(score, compensate, allocation, multiple_of=multiple_of, deploy=deploy)
     recipe.check_data([] if statistics is None else ["statistics"], "calibration statistics: give statistics=")
     if dry_run and resume:
         raise ValueError("dry_run=True writes nothing, so there is nothing to continue: remove resume=True")

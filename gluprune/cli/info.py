@@ -10,10 +10,10 @@ EXAMPLES = ("gluprune info meta-llama/Llama-3.2-1B",)
 
 
 def run(model: Model, *, as_json: Json = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Show widths, sizes and alignment.
+    """Show widths, sizes and where a model can run.
 
-    Widths, ratios, parameters, bytes, alignment, tensor-parallel ranks and where the checkpoint comes from, read from
-    the config and the headers of the files.
+    Widths, ratios, parameters, bytes, alignment, the programs that take these widths, and where the checkpoint comes
+    from, read from the config and the headers of the files.
     """
     from gluprune.checkpoints.info import info
 

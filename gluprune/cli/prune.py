@@ -78,6 +78,15 @@ MultipleOf = Annotated[
     int,
     typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=_RECIPE),
 ]
+Deploy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where the model will run: transformers, vllm, tp2, tp4, tp8, fp8, awq, gptq, llama.cpp. Widths become"
+        " multiples of what it needs as well.",
+        rich_help_panel=_RECIPE,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -126,6 +135,7 @@ def run(
     compensate: Compensate = False,
     allocation: Allocation = "uniform",
     multiple_of: MultipleOf = 128,
+    deploy: Deploy = None,
     layers: Layers = None,
     calibration: Calibration = None,
     statistics: Statistics = None,
@@ -153,7 +163,7 @@ def run(
         "intermediate_size": intermediate_size,
         "layers": None if layers is None else parse_layers(layers),
     }
-    recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
+    recipe = Recipe(score, compensate, allocation, multiple_of=multiple_of, deploy=deploy)
     _check(recipe, calibration, statistics, dry_run=dry_run, resume=resume, clean=clean)
     used = {"--field": field != ["text"], "--device": device != "auto", "--dtype": dtype is not DtypeName.AUTO}
     _check_needs({} if calibration else used, "--calibration FILE")
@@ -169,17 +179,14 @@ def run(
     with ExitStack() as stack:
         if texts:
             # Everything that can be refused is refused before the model is loaded.
-            prune_checkpoint(source, out, **target, multiple_of=multiple_of, dry_run=True)
+            prune_checkpoint(source, out, **target, multiple_of=recipe.width_multiple, deploy=deploy, dry_run=True)
             folder = stack.enter_context(TemporaryDirectory(prefix="gluprune-"))
             file = Path(folder) / "statistics"
             statistics = _calibrate(source, texts, recipe, file, device=device, dtype=dtype)
         report = prune_checkpoint(source, out, **options, **recipe.options(), statistics=statistics)
     if layers is not None or len(set(report.widths.values())) > 1:
         logger.warning("layers of different widths: `gluprune.load` loads the result, stock transformers does not")
-    if as_json:
-        print(_as_json(report, kept))
-    else:
-        print(report, "dry run: nothing was written" if dry_run else out, sep="\n")
+    print(_as_json(report, kept) if as_json else f"{report}\n{'dry run: nothing was written' if dry_run else out}")
 
 
 def _as_json(report, kept: bool) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gluprune.calibration.statistics import Statistics
+from gluprune.models.consumers import consumer, verdict
 from gluprune.models.glu import GLU
 from gluprune.models.wrappers import check_weight
 from gluprune.pruning.recipe import Recipe
@@ -51,6 +52,24 @@ def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:
     if len(before) > 1:
         raise ValueError(f"the chosen layers have different widths {sorted(before)}: prune them in separate calls")
     return before.pop()
+
+
+def check_deploy(recipe: Recipe, widths: Sequence[int], model_type: str) -> None:
+    """Check that the program for which a model is pruned will take it.
+
+    Args:
+        recipe: Its `deploy` names the program, or is None.
+        widths: Intermediate size of every layer after pruning.
+        model_type: `config.model_type` of the text part.
+
+    Raises:
+        ValueError: The program refuses these widths.
+    """
+    if recipe.deploy is None:
+        return
+    found = verdict(consumer(recipe.deploy), widths, model_type)
+    if found.outcome == "refused":
+        raise ValueError(f"deploy={recipe.deploy!r} refuses the result: {found.reason}")
 
 
 def check_prunable(model: nn.Module, glus: Sequence[GLU], layers: Sequence[int]) -> None:

@@ -35,7 +35,6 @@ def prune_step(report: PruneReport, recipe: Recipe, calibration: dict | None) ->
     return {
         "step": "prune",
         "recipe": str(recipe),
-        "multiple_of": recipe.multiple_of,
         **figures,
         "calibration": calibration,
         "versions": versions(),

@@ -21,7 +21,7 @@ from gluprune.pruning.narrow import narrow
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport
 from gluprune.pruning.scores import Score, score_layer
-from gluprune.pruning.widths import allocated_widths, select, target_width
+from gluprune.pruning.widths import planned_widths, select, target_width
 from gluprune.runtime.patching import realign
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def prune(
     intermediate_size: int | None = None,
     score: str | Score = "maw_gud",
     multiple_of: int = 128,
+    deploy: str | None = None,
     calibration: Iterable | Statistics | None = None,
     compensate: bool = False,
     allocation: str = "uniform",
@@ -66,6 +67,9 @@ def prune(
             "activation", "hybrid" and "surgeon", which also runs the model backward. Or a callable that takes gate
             `[I, H]`, up `[I, H]` and down `[H, I]` and returns `[I]`; higher is kept.
         multiple_of: The width is rounded to the nearest multiple. 128 keeps rows aligned for fast loads; 1 is exact.
+        deploy: Where the model will run: "transformers", "vllm", "tp2", "tp4", "tp8" (ranks of tensor parallelism),
+            "fp8", "awq", "gptq" or "llama.cpp". Widths become multiples of what it needs as well; layers that it would
+            refuse are an error (`gluprune.models.consumers`).
         calibration: Text for calibrated scores, `compensate` and `allocation`; an error otherwise. Batches as
             `gluprune.calibrate` takes them, or the `Statistics` that it returned.
         compensate: Refit the down projections to the kept neurons by least squares (`gluprune.pruning.compensate`).
@@ -91,7 +95,7 @@ def prune(
         >>> report.intermediate_size, report.original_intermediate_size
         (384, 512)
     """
-    recipe = Recipe(score=score, compensate=compensate, allocation=allocation, multiple_of=multiple_of)
+    recipe = Recipe(score, compensate, allocation, multiple_of=multiple_of, deploy=deploy)
     needs = recipe.needs
     recipe.check_data([] if calibration is None else ["calibration"], "calibration data: give calibration=")
     model = unwrapped(model)
@@ -106,18 +110,12 @@ def prune(
         expansion_ratio=expansion_ratio,
         pruning_ratio=pruning_ratio,
         width=intermediate_size,
-        multiple_of=multiple_of,
+        multiple_of=recipe.width_multiple,
     )
     if needs.calibration and isinstance(calibration, Statistics):
         check_statistics(calibration, present, indices, recipe)
-    widths = allocated_widths(
-        indices,
-        allocation=allocation,
-        statistics=calibration,
-        intermediate_size=original,
-        width=width,
-        multiple_of=multiple_of,
-    )
+    model_type = model.config.get_text_config().model_type
+    widths = planned_widths(present, indices, recipe, calibration, width=width, model_type=model_type)
     choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
         choices = iter(list(progress(choices, desc="scoring", unit="layer", total=len(indices))))
@@ -133,6 +131,8 @@ def prune(
             parameters=count_parameters(model),
             original_parameters=parameters,
             score=recipe.score_name,
+            multiple_of=recipe.width_multiple,
+            deploy=recipe.deploy,
         )
         undo.pop_all()
     realign(glus[index].mlp for index in indices)

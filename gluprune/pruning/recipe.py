@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gluprune.models.consumers import width_multiple
 from gluprune.pruning.scores import CALIBRATED_SCORES, STATIC_SCORES, Score
 
 ALLOCATIONS = ("uniform", "sensitivity")
@@ -43,9 +45,11 @@ class Recipe:
         allocation: "uniform" gives every layer the same width, "sensitivity" gives sensitive layers more neurons.
         reconstruct: Whether `gluprune.reconstruct` follows. `prune` itself does not run it: it needs the dense model.
         multiple_of: Widths are rounded to the nearest multiple of this.
+        deploy: Where the model will run, a name in `gluprune.models.consumers.CONSUMERS`: widths are also multiples of
+            what it needs. None adds nothing.
 
     Raises:
-        ValueError: An unknown score or allocation, or a `multiple_of` below 1.
+        ValueError: An unknown score, allocation or `deploy`, or a `multiple_of` below 1.
         TypeError: `compensate` or `reconstruct` is not a bool.
 
     Example:
@@ -54,7 +58,9 @@ class Recipe:
         >>> recipe.needs.sensitivity
         True
         >>> recipe.options()
-        {'score': 'surgeon', 'compensate': True, 'allocation': 'uniform', 'multiple_of': 128}
+        {'score': 'surgeon', 'compensate': True, 'allocation': 'uniform', 'multiple_of': 128, 'deploy': None}
+        >>> Recipe(deploy="llama.cpp").width_multiple
+        256
     """
 
     score: str | Score = "maw_gud"
@@ -62,6 +68,7 @@ class Recipe:
     allocation: str = "uniform"
     reconstruct: bool = False
     multiple_of: int = 128
+    deploy: str | None = None
 
     def __post_init__(self):
         self.validate()
@@ -78,6 +85,8 @@ class Recipe:
         multiple = self.multiple_of
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple!r}")
+        if self.deploy is not None:
+            width_multiple(self.deploy, by_layer=False)
 
     @classmethod
     def parse(cls, text: str, *, multiple_of: int = 128) -> Recipe:
@@ -121,6 +130,13 @@ class Recipe:
         return self.score if isinstance(self.score, str) else getattr(self.score, "__name__", type(self.score).__name__)
 
     @property
+    def width_multiple(self) -> int:
+        """The number of which widths are multiples: the least that fits both `multiple_of` and `deploy`."""
+        if self.deploy is None:
+            return self.multiple_of
+        return math.lcm(self.multiple_of, width_multiple(self.deploy, by_layer=self.allocation == "sensitivity"))
+
+    @property
     def needs(self) -> Needs:
         """What the recipe needs besides the weights."""
         sensitivity = self.score == "surgeon" or self.allocation == "sensitivity"
@@ -159,4 +175,5 @@ class Recipe:
             "compensate": self.compensate,
             "allocation": self.allocation,
             "multiple_of": self.multiple_of,
+            "deploy": self.deploy,
         }

@@ -20,6 +20,8 @@ class PruneReport:
         parameters: Parameters of the whole model after pruning; tied weights count once.
         original_parameters: The same before pruning.
         score: Name of the score.
+        multiple_of: Widths are multiples of this.
+        deploy: Where the model will run; see `Recipe`. None if it was not said.
     """
 
     kept: dict[int, torch.Tensor] = field(repr=False)
@@ -30,6 +32,8 @@ class PruneReport:
     parameters: int
     original_parameters: int
     score: str
+    multiple_of: int
+    deploy: str | None
 
     @property
     def expansion_ratio(self) -> float:
@@ -50,6 +54,8 @@ class PruneReport:
         """Return everything as plain numbers, strings and lists, ready for JSON."""
         return {
             "score": self.score,
+            "multiple_of": self.multiple_of,
+            "deploy": self.deploy,
             "intermediate_size": self.intermediate_size,
             "original_intermediate_size": self.original_intermediate_size,
             "widths": self.widths,
@@ -63,10 +69,11 @@ class PruneReport:
 
     def __str__(self) -> str:
         narrowest, widest = min(self.widths.values()), max(self.widths.values())
+        target = f"; multiples of {self.multiple_of} for {self.deploy}" if self.deploy else ""
         spread = "" if narrowest == widest else f" on average, {narrowest} to {widest} per layer"
         return (
             f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.widths)} layers"
             f"{spread} (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned,"
             f" score {self.score});"
-            f" {self.original_parameters:,} -> {self.parameters:,} parameters"
+            f" {self.original_parameters:,} -> {self.parameters:,} parameters{target}"
         )

@@ -10,6 +10,8 @@ import torch
 
 from gluprune.calibration.sensitivity import removed_counts
 from gluprune.calibration.statistics import Statistics
+from gluprune.pruning.checks import check_deploy
+from gluprune.pruning.recipe import Recipe
 
 
 def percent_hint(ratio: float) -> str:
@@ -207,6 +209,40 @@ def allocated_widths(
     removed = removed_counts(intermediate_size)
     widths = widths_by_cost(costs, removed, intermediate_size, width, multiple_of=multiple_of)
     return dict(zip(layers, widths, strict=True))
+
+
+def planned_widths(
+    present: Sequence[int],
+    layers: Sequence[int],
+    recipe: Recipe,
+    statistics: Iterable | Statistics | None,
+    *,
+    width: int,
+    model_type: str,
+) -> dict[int, int]:
+    """Return layer index -> number of neurons that are kept, checked against the program that the recipe is for.
+
+    Args:
+        present: Intermediate size of every layer of the model.
+        layers: Indices of the layers that are pruned; they have the same width.
+        recipe: How the width is spread over them, and for which program.
+        statistics: See `allocated_widths`.
+        width: The requested mean.
+        model_type: `config.model_type` of the text part.
+
+    Raises:
+        ValueError: See `allocated_widths` and `check_deploy`.
+    """
+    widths = allocated_widths(
+        layers,
+        allocation=recipe.allocation,
+        statistics=statistics,
+        intermediate_size=present[layers[0]],
+        width=width,
+        multiple_of=recipe.width_multiple,
+    )
+    check_deploy(recipe, [widths.get(index, before) for index, before in enumerate(present)], model_type)
+    return widths
 
 
 def select(scores: torch.Tensor, width: int) -> torch.Tensor:

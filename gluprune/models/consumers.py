@@ -1,0 +1,135 @@
+"""The programs that run pruned models, and the widths that each of them takes.
+
+Sources, as read in their public repositories, and runs:
+
+- transformers, vllm: any width runs. Rows of down_proj whose size is not a multiple of 16 bytes slow plain matrix
+  products down (benchmarks/results/nvidia-h200/report.md: the widths 6554 and 4916 against 4096).
+- tpN: vllm/distributed/utils.py, `ensure_divisibility`, asserts that the width divides over the ranks. Each rank's
+  rows should be multiples of 16 bytes, for the same reason as on one GPU.
+- fp8: vllm/model_executor/layers/quantization/utils/fp8_utils.py, `validate_fp8_block_shape`: in the merged gate and
+  up, the gate must be a multiple of the block, which is 128.
+- awq, gptq: vllm/model_executor/layers/quantization/{awq,gptq}.py, `create_weights`: the input of down_proj must be a
+  multiple of the group, which is usually 128.
+- llama.cpp: SmolLM2-135M at the widths 922, 1024 and 1152 (docs/deploying.md); llama-quantize replaces a K-quant whose
+  rows are not multiples of 256 by a larger format. Its converter (`DeciModel`) reads only `ffn_mult` for layers that
+  differ, which expresses multiples of 256.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gluprune.models import nemotron_nas
+
+_UNALIGNED = "rows of down_proj are not multiples of 16 bytes in half precision"
+_EXPORT = "after `gluprune export --format nemotron-nas`"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program, or a way to run or quantize a model, as far as it restricts widths.
+
+    Attributes:
+        name: The value of `deploy=`.
+        multiple: Widths that are multiples of this run without loss.
+        by_layer: If layers differ, every width must be a multiple of this. They need an export first.
+        required: Widths that are not multiples of this are refused.
+        slower: What happens to widths that are multiples of `required`, but not of `multiple`.
+    """
+
+    name: str
+    multiple: int
+    by_layer: int = 1
+    required: int = 1
+    slower: str = ""
+
+
+CONSUMERS: dict[str, Consumer] = {
+    consumer.name: consumer
+    for consumer in (
+        Consumer("transformers", 8, slower=_UNALIGNED),
+        Consumer("vllm", 8, slower=_UNALIGNED),
+        *(
+            Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}")
+            for ranks in (2, 4, 8)
+        ),
+        *(Consumer(name, 128, required=128) for name in ("fp8", "awq", "gptq")),
+        Consumer(
+            "llama.cpp",
+            256,
+            by_layer=256,
+            slower="K-quants of down_proj fall back to larger formats",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a consumer takes the widths of a model.
+
+    Attributes:
+        outcome: "works", "works slower" (or with larger files) or "refused".
+        reason: Why it is slower or refused, or what is needed for it to work. Empty if there is nothing to say.
+    """
+
+    outcome: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.reason}" if self.reason else self.outcome
+
+
+def consumer(name: str) -> Consumer:
+    """Return the table entry of a consumer.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in CONSUMERS:
+        raise ValueError(f"unknown deploy {name!r}; allowed: {', '.join(CONSUMERS)}")
+    return CONSUMERS[name]
+
+
+def width_multiple(name: str, *, by_layer: bool) -> int:
+    """Return the number of which widths must be multiples, so that a consumer runs them without loss.
+
+    Args:
+        name: A key of `CONSUMERS`.
+        by_layer: Whether layers have different widths.
+
+    Raises:
+        ValueError: There is no consumer of this name.
+    """
+    found = consumer(name)
+    return math.lcm(found.multiple, found.by_layer if by_layer else 1)
+
+
+def verdict(found: Consumer, widths: Sequence[int], model_type: str) -> Verdict:
+    """Return whether a consumer takes a model of these widths.
+
+    Args:
+        found: An entry of `CONSUMERS`.
+        widths: Intermediate size of every layer.
+        model_type: `config.model_type` of the text part.
+    """
+    differ = len(set(widths)) > 1
+    if differ and (obstacle := nemotron_nas.obstacle(model_type)):
+        return Verdict(
+            "refused", f"layers differ, and the format for such layers does not hold {model_type}: {obstacle}"
+        )
+    required = math.lcm(found.required, found.by_layer) if differ else found.required
+    if unfit := _first_unfit(widths, required):
+        layers = " where layers differ" if differ and found.by_layer == required > found.required else ""
+        return Verdict("refused", f"{unfit} is not a multiple of {required}{layers}")
+    needed = _EXPORT if differ else ""
+    if unfit := _first_unfit(widths, found.multiple):
+        reason = f"{unfit} is not a multiple of {found.multiple}: {found.slower}"
+        return Verdict("works slower", f"{reason}; {needed}" if needed else reason)
+    return Verdict("works", needed)
+
+
+def _first_unfit(widths: Sequence[int], multiple: int) -> int | None:
+    return next((width for width in widths if width % multiple), None)

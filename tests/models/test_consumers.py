@@ -1,0 +1,80 @@
+"""Which programs take which widths, in the table and in `info`."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from gluprune.checkpoints.info import info
+from gluprune.cli import main
+from gluprune.models.consumers import CONSUMERS, verdict, width_multiple
+from gluprune.models.families import FAMILIES
+from gluprune.models.nemotron_nas import FAMILIES as EXPRESSIBLE
+
+OUTCOMES = {
+    922: {
+        **dict.fromkeys(["transformers", "vllm", "tp2", "llama.cpp"], "works slower"),
+        **dict.fromkeys(["tp4", "tp8", "fp8", "awq", "gptq"], "refused"),
+    },
+    1024: {},
+    1152: {"llama.cpp": "works slower"},
+    1280: {},
+}
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """Write the config of a Llama with one layer of a given width."""
+
+    def write(width):
+        LlamaConfig(
+            hidden_size=8, intermediate_size=width, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        ).save_pretrained(tmp_path)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("width", OUTCOMES)
+def test_info_says_where_a_width_runs(folder_of, width, capsys):
+    """A line for each consumer; anything but "works" has a reason that names the width."""
+    expected = dict.fromkeys(CONSUMERS, "works") | OUTCOMES[width]
+    found = info(folder_of(width)).consumers
+    assert {name: each.outcome for name, each in found.items()} == expected
+    for each in found.values():
+        assert (each.reason == "") == (each.outcome == "works")
+        assert each.outcome == "works" or f"{width} is not a multiple of " in each.reason
+    assert main(["info", str(folder_of(width))]) == 0
+    text = capsys.readouterr().out
+    assert all(line in text for line in (f"{name:<12}  {each}\n" for name, each in found.items()))
+    assert main(["info", str(folder_of(width)), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["consumers"]
+    assert printed == {name: {"outcome": each.outcome, "reason": each.reason} for name, each in found.items()}
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_multiples_of_the_width_multiple_work(name, by_layer):
+    """What `deploy=` rounds to is what the consumer takes; smaller powers of two are worse."""
+    multiple = width_multiple(name, by_layer=by_layer)
+    widths = [3 * multiple, 5 * multiple if by_layer else 3 * multiple]
+    assert verdict(CONSUMERS[name], widths, "llama").outcome == "works"
+    worse = [3 * multiple // 2, *widths[1:]] if by_layer else [3 * multiple // 2] * 2
+    assert verdict(CONSUMERS[name], worse, "llama").outcome != "works"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_layers_that_differ_need_an_export_that_holds_the_family(model_type):
+    for entry in CONSUMERS.values():
+        found = verdict(entry, [512, 1024], model_type)
+        if model_type in EXPRESSIBLE:
+            assert (found.outcome, "gluprune export" in found.reason) == ("works", True)
+        else:
+            assert found.outcome == "refused" and model_type in found.reason
+        assert verdict(entry, [512, 512], model_type).outcome == "works"
+
+
+def test_layers_that_differ_by_128_do_not_fit_ffn_mult():
+    assert "where layers differ" in verdict(CONSUMERS["llama.cpp"], [128, 256], "llama").reason
+    assert verdict(CONSUMERS["vllm"], [128, 256], "llama").outcome == "works"
+    assert "where layers differ" not in verdict(CONSUMERS["fp8"], [64, 256], "llama").reason

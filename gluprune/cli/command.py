@@ -49,7 +49,7 @@ class Command(TyperCommand):
             print_interrupted(ctx.command_path, self.resuming)
             raise typer.Exit(INTERRUPTED) from None
         except ERRORS as error:
-            print_error(ctx.command_path, in_flags(str(error), self._flags()))
+            print_error(ctx.command_path, in_flags(_message(error), self._flags()))
             raise typer.Exit(BAD_INPUT) from None
 
     def _flags(self) -> dict[str, str]:
@@ -103,6 +103,13 @@ def print_error(command: str, error: Exception | str) -> None:
     """Print one line to stderr."""
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     print(f"{command}: error: {message}", file=sys.stderr)
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error; that of a failed file operation as "path: reason"."""
+    if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:

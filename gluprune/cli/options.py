@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from gluprune.io.hub import check_source
+
 OUTPUT, RUNNING = "Output", "How models run"
 
 
@@ -47,6 +49,24 @@ def _configure_logging(level: int) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def check_model(source: str) -> str:
+    """Return the argument of a command if it can be a model.
+
+    Raises:
+        typer.BadParameter: It is neither a folder nor a Hub id.
+    """
+    try:
+        check_source(source)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return source
+
+
+def check_models(sources: list[str]) -> list[str]:
+    """Return the arguments of a command if all can be models; see `check_model`."""
+    return [check_model(source) for source in sources]
 
 
 def parse_layers(text: str) -> list[int]:
@@ -111,7 +131,10 @@ Quiet = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Model folder or Hub id.", show_default=False, callback=check_model),
+]
 NewFolder = Annotated[
     str, typer.Option("--out", metavar="FOLDER", help="Output folder; must be new or empty.", show_default=False)
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, NewFolder, Quiet, Texts, Verbose
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, NewFolder, Quiet, Texts, Verbose, check_model
 from gluprune.io.text import read_texts
 
 EXAMPLES = (
@@ -18,11 +18,20 @@ EXAMPLES = (
 
 def run(
     pruned: Annotated[
-        str, typer.Argument(metavar="PRUNED", help="Pruned model: folder or Hub id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PRUNED", help="Pruned model: folder or Hub id.", show_default=False, callback=check_model
+        ),
     ],
     *,
     dense: Annotated[
-        str, typer.Option(metavar="MODEL", help="The model before pruning: folder or Hub id.", show_default=False)
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="The model before pruning: folder or Hub id.",
+            show_default=False,
+            callback=check_model,
+        ),
     ],
     text: Texts,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 32,

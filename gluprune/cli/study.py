@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gluprune.cli import evaluation
-from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Quiet, Verbose
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Quiet, Verbose, check_models
 from gluprune.io.text import read_texts
 from gluprune.measure.paper import RATIOS
 
@@ -24,7 +24,8 @@ _RATIOS = [str(ratio) for ratio in RATIOS]
 
 def run(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Model folders or Hub ids.", show_default=False)
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Model folders or Hub ids.", show_default=False, callback=check_models),
     ],
     *,
     ratios: Annotated[

@@ -35,6 +35,16 @@ def is_hub_id(source: str | Path) -> bool:
     return re.fullmatch(_HUB_ID, str(source)) is not None and not Path(source).exists()
 
 
+def check_source(source: str | Path) -> None:
+    """Check that this can be a model, before anything slow: transformers asks the Hub for every name, again and again.
+
+    Raises:
+        ValueError: It is neither a folder nor `owner/name`.
+    """
+    if not Path(source).is_dir() and not is_hub_id(source):
+        raise ValueError(f"{source} is neither a model folder nor a Hub id (owner/name)")
+
+
 def stored_folder(source: str | Path) -> Path | None:
     """Return the folder of a model, or of a Hub id in the cache; None if the model is not on this disk."""
     if Path(source).is_dir() and str(source):
@@ -73,8 +83,7 @@ def local_folder(source: str | Path) -> Path:
     """
     if Path(source).is_dir():
         return Path(source).absolute()
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise ValueError(f"{source} is neither a model folder nor a Hub id")
+    check_source(source)
     from huggingface_hub import snapshot_download
 
     try:

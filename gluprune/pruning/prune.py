@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
@@ -26,6 +27,8 @@ from gluprune.runtime.patching import realign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -120,6 +123,7 @@ def prune(
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
         choices = iter(list(progress(choices, desc="scoring", unit="layer", total=len(indices))))
     parameters = count_parameters(model)
+    trained = any(weight.grad is not None for index in indices for weight in glus[index].mlp.parameters())
     with ExitStack() as undo:
         kept = _narrow_all(model, glus, progress(choices, desc="narrowing", unit="layer", total=len(indices)), undo)
         report = PruneReport(
@@ -135,6 +139,8 @@ def prune(
             deploy=recipe.deploy,
         )
         undo.pop_all()
+    if trained:
+        logger.warning("create a new optimizer: one created before pruning keeps state of the former shapes")
     realign(glus[index].mlp for index in indices)
     record(model, prune_step(report, recipe, calibration_entry(calibration) if needs.calibration else None))
     return report

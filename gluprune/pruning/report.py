@@ -71,8 +71,9 @@ class PruneReport:
         narrowest, widest = min(self.widths.values()), max(self.widths.values())
         target = f"; multiples of {self.multiple_of} for {self.deploy}" if self.deploy else ""
         spread = "" if narrowest == widest else f" on average, {narrowest} to {widest} per layer"
+        layers = f"{len(self.widths)} layer" + ("" if len(self.widths) == 1 else "s")
         return (
-            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {len(self.widths)} layers"
+            f"{self.original_intermediate_size} -> {self.intermediate_size} neurons in {layers}"
             f"{spread} (expansion ratio {self.expansion_ratio:.2f}, {self.pruning_ratio:.1%} pruned,"
             f" score {self.score});"
             f" {self.original_parameters:,} -> {self.parameters:,} parameters{target}"

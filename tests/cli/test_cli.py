@@ -364,7 +364,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys, arg
 @pytest.mark.slow
 def test_bad_paths(checkpoint, tmp_path):
     for arguments, message in [
-        (["info", tmp_path / "absent"], "absent is neither a model folder nor a reachable Hub id"),
+        (["info", tmp_path / "absent"], "absent is neither a model folder nor a Hub id (owner/name)"),
         (["prune", tmp_path / "absent", "--out", tmp_path / "out", "--pruning-ratio", "0.4"], "absent"),
         (["prune", checkpoint, "--out", checkpoint, "--pruning-ratio", "0.4"], "source"),
     ]:
@@ -376,5 +376,5 @@ def test_bad_paths(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("layers", ["a", "1-", "-1", "1,,2", ""])
 def test_bad_layer_list(layers, capsys):
-    assert main(["prune", "x", "--out", "y", f"--layers={layers}"]) == 2
+    assert main(["prune", "owner/x", "--out", "y", f"--layers={layers}"]) == 2
     assert "is not a list of layers such as 0,2,5-7" in capsys.readouterr().err

@@ -110,6 +110,16 @@ def test_output_equals_the_model_with_zeroed_neurons(family_name, tiny_model):
     torch.testing.assert_close(model(ids).logits, zeroed(ids).logits, rtol=1e-10, atol=1e-12)
 
 
+def test_pruning_in_training_asks_for_a_new_optimizer(tiny_model, caplog):
+    model = tiny_model()
+    gluprune.prune(model, pruning_ratio=0.2, multiple_of=1)
+    assert not caplog.records
+    model(torch.randint(3, 64, (1, 5))).logits.sum().backward()
+    gluprune.prune(model, pruning_ratio=0.2, multiple_of=1)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.message.startswith("create a new optimizer")
+
+
 def test_no_second_copy_remains(tiny_model):
     """Parameter objects are kept, their storage has no slack, and stale gradients are removed."""
     model = tiny_model("llama", mlp_bias=True)

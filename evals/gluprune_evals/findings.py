@@ -55,6 +55,14 @@ def has_nothing_to_lose(dense: Result | None) -> bool:
     return dense.value - 1.96 * (dense.stderr or 0.0) <= chance
 
 
+def shows_more_than_noise(series: Series, task: str) -> bool:
+    """Whether more scores of a task differ from the dense model's than by chance, and a loss can show."""
+    if has_nothing_to_lose(series.results.get(task, {}).get(0.0)):
+        return False
+    counts = mark_counts(series, [task])
+    return any(is_beyond_chance(counts[mark], sum(counts.values())) for mark in (WORSE, BETTER))
+
+
 def published_verdict(claim: Claim, model: str) -> str:
     """Return the number of published configurations in which the scores moved as the finding says."""
     moves = []

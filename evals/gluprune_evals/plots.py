@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gluprune.measure.records import Record
 from gluprune.reports.plots import readable
+from gluprune_evals.findings import shows_more_than_noise
 from gluprune_evals.paper import scores
 from gluprune_evals.series import Series
 from gluprune_evals.significance import Correlation
@@ -28,10 +29,13 @@ def _panels(count: int, columns: int, width: float, height: float, margin: float
 
 
 def _task_panels(own: list[Series]):
-    """A figure, and a panel for each task."""
+    """A figure, a panel for each task that shows more than noise (for all, if none does), and a note on the others."""
     tasks = list(dict.fromkeys(task for series in own for task in series.results))
-    figure, panels = _panels(len(tasks), columns=4, width=3.4, height=2.6, margin=0.9)
-    return figure, dict(zip(tasks, panels, strict=True))
+    drawn = [task for task in tasks if any(shows_more_than_noise(series, task) for series in own)] or tasks
+    figure, panels = _panels(len(drawn), columns=2 if len(drawn) == 4 else 3, width=4.2, height=3.0, margin=1.1)
+    left = ", ".join(task for task in tasks if task not in drawn)
+    note = f". Not drawn, since changes are within the noise or cannot show: {left}" if left else ""
+    return figure, dict(zip(drawn, panels, strict=True)), note
 
 
 def _titled(axes, task: str, ratio_axis: str = "") -> None:
@@ -48,7 +52,7 @@ def _titled(axes, task: str, ratio_axis: str = "") -> None:
 
 def capability(own: list[Series], path: Path) -> None:
     """Draw each task's score against the expansion ratio: one line per recipe, in a band of one standard error."""
-    figure, panels = _task_panels(own)
+    figure, panels, note = _task_panels(own)
     for task, axes in panels.items():
         for index, series in enumerate(own):
             found = dict(sorted(series.results.get(task, {}).items()))
@@ -67,12 +71,12 @@ def capability(own: list[Series], path: Path) -> None:
         _titled(axes, task, "" if TASKS[task].lower_is_better else "y")
         axes.set_xlabel("expansion ratio", fontsize="x-small")
         axes.invert_xaxis()
-    _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bands: one standard error)", path)
+    _finish(figure, panels, f"{own[0].model}: score against expansion ratio (bands: one standard error){note}", path)
 
 
 def against_published(own: list[Series], path: Path) -> None:
     """Draw each task's score divided by the dense model's against the share of neurons removed, and those published."""
-    figure, panels = _task_panels(own)
+    figure, panels, note = _task_panels(own)
     for task, axes in panels.items():
         axes.axhline(1, color="black", lw=0.8)
         for index, series in enumerate(own):
@@ -90,7 +94,7 @@ def against_published(own: list[Series], path: Path) -> None:
             axes.set_yscale("log")
         _titled(axes, task, "x" if TASKS[task].lower_is_better else "xy")
         axes.set_xlabel("neurons removed", fontsize="x-small")
-    _finish(figure, panels, "Score over that of the dense model against the share of neurons removed", path)
+    _finish(figure, panels, f"Score over that of the dense model against the share of neurons removed{note}", path)
 
 
 def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) -> bool:
@@ -114,7 +118,7 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
         return False
     record = next(iter(costs.values()))
     scale, unit = readable([cost.p50 for cost in costs.values()], record.unit)
-    figure, panels = _task_panels(own)
+    figure, panels, note = _task_panels(own)
     for task, axes in panels.items():
         for index, (recipe, of) in enumerate(points.items()):
             if of.get(task):
@@ -128,7 +132,7 @@ def cost(own: list[Series], costs: dict[int, Record], words: str, path: Path) ->
         axes.set_xlabel(f"{words}, {unit}", fontsize="x-small")
     how = ", ".join(f"{key} {value}" for key, value in record.shape.items() if key not in ("model", "I", "H"))
     title = f"{own[0].model}: score against {words}, by {record.provider}, {how or record.what},"
-    title += f" {record.hardware}"
+    title += f" {record.hardware}{note}"
     _finish(figure, panels, title, path)
     return True
 

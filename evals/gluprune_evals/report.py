@@ -14,7 +14,7 @@ from gluprune.io.atomic import write_file
 from gluprune.measure.records import Record
 from gluprune.reports.plots import number
 from gluprune_evals import plots
-from gluprune_evals.findings import CLAIMS, has_nothing_to_lose, published_verdict, verdict
+from gluprune_evals.findings import CLAIMS, has_nothing_to_lose, published_verdict, shows_more_than_noise, verdict
 from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Result
 from gluprune_evals.paper import scores
@@ -29,7 +29,7 @@ from gluprune_evals.series import (
     mark_counts,
     series_correlation,
 )
-from gluprune_evals.significance import Correlation, is_beyond_chance
+from gluprune_evals.significance import Correlation
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"
@@ -158,7 +158,7 @@ def _in_short(every: list[Series]) -> str:
             text = f"{task} ({moved} of {total})" if moved else task
             if has_nothing_to_lose(found.get(0.0)):
                 bare.append(text)
-            elif any(is_beyond_chance(counts[mark], total) for mark in (WORSE, BETTER)):
+            elif shows_more_than_noise(series, task):
                 shown.append(text)
             elif total:
                 hidden.append(text)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gluprune.calibration.collect import calibrate
     from gluprune.calibration.sample import sample_text
     from gluprune.calibration.statistics import Statistics
+    from gluprune.checkpoints.export import export
     from gluprune.checkpoints.info import info
     from gluprune.checkpoints.load_save import load, save
     from gluprune.checkpoints.stream import prune_checkpoint
@@ -28,6 +29,7 @@ __all__ = [
     "Statistics",
     "batches_from_text",
     "calibrate",
+    "export",
     "fusion_status",
     "graph_decoding",
     "info",
@@ -51,6 +53,7 @@ _MODULES = {
     "Statistics": "calibration.statistics",
     "batches_from_text": "calibration.batches",
     "calibrate": "calibration.collect",
+    "export": "checkpoints.export",
     "fusion_status": "runtime.fusion",
     "graph_decoding": "runtime.graphs",
     "info": "checkpoints.info",

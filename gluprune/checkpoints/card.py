@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gluprune.io.hub import hub_model, is_hub_id, model_name, stored_folder
 from gluprune.io.shards import read_json_object
+from gluprune.models.nemotron_nas import ARCHITECTURE
 
 HISTORY_FILE, CARD_FILE = "gluprune.json", "README.md"
 _CARD_BYTES = 1 << 16
@@ -47,7 +48,7 @@ class History:
         return cls(model_name(source), licence=_licence(Path(source)))
 
     def documents(self, steps: Sequence[dict], architecture: str, widths: Sequence[int]) -> dict[str, bytes]:
-        """Return the files of a checkpoint after more steps, by name; none if there was no step.
+        """Return the files of a checkpoint after more steps, by name.
 
         Args:
             steps: What was done since.
@@ -55,8 +56,6 @@ class History:
             widths: Intermediate size of every layer.
         """
         after = History(self.base_model, self.base_commit, [*self.steps, *steps], self.licence)
-        if not after.steps:
-            return {}
         content = json.dumps(asdict(after), indent=2, ensure_ascii=False) + "\n"
         return {HISTORY_FILE: content.encode(), CARD_FILE: _card(after, _loading(architecture, widths)).encode()}
 
@@ -103,13 +102,15 @@ def _card(history: History, loading: list[str]) -> str:
         link = base
     if history.base_commit:
         link += f" at commit {history.base_commit}"
+    name, summary = base.rpartition("/")[2], f"Written from {link}."
+    if history.steps:
+        name, summary = f"{name}, pruned", f"A pruned version of {link}: neurons were removed from its MLPs."
     lines = [
         *("---", *header, "---", ""),
-        *(f"# {base.rpartition('/')[2]}, pruned", ""),
-        *(f"A pruned version of {link}: neurons were removed from its MLPs.", ""),
+        *(f"# {name}", "", summary, ""),
         *("Its quality is not that of the dense model; measure it on your own task.", ""),
         *(line for step in history.steps for line in _step_lines(step)),
-        *("## Load", "", "```python", *loading, "```", ""),
+        *("## Load", "", *loading, ""),
         f"`{HISTORY_FILE}` holds these facts for programs.",
     ]
     return "\n".join(lines) + "\n"
@@ -137,8 +138,18 @@ def _step_lines(step: dict) -> list[str]:
 
 
 def _loading(architecture: str, widths: Sequence[int]) -> list[str]:
+    if architecture == ARCHITECTURE:
+        return [
+            *("```sh", "vllm serve PATH --trust-remote-code", "```", ""),
+            *("```python", "from transformers import AutoModelForCausalLM", ""),
+            *('model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)', "```", ""),
+            "The config is in the Nemotron-NAS (DeciLM) format, in which layers may have different widths. transformers"
+            " does not know it: `trust_remote_code=True` runs `configuration_decilm.py` and `modeling_decilm.py` in"
+            " this folder, which gluprune wrote; read them first. `gluprune export PATH --format hf --out FOLDER`"
+            " writes a checkpoint without code, which `gluprune.load` loads.",
+        ]
     if len(set(widths)) > 1:
         imports = "import gluprune  # layers have different widths, which stock transformers cannot load"
-        return [imports, "", 'model = gluprune.load("PATH")']
+        return ["```python", imports, "", 'model = gluprune.load("PATH")', "```"]
     name = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else architecture
-    return [f"from transformers import {name}", "", f'model = {name}.from_pretrained("PATH")']
+    return ["```python", f"from transformers import {name}", "", f'model = {name}.from_pretrained("PATH")', "```"]

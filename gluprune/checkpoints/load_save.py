@@ -20,9 +20,11 @@ from gluprune.checkpoints.card import History
 from gluprune.checkpoints.source import other_files
 from gluprune.io.atomic import read_chunks, write_file
 from gluprune.io.folder import complete_folder
-from gluprune.io.hub import first_line
-from gluprune.models.families import family_of
+from gluprune.io.hub import first_line, stored_folder
+from gluprune.io.shards import read_json_object
+from gluprune.models.families import family_of, family_of_type
 from gluprune.models.glu import model_glus, resize, text_configs
+from gluprune.models.nemotron_nas import MODEL_TYPE
 from gluprune.models.widths import layer_widths, set_config_widths
 from gluprune.pruning.history import steps_of
 
@@ -81,9 +83,11 @@ def save_like(model: PreTrainedModel, destination: str | Path, source: Path) -> 
 def _write(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     history = History.of(getattr(model.config, "_name_or_path", None) or "")
-    files = history.documents(steps_of(model), type(model).__name__, layer_widths(model.config))
-    for name, content in files.items():
-        write_file(folder / name, [content])
+    steps = steps_of(model)
+    if history.steps or steps:
+        files = history.documents(steps, type(model).__name__, layer_widths(model.config))
+        for name, content in files.items():
+            write_file(folder / name, [content])
 
 
 def load(path: str | Path, **kwargs) -> PreTrainedModel:
@@ -161,15 +165,26 @@ def _listed(keys: Iterable[str], at_most: int = 3) -> str:
 
 
 def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
-    """Return the config of a model folder or Hub id.
+    """Return the config of a model folder or Hub id; code in it is run only if `kwargs` say so.
 
     Raises:
-        ValueError: There is no readable model config at `path`.
+        ValueError: There is no readable model config at `path`, or it is in the format of an export.
     """
     try:
-        return AutoConfig.from_pretrained(path, **kwargs)
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
+        if _is_export(path):
+            family_of_type(MODEL_TYPE)
         raise ValueError(f"{path} is neither a model folder nor a reachable Hub id: {first_line(error)}") from error
+
+
+def _is_export(path: str | Path) -> bool:
+    """Whether a checkpoint on this disk is in the format of `gluprune export`."""
+    try:
+        raw = read_json_object((stored_folder(path) or Path(path)) / "config.json")
+    except (OSError, ValueError):
+        return False
+    return raw.get("model_type") == MODEL_TYPE
 
 
 def build_empty(config: PreTrainedConfig) -> PreTrainedModel:

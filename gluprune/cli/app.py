@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from gluprune import __version__
-from gluprune.cli import bench, calibrate, command, demo, info, perplexity, prune, reconstruct, report, sample, study
+from gluprune.cli import (
+    bench,
+    calibrate,
+    command,
+    demo,
+    export,
+    info,
+    perplexity,
+    prune,
+    reconstruct,
+    report,
+    sample,
+    study,
+)
 from gluprune.cli import eval as evaluate
 from gluprune.cli.help import HELP_FLAGS
 
@@ -18,6 +31,7 @@ PANELS = {
         "calibrate": calibrate,
         "sample": sample,
         "reconstruct": reconstruct,
+        "export": export,
         "info": info,
     },
     "Measure and compare": {

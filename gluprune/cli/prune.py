@@ -36,6 +36,10 @@ EXAMPLES = (
     "gluprune prune meta-llama/Llama-3.2-1B --pruning-ratio 0.2 --out llama-better \\\n"
     "   --score surgeon --compensate --statistics llama.stats",
 )
+_LAYERS_DIFFER = (
+    "layers of different widths: `gluprune.load` loads the result, stock transformers does not;"
+    " `gluprune export` writes it for servers"
+)
 _TARGET, _RECIPE, _STREAMING = "Target (exactly one)", "Recipe", "Streaming (without --calibration)"
 
 
@@ -185,7 +189,7 @@ def run(
             statistics = _calibrate(source, texts, recipe, file, device=device, dtype=dtype)
         report = prune_checkpoint(source, out, **options, **recipe.options(), statistics=statistics)
     if layers is not None or len(set(report.widths.values())) > 1:
-        logger.warning("layers of different widths: `gluprune.load` loads the result, stock transformers does not")
+        logger.warning(_LAYERS_DIFFER)
     print(_as_json(report, kept) if as_json else f"{report}\n{'dry run: nothing was written' if dry_run else out}")
 
 

@@ -92,6 +92,7 @@ REFUSED: dict[str, str] = {
     "deepseek_v2": "its MLPs are routed experts",
     "deepseek_v3": "its MLPs are routed experts",
     "llama4_text": "its MLPs are routed experts",
+    "nemotron-nas": "`gluprune export --format hf` writes an export of gluprune back",
 }
 
 

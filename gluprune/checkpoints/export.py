@@ -1,7 +1,7 @@
-"""`export`: the same weights under the config of another format.
+"""`export`: the same weights under the config of another format, or as a GGUF file.
 
-Only the config, the code for transformers and the files that say where a checkpoint comes from are written. Weights are
-hard links where the file system allows it.
+Of a checkpoint, only the config, the code for transformers and the files that say where it comes from are written.
+Weights are hard links where the file system allows it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from gluprune.checkpoints import gguf
 from gluprune.checkpoints.card import History
 from gluprune.checkpoints.load_save import read_config
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
@@ -23,7 +24,7 @@ from gluprune.models.families import family_of_type
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (nemotron_nas.MODEL_TYPE, "hf")
+FORMATS = (nemotron_nas.MODEL_TYPE, "hf", "gguf")
 _CODE = ("configuration_decilm.py", "modeling_decilm.py")
 
 
@@ -42,7 +43,7 @@ class _Export:
     copied: list[str]
 
 
-def export(source: str | Path, destination: str | Path, *, format: str) -> Path:
+def export(source: str | Path, destination: str | Path, *, format: str, converter: str | Path | None = None) -> Path:
     """Write a checkpoint in another format; the folder appears only when it is complete.
 
     Tensors keep their names and bytes. Files with weights are hard links to those of the source where the file system
@@ -55,17 +56,22 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> Path:
 
     "hf" is the format of transformers, as `gluprune.save` writes it: it takes such an export back.
 
+    "gguf" calls llama.cpp's own converter, which writes `model.gguf` into the folder. It takes checkpoints with one
+    width, and "nemotron-nas" exports whose widths are multiples of 256.
+
     Args:
         source: A folder or a Hub id, which is downloaded first.
         destination: A folder that does not exist or is empty, outside the source.
-        format: "nemotron-nas" or "hf".
+        format: "nemotron-nas", "hf" or "gguf".
+        converter: llama.cpp's `convert_hf_to_gguf.py`, for "gguf" only. None: the one on the PATH.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: An unknown format, a model that the format does not hold, or a corrupt checkpoint. Nothing is
-            written.
+        ValueError: An unknown format, a model that the format does not hold, a corrupt checkpoint, or no converter.
+            Nothing is written.
+        RuntimeError: The converter failed. Nothing is written.
         OSError: A file cannot be read or written; the message names it.
 
     Example:
@@ -78,10 +84,18 @@ def export(source: str | Path, destination: str | Path, *, format: str) -> Path:
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; allowed: {', '.join(FORMATS)}")
+    if converter is not None and format != "gguf":
+        raise ValueError(f"converter would be ignored: format={format!r} needs none")
     check_destination(destination)
     folder, target = local_folder(source), Path(destination).resolve()
     if folder.resolve() in (target, *target.parents):
         raise ValueError(f"output folder {destination} must lie outside the source {source}")
+    if format == "gguf":
+        script = gguf.find_converter(converter)
+        gguf.convertible_rows(folder)
+        with complete_folder(destination) as output:
+            gguf.convert(folder, script, output / gguf.FILE)
+        return Path(destination)
     planned = _plan(folder, format)
     with complete_folder(destination) as output:
         for name, content in planned.documents.items():

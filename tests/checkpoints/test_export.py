@@ -238,7 +238,7 @@ def test_what_cannot_be_written_back(tmp_path):
 
 def test_bad_arguments(tmp_path):
     narrow(tmp_path / "narrow")
-    with pytest.raises(ValueError, match="unknown format 'onnx'; allowed: nemotron-nas, hf"):
+    with pytest.raises(ValueError, match="unknown format 'onnx'; allowed: nemotron-nas, hf, gguf"):
         export(tmp_path / "narrow", tmp_path / "out", format="onnx")
     with pytest.raises(ValueError, match="must lie outside the source"):
         export(tmp_path / "narrow", tmp_path / "narrow" / "out", format="nemotron-nas")
@@ -274,7 +274,7 @@ def test_command_line(widths, warned, tmp_path, capsys, caplog):
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"format": "hf", "folder": str(tmp_path / "back")}
     assert main(["export", str(tmp_path / "narrow"), "--out", str(tmp_path / "x"), "--format", "onnx"]) == 2
-    assert "'nemotron-nas', 'hf'" in capsys.readouterr().err
+    assert "'nemotron-nas', 'hf', 'gguf'" in capsys.readouterr().err
 
 
 KILL_SCRIPT = """

@@ -141,8 +141,9 @@ def _loading(architecture: str, widths: Sequence[int]) -> list[str]:
     if architecture == ARCHITECTURE:
         return [
             *("```sh", "vllm serve PATH --trust-remote-code", "```", ""),
-            *("```python", "from transformers import AutoModelForCausalLM", ""),
-            *('model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)', "```", ""),
+            *("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+            'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
+            *('tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)', "```", ""),
             "The config is in the Nemotron-NAS (DeciLM) format, in which layers may have different widths. transformers"
             " does not know it: `trust_remote_code=True` runs `configuration_decilm.py` and `modeling_decilm.py` in"
             " this folder, which gluprune wrote; read them first. `gluprune export PATH --format hf --out FOLDER`"

@@ -37,6 +37,7 @@ class Consumer:
         by_layer: If layers differ, every width must be a multiple of this. They need an export first.
         required: Widths that are not multiples of this are refused.
         slower: What happens to widths that are multiples of `required`, but not of `multiple`.
+        export: What limits the export that layers which differ need.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Consumer:
     by_layer: int = 1
     required: int = 1
     slower: str = ""
+    export: str = ""
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -61,6 +63,7 @@ CONSUMERS: dict[str, Consumer] = {
             256,
             by_layer=256,
             slower="K-quants of down_proj fall back to larger formats",
+            export="; in that format its converter takes only the tokenizers of Llama",
         ),
     )
 }
@@ -124,7 +127,7 @@ def verdict(found: Consumer, widths: Sequence[int], model_type: str) -> Verdict:
     if unfit := _first_unfit(widths, required):
         layers = " where layers differ" if differ and found.by_layer == required > found.required else ""
         return Verdict("refused", f"{unfit} is not a multiple of {required}{layers}")
-    needed = _EXPORT if differ else ""
+    needed = _EXPORT + found.export if differ else ""
     if unfit := _first_unfit(widths, found.multiple):
         reason = f"{unfit} is not a multiple of {found.multiple}: {found.slower}"
         return Verdict("works slower", f"{reason}; {needed}" if needed else reason)

@@ -77,4 +77,5 @@ def test_layers_that_differ_need_an_export_that_holds_the_family(model_type):
 def test_layers_that_differ_by_128_do_not_fit_ffn_mult():
     assert "where layers differ" in verdict(CONSUMERS["llama.cpp"], [128, 256], "llama").reason
     assert verdict(CONSUMERS["vllm"], [128, 256], "llama").outcome == "works"
+    assert verdict(CONSUMERS["llama.cpp"], [512, 256], "llama").reason.endswith("takes only the tokenizers of Llama")
     assert "where layers differ" not in verdict(CONSUMERS["fp8"], [64, 256], "llama").reason

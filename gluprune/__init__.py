@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gluprune.runtime.fusion import fusion_status
     from gluprune.runtime.graphs import graph_decoding
     from gluprune.runtime.patching import patch, patch_llama, unpatch, unpatch_llama
+    from gluprune.workflow.shrink import shrink
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "reconstruct",
     "sample_text",
     "save",
+    "shrink",
     "unpatch",
     "unpatch_llama",
 ]
@@ -66,6 +68,7 @@ _MODULES = {
     "reconstruct": "pruning.reconstruct",
     "sample_text": "calibration.sample",
     "save": "checkpoints.load_save",
+    "shrink": "workflow.shrink",
     "unpatch": "runtime.patching",
     "unpatch_llama": "runtime.patching",
 }

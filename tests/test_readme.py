@@ -71,6 +71,13 @@ def test_readme_is_short():
     assert README.stat().st_size <= 6000
 
 
+def check_checkpoints(folder, *names):
+    for name in names:
+        narrow = AutoModelForCausalLM.from_pretrained(name)
+        assert narrow.config.intermediate_size == 256
+        assert (folder / name / "tokenizer.json").is_file()
+
+
 @pytest.mark.slow
 def test_readme_runs_as_printed(folder_with_llama):
     """The blocks of README in order, in one folder and one Python process."""
@@ -80,10 +87,7 @@ def test_readme_runs_as_printed(folder_with_llama):
     for block in found:
         run_block(block, README, variables)
     dense = AutoModelForCausalLM.from_pretrained(HUB_ID)
-    for name in ("llama-narrow", "pruned", "narrow"):
-        narrow = AutoModelForCausalLM.from_pretrained(name)
-        assert narrow.config.intermediate_size == 256
-        assert (folder_with_llama / name / "tokenizer.json").is_file()
+    check_checkpoints(folder_with_llama, "llama-narrow", "narrow")
     # Embeddings are never changed.
     assert torch.equal(variables["model"].get_input_embeddings().weight, dense.get_input_embeddings().weight)
 
@@ -95,6 +99,7 @@ def test_pages_run_as_printed(page, folder_with_llama):
     variables = {}
     for block in blocks(page):
         run_block(block, page, variables)
+    check_checkpoints(folder_with_llama, "llama-narrow", "pruned", "narrow", "shrunk")
 
 
 def test_install_lines_name_extras_that_exist():

@@ -47,17 +47,21 @@ class History:
             return cls(str(source))
         return cls(model_name(source), licence=_licence(Path(source)))
 
-    def documents(self, steps: Sequence[dict], architecture: str, widths: Sequence[int]) -> dict[str, bytes]:
+    def documents(
+        self, steps: Sequence[dict], architecture: str, widths: Sequence[int], picture: str | None = None
+    ) -> dict[str, bytes]:
         """Return the files of a checkpoint after more steps, by name.
 
         Args:
             steps: What was done since.
             architecture: The class of the model.
             widths: Intermediate size of every layer.
+            picture: Name of a file of the checkpoint that the card shows.
         """
         after = History(self.base_model, self.base_commit, [*self.steps, *steps], self.licence)
         content = json.dumps(asdict(after), indent=2, ensure_ascii=False) + "\n"
-        return {HISTORY_FILE: content.encode(), CARD_FILE: _card(after, _loading(architecture, widths)).encode()}
+        card = _card(after, _loading(architecture, widths), picture)
+        return {HISTORY_FILE: content.encode(), CARD_FILE: card.encode()}
 
     def __str__(self) -> str:
         return f"{self.base_model or 'unknown'}: " + ", then ".join(map(_in_words, self.steps))
@@ -87,12 +91,14 @@ def _licence(folder: Path) -> list[str]:
 
 
 def _in_words(step: dict) -> str:
+    if step["step"] == "measure":
+        return f"measured: perplexity {step['perplexity'] / step['dense_perplexity']:.2f} times dense"
     if step["step"] != "prune":
         return str(step["step"])
     return f"{step['recipe']}, {step['pruning_ratio']:.1%} of the neurons removed"
 
 
-def _card(history: History, loading: list[str]) -> str:
+def _card(history: History, loading: list[str], picture: str | None) -> str:
     base = history.base_model or "an unknown model"
     header = ["library_name: transformers", "tags:", "- gluprune", "- pruning", *history.licence]
     if is_hub_id(base):
@@ -110,6 +116,7 @@ def _card(history: History, loading: list[str]) -> str:
         *(f"# {name}", "", summary, ""),
         *("Its quality is not that of the dense model; measure it on your own task.", ""),
         *(line for step in history.steps for line in _step_lines(step)),
+        *([f"![perplexity against width]({picture})", ""] if picture else []),
         *("## Load", "", *loading, ""),
         f"`{HISTORY_FILE}` holds these facts for programs.",
     ]
@@ -127,7 +134,17 @@ def _step_lines(step: dict) -> list[str]:
             ("ratio", f"{step['pruning_ratio']:.1%} removed; expansion ratio {step['expansion_ratio']:.3f}"),
             ("parameters", f"{step['original_parameters']:,} -> {step['parameters']:,}"),
         ]
-    calibration = step["calibration"] or {}
+    if step["step"] == "measure":
+        times = step["perplexity"] / step["dense_perplexity"]
+        rows += [
+            (
+                "perplexity",
+                f"{step['perplexity']:.2f}, {times:.2f} times the dense model's {step['dense_perplexity']:.2f}",
+            ),
+            ("measured on", f"{step['tokens']:,} tokens held apart from the calibration text"),
+            *(("text", f"{name}, SHA-256 `{digest}`") for name, digest in step["texts"].items()),
+        ]
+    calibration = step.get("calibration") or {}
     if calibration.get("tokens"):
         rows.append(("calibration", f"{calibration['tokens']:,} tokens"))
     rows += [("text", f"{name}, SHA-256 `{digest}`") for name, digest in calibration.get("texts", {}).items()]

@@ -26,7 +26,7 @@ _OTHER_DESCRIPTIONS = ("params.json", ".index.json")
 _OTHER_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "__pycache__")
 _OTHER_FILES = (
     *("adapter_config.json", "trainer_state.json", "*_results.json", "events.out.tfevents.*", "zero_to_fp32.py"),
-    *("README.md", "gluprune.json"),
+    *("README.md", "gluprune.json", "shrink.png"),
 )
 _MODULES = "modules.json"
 # Names that wrappers put before those of the model.

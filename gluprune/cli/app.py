@@ -20,6 +20,7 @@ from gluprune.cli import (
     reconstruct,
     report,
     sample,
+    shrink,
     study,
 )
 from gluprune.cli import eval as evaluate
@@ -27,6 +28,7 @@ from gluprune.cli.help import HELP_FLAGS
 
 PANELS = {
     "Prune a model": {
+        "shrink": shrink,
         "prune": prune,
         "calibrate": calibrate,
         "sample": sample,

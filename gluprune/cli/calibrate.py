@@ -20,7 +20,7 @@ from gluprune.cli.options import (
     Verbose,
     new_file,
 )
-from gluprune.io.text import read_texts
+from gluprune.io.text import fingerprints, read_texts
 
 EXAMPLES = (
     "gluprune calibrate meta-llama/Llama-3.2-1B --text notes.txt --out llama.stats",
@@ -67,7 +67,7 @@ def run(
     texts = read_texts(text, field)
 
     from gluprune.calibration.collect import calibrate_to_file
-    from gluprune.cli.calibration import fingerprints, load_with_batches
+    from gluprune.cli.calibration import load_with_batches
     from gluprune.models.glu import model_glus
 
     loaded, _, batches = load_with_batches(model, texts, windows=windows, length=length, device=device, dtype=dtype)

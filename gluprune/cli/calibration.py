@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,16 +13,6 @@ from gluprune.cli.options import DtypeName
 from gluprune.models.device import choose_device, loading_options
 
 logger = logging.getLogger(__name__)
-
-
-def fingerprints(sources: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
-    """Return name -> SHA-256 of texts: of the bytes of a file, or of a text that comes from elsewhere."""
-    found: dict[str, str] = {}
-    for source, text in zip(sources, texts, strict=True):
-        path = Path(source)
-        name = path.name if path.is_file() and path.name not in found else source
-        found[name] = hashlib.sha256(path.read_bytes() if path.is_file() else text.encode()).hexdigest()
-    return found
 
 
 def computing_dtype(dtype: DtypeName, device: str) -> DtypeName:

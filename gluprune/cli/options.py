@@ -14,7 +14,7 @@ import typer
 
 from gluprune.io.hub import check_source
 
-OUTPUT, RUNNING = "Output", "How models run"
+OUTPUT, RUNNING, RECIPE = "Output", "How models run", "Recipe"
 
 
 class DtypeName(StrEnum):
@@ -168,5 +168,26 @@ Dtype = Annotated[
         metavar="NAME",
         help="Dtype of the weights in memory: float32, bfloat16, float16; auto is that of the checkpoint.",
         rich_help_panel=RUNNING,
+    ),
+]
+Allocation = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are wider.",
+        rich_help_panel=RECIPE,
+    ),
+]
+MultipleOf = Annotated[
+    int,
+    typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=RECIPE),
+]
+Deploy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where the model will run: transformers, vllm, tp2, tp4, tp8, fp8, awq, gptq, llama.cpp. Widths become"
+        " multiples of what it needs as well.",
+        rich_help_panel=RECIPE,
     ),
 ]

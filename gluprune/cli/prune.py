@@ -13,19 +13,23 @@ import typer
 
 from gluprune.cli.options import (
     OUTPUT,
+    RECIPE,
+    Allocation,
+    Deploy,
     Device,
     Dtype,
     DtypeName,
     Fields,
     Json,
     Model,
+    MultipleOf,
     NewFolder,
     Quiet,
     Verbose,
     parse_layers,
 )
 from gluprune.io.folder import remove_partial_folders
-from gluprune.io.text import read_texts
+from gluprune.io.text import fingerprints, read_texts
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ _LAYERS_DIFFER = (
     "layers of different widths: `gluprune.load` loads the result, stock transformers does not;"
     " `gluprune export` writes it for servers"
 )
-_TARGET, _RECIPE, _STREAMING = "Target (exactly one)", "Recipe", "Streaming (without --calibration)"
+_TARGET, _STREAMING = "Target (exactly one)", "Streaming (without --calibration)"
 
 
 ExpansionRatio = Annotated[
@@ -59,7 +63,7 @@ Score = Annotated[
         metavar="SCORE",
         help="How neurons are ranked: maw_gud, maw (= ppm, the paper's), vow, pon, l2; with calibration data also"
         " activation, hybrid, surgeon.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE,
     ),
 ]
 Compensate = Annotated[
@@ -67,28 +71,7 @@ Compensate = Annotated[
     typer.Option(
         "--compensate",
         help="Refit down_proj to the remaining neurons on the calibration text.",
-        rich_help_panel=_RECIPE,
-    ),
-]
-Allocation = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="uniform: every layer has the same width. sensitivity: layers to which the loss is sensitive are wider.",
-        rich_help_panel=_RECIPE,
-    ),
-]
-MultipleOf = Annotated[
-    int,
-    typer.Option(metavar="N", help="Round widths to the nearest multiple of N.", rich_help_panel=_RECIPE),
-]
-Deploy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Where the model will run: transformers, vllm, tp2, tp4, tp8, fp8, awq, gptq, llama.cpp. Widths become"
-        " multiples of what it needs as well.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE,
     ),
 ]
 Layers = Annotated[
@@ -96,7 +79,7 @@ Layers = Annotated[
     typer.Option(
         metavar="LIST",
         help="Prune only these layers, for example 0,2,5-7. By default all.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE,
     ),
 ]
 Calibration = Annotated[
@@ -104,7 +87,7 @@ Calibration = Annotated[
     typer.Option(
         metavar="FILE...",
         help="Texts to calibrate on, as for `calibrate --text`. Loads the whole model.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE,
     ),
 ]
 Statistics = Annotated[
@@ -112,7 +95,7 @@ Statistics = Annotated[
     typer.Option(
         metavar="FILE",
         help="Statistics written by `gluprune calibrate`, used instead of texts.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE,
     ),
 ]
 DryRun = Annotated[
@@ -220,7 +203,7 @@ def _check_needs(given: dict[str, bool], needed: str) -> None:
 def _calibrate(source: str, texts: dict[str, str], recipe, file: Path, *, device: str, dtype: DtypeName) -> str:
     """Write the statistics that a recipe needs of a model on texts, by source; return the name of the file."""
     from gluprune.calibration.collect import calibrate_to_file
-    from gluprune.cli.calibration import fingerprints, load_with_batches
+    from gluprune.cli.calibration import load_with_batches
 
     model, _, batches = load_with_batches(
         source,

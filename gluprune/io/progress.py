@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -43,3 +44,9 @@ def progress(iterable: Iterable | None = None, *, desc: str, unit: str, **option
     """
     kind: Any = tqdm if sys.stderr.isatty() else _Lines
     return kind(iterable, desc=desc, unit=unit, leave=False, **options)
+
+
+def announce(stage: str) -> None:
+    """Print a line that says which stage of a long run begins, to stderr; nothing where progress is disabled."""
+    if os.environ.get("TQDM_DISABLE") != "1":
+        print(stage, file=sys.stderr, flush=True)

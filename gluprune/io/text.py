@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -70,6 +71,16 @@ def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
 def read_texts(sources: Iterable[str | Path], fields: Sequence[str] = ("text",)) -> list[str]:
     """Read several texts; see `read_text`."""
     return [read_text(source, fields) for source in sources]
+
+
+def fingerprints(sources: Sequence[str | Path], texts: Sequence[str]) -> dict[str, str]:
+    """Return name -> SHA-256 of texts: of the bytes of a file, or of a text that comes from elsewhere."""
+    found: dict[str, str] = {}
+    for source, text in zip(sources, texts, strict=True):
+        path = Path(source)
+        name = path.name if path.is_file() and path.name not in found else str(source)
+        found[name] = hashlib.sha256(path.read_bytes() if path.is_file() else text.encode()).hexdigest()
+    return found
 
 
 def _decoded(path: Path) -> str:

@@ -46,6 +46,25 @@ def reconstruct_step(tokens: int) -> dict:
     return {"step": "reconstruct", "calibration": {"tokens": tokens}, "versions": versions()}
 
 
+def measure_step(*, perplexity: float, dense_perplexity: float, tokens: int, texts: dict[str, str]) -> dict:
+    """Return the description of a measurement, ready for JSON.
+
+    Args:
+        perplexity: That of the pruned model.
+        dense_perplexity: That of the dense model.
+        tokens: Number of tokens that they were measured on.
+        texts: Name -> SHA-256 of the texts.
+    """
+    return {
+        "step": "measure",
+        "perplexity": perplexity,
+        "dense_perplexity": dense_perplexity,
+        "tokens": tokens,
+        "texts": texts,
+        "versions": versions(),
+    }
+
+
 def calibration_entry(calibration: object) -> dict:
     """Return the description of calibration data: tokens and the texts' SHA-256, as far as they are known."""
     if isinstance(calibration, Statistics):

@@ -34,6 +34,7 @@ def run(*arguments):
     "command",
     [
         [],
+        ["shrink"],
         ["prune"],
         ["sample"],
         ["calibrate"],

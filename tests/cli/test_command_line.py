@@ -44,7 +44,7 @@ def parsed(monkeypatch):
 
 def test_commands():
     assert list(COMMANDS) == [
-        *("prune", "calibrate", "sample", "reconstruct", "info"),
+        *("shrink", "prune", "calibrate", "sample", "reconstruct", "export", "info"),
         *("perplexity", "bench", "eval", "study", "report", "demo"),
     ]
 
@@ -172,7 +172,9 @@ def test_expand(given, expected):
     [
         (["calibrate", "m", "--out", "f"], "--text", "text", ["a", "b"]),
         (["reconstruct", "m", "--dense", "d", "--out", "f"], "--text", "text", ["a", "b"]),
-        (["perplexity", "m"], "--text", "text", ["a", "b"]),
+        (["perplexity", "o/m"], "--text", "text", ["a", "b"]),
+        (["shrink", "o/m", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["shrink", "o/m", "--out", "f"], "--test-text", "test_text", ["a", "b"]),
         (["prune", "m", "--out", "f"], "--calibration", "calibration", ["a", "b"]),
         (["bench", "m"], "--pruning-ratio", "pruning_ratio", [0.1, 0.4]),
         (["bench", "m"], "--batch", "batch", [1, 8]),
@@ -225,6 +227,7 @@ def test_errors_and_interrupts_are_one_line(raised, code, line, monkeypatch, cap
     "arguments, where, hint",
     [
         (["prune", "m", "--out", "o"], "gluprune.checkpoints.stream.prune_checkpoint", "run it again with --resume"),
+        (["shrink", "o/m", "--out", "o"], "gluprune.workflow.shrink.shrink", "run it again"),
         (["study", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
         (["eval", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
         (["sample", "m", "--out", "o"], "gluprune.cli.calibration.load", None),

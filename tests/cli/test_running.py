@@ -11,7 +11,7 @@ import gluprune
 from gluprune.calibration.statistics import Statistics
 from gluprune.cli import app, main
 
-LOADING = ("prune", "calibrate", "sample", "reconstruct", "perplexity", "bench", "eval", "study", "demo")
+LOADING = ("shrink", "prune", "calibrate", "sample", "reconstruct", "perplexity", "bench", "eval", "study", "demo")
 
 
 @pytest.fixture

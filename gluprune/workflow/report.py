@@ -1,0 +1,75 @@
+"""What `shrink` measured and wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured width.
+
+    Attributes:
+        width: Neurons of each MLP; the mean if layers differ.
+        perplexity: On the text held apart.
+        bytes: Size of the weights on disk.
+    """
+
+    width: int
+    perplexity: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What `shrink` measured and wrote.
+
+    Attributes:
+        folder: The checkpoint.
+        recipe: Name of the recipe.
+        dense: The dense model.
+        curve: All pruned models that were measured, from wide to narrow.
+        chosen: The one that was written.
+        max_loss: The allowed rise of perplexity, if one was given.
+        texts: Names of the texts that perplexity was measured on.
+        tokens: Number of tokens that it was measured on.
+        picture: The picture; None without matplotlib.
+    """
+
+    folder: str
+    recipe: str
+    dense: Point
+    curve: list[Point]
+    chosen: Point
+    max_loss: float | None
+    texts: list[str]
+    tokens: int
+    picture: str | None
+
+    @property
+    def loss(self) -> float:
+        """The rise of perplexity, as a share of the dense model's."""
+        return self.chosen.perplexity / self.dense.perplexity - 1
+
+    @property
+    def points(self) -> Sequence[Point]:
+        """The dense model and all of `curve`."""
+        return [self.dense, *self.curve]
+
+    def to_dict(self) -> dict:
+        """Return everything as plain numbers, strings and lists, ready for JSON."""
+        return {**asdict(self), "loss": self.loss}
+
+    def __str__(self) -> str:
+        lines = [f"{'width':>7}{'removed':>9}{'MB':>9}{'perplexity':>12}{'vs dense':>10}"]
+        for point in self.points:
+            removed = "dense" if point is self.dense else f"{1 - point.width / self.dense.width:.1%}"
+            times = f"{point.perplexity / self.dense.perplexity:.3f}×"
+            lines.append(
+                f"{point.width:>7}{removed:>9}{point.bytes / 1e6:>9.1f}{point.perplexity:>12.2f}{times:>10}"
+                + ("  <- written" if point == self.chosen else "")
+            )
+        names = ", ".join(self.texts)
+        lines += ["", f"perplexity on {self.tokens:,} tokens held apart: {names}", f"{self.folder}: {self.recipe}"]
+        return "\n".join(lines + ([f"{self.picture}: the picture"] if self.picture else []))

@@ -1,0 +1,41 @@
+"""A tiny checkpoint, a text and arguments for `shrink`."""
+
+import pytest
+import torch
+
+import gluprune
+from tests.helpers.tokenizers import byte_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices gain nothing from more threads, and on a busy machine they become much slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def source(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "source"
+    gluprune.save(tiny_model(seed=1, dtype=torch.bfloat16, vocab_size=len(tokenizer)), path, tokenizer)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("\n".join(f"Line {number}: {number**3 % 9973} of the notes." for number in range(60)))
+    return path
+
+
+@pytest.fixture
+def short(text):
+    """Arguments of a short run."""
+    return {"text": [text], "own_windows": 2, "windows": 6, "length": 24, "multiple_of": 16, "device": "cpu"}

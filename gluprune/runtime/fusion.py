@@ -293,8 +293,17 @@ def operands(mlp: PatchedMLP) -> Operands:
 
 def _is_modified(module: nn.Module) -> bool:
     """Whether calling the module does more than run the forward of its class."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or not runs_forward_of(module, type(module))
+    return has_hooks(module.__dict__) or not runs_forward_of(module, type(module))
+
+
+def has_hooks(attributes: dict[str, Any]) -> bool:
+    """Whether a module with these attributes has hooks of its calls."""
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    )
 
 
 def runs_forward_of(module: nn.Module, owner: type[nn.Module]) -> bool:

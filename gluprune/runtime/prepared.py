@@ -151,7 +151,7 @@ class PreparedMLP(Prepared):
             if type(module) is not nn.Linear:
                 return False
             attributes = module.__dict__
-            if _has_hooks(attributes) or attributes.get("forward") is not forward:
+            if fusion.has_hooks(attributes) or attributes.get("forward") is not forward:
                 return False
             parameters = attributes["_parameters"]
             tensors.append(parameters.get("weight"))
@@ -161,7 +161,7 @@ class PreparedMLP(Prepared):
                 return False
         activation = modules[self._activation_name]
         attributes = activation.__dict__
-        if type(activation) is not self._activation_type or _has_hooks(attributes):
+        if type(activation) is not self._activation_type or fusion.has_hooks(attributes):
             return False
         if attributes.get("forward") is not self._activation_forward or not self._same_tensors(tensors):
             return False
@@ -197,13 +197,3 @@ class PreparedNorm(Prepared):
 
     def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
         return module._parameters["weight"], None, None, None, None
-
-
-def _has_hooks(attributes: dict[str, Any]) -> bool:
-    """Whether a module with these attributes has hooks."""
-    return bool(
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    )

@@ -350,6 +350,14 @@ def test_other_inputs_leave_the_launches(prepared_calls):
 
 
 @torch.no_grad()
+def test_unaligned_tokens_do_not_take_launches_of_aligned_ones(prepared_calls):
+    mlp = make_mlp()
+    warm(mlp, prepared_calls)
+    mlp(torch.randn(3 * H + 1)[1:].view(1, 3, H))
+    assert prepared_calls == [None]
+
+
+@torch.no_grad()
 def test_nothing_is_kept_alive(prepared_calls):
     mlp = make_mlp(backend="cublas")
     warm(mlp, prepared_calls, tokens=130)

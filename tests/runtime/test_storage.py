@@ -102,6 +102,16 @@ def test_slices_of_a_buffer_do_not_count_as_zero_padded(width, data):
     assert gate_up[:, narrower:].eq(0).all() and padded_down[:, narrower:].eq(0).all()
 
 
+def test_views_that_begin_later_in_a_buffer_are_not_aligned():
+    """By one row of the padding for gate, by one column for down."""
+    gate, up, down = make_weights(37, 48)
+    aligned.align(gate, up, down)
+    assert aligned.is_aligned(gate, up, down)
+    shifted = gate.detach().as_strided(gate.shape, gate.stride(), 48)
+    assert not aligned.is_aligned(shifted, up, down)
+    assert not aligned.is_aligned(gate, up, down.detach().as_strided(down.shape, down.stride(), 1))
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_packed_weight_stays_contiguous_and_keeps_every_bit(width, monkeypatch):
     poison_empty(monkeypatch)

@@ -7,6 +7,7 @@ from tests.helpers.processes import run_without_interpreter
 SCRIPT = '''
 import itertools
 import threading
+import weakref
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -75,6 +76,14 @@ def call(tensors, backend="triton"):
         return operator.run_kernels(x, row, tuple(operands), "silu", backend), list(launched)
 
 
+new_empty = torch.Tensor.new_empty
+
+
+def remember(made, tensor):
+    made.append(weakref.ref(tensor))
+    return tensor
+
+
 def address(value):
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
@@ -120,6 +129,18 @@ for M, biases in itertools.product((1, 7, 128), (False, True)):
     w = bound.run(x)
     assert w.shape == x.shape and [entry[:3] for entry in launched] == [entry[:3] for entry in planned]
     assert roles_of(launched, [x, *second[1:]], w) == roles_of(other, second, z)
+
+    # Between runs, a replay keeps neither addresses nor tensors.
+    replayed = list(operator._replays.values())[-1]
+    made = []
+    torch.Tensor.new_empty = lambda *args, **kwargs: remember(made, new_empty(*args, **kwargs))
+    bound.run(x)
+    temporaries = len(made)
+    replayed.run(x, (second[1], *second[3:]))
+    torch.Tensor.new_empty = new_empty
+    assert 0 < temporaries < len(made) and not any(reference() is not None for reference in made)
+    assert all(fixed[place] is None for _, _, fixed, moving in bound._launches for place, _, _ in moving)
+    assert all(step.arguments[place] is None for step in replayed.steps for place, _ in step.views)
 
     # Threads fill their own arguments.
     tokens = [torch.randn(1, M, 64).to(torch.bfloat16) for _ in range(4)]

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +222,7 @@ def is_observed(*tensors: torch.Tensor | None) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+@torch.library.custom_op("gluprune::glu_mlp", mutates_args=())
 def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
     x: torch.Tensor,
     gate_weight: torch.Tensor,
@@ -261,16 +262,6 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
         >>> glu_mlp(x, gate, up, down, None, None, None, "silu", "auto").shape
         torch.Size([3, 8])
     """
-    return torch.ops.gluprune.glu_mlp.default(
-        x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, activation, backend
-    )
-
-
-@torch._disable_dynamo
-def _run(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    """Compute `glu_mlp`, below autograd."""
-    *operands, activation, backend = others
-    gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias = operands
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if backend not in BACKENDS:
@@ -281,12 +272,14 @@ def _run(x: torch.Tensor, *others: Any) -> torch.Tensor:
     if buffers is None:
         hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
+    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
     weights = _weights(buffers, operands, activation)
     weights.check(x.reshape(-1, x.shape[-1]))
     return run_kernels(x, weights.up_row, operands, activation, backend)
 
 
-def _fake(x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor, *others: Any):
+@glu_mlp.register_fake
+def _(x, gate_weight, up_weight, down_weight, *others):
     return x.new_empty((*x.shape[:-1], down_weight.shape[0]))
 
 
@@ -324,16 +317,7 @@ def _backward(ctx, grad):
     )
 
 
-# `torch.library.custom_op` would define the same operator, but each call would take the host a quarter longer.
-_library = torch.library.Library("gluprune", "DEF")
-_library.define(
-    "glu_mlp(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, "
-    "Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str activation, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("glu_mlp", _run, "CompositeExplicitAutograd")  # on every device
-torch.library.register_fake("gluprune::glu_mlp", _fake, lib=_library)
-torch.library.register_autograd("gluprune::glu_mlp", _backward, setup_context=_setup_context, lib=_library)
+glu_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> NeuronStatistics:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import gluprune
 from gluprune.runtime import fusion, operator
@@ -38,7 +39,8 @@ INPUTS = {
     "another kind of tensor": own,
     "sparse": lambda x: x.to_sparse(),
     "dtype": lambda x: x.half(),
-    "width": lambda x: x[..., :1],
+    "layout of mkldnn": lambda x: x.cpu().to_mkldnn(),  # says that it is contiguous
+    "width": lambda x: x[..., :1].contiguous(),
     "negated view": torch._neg_view,
 }
 NORM_INPUTS = {
@@ -155,3 +157,32 @@ def test_what_the_kernel_of_norms_cannot_take(norm, x, monkeypatch):
     norm.float()
     monkeypatch.setattr(operator.layout, "MOST_NORM_COLUMNS", H - 1)
     assert not fusion.is_norm_fusible(norm, x)
+
+
+def test_replaced_forwards(mlp, monkeypatch):
+    """Of one patched MLP, and of the class by another package's with the same name."""
+    mlp.forward = lambda x: x
+    assert fusion.fusion_status(mlp)[0].reason == "its forward was replaced"
+
+    def forward(self, x):
+        return x
+
+    forward.__qualname__ = "LlamaMLP.forward"
+    monkeypatch.setattr(mlp.original_class, "forward", forward)
+    assert fusion.class_obstacle(mlp) == f"the forward of LlamaMLP was replaced by {__name__}.LlamaMLP.forward"
+
+
+@torch.no_grad()
+def test_an_activation_that_is_no_submodule(mlp, x):
+    """The MLP runs fused but keeps no launches: the guards look for activations among the submodules."""
+    mlp.__dict__["act_fn"] = mlp._modules.pop("act_fn")
+    for _ in range(2):
+        torch.testing.assert_close(mlp(x), mlp.original_class.forward(mlp, x), atol=2e-5, rtol=2e-5)
+    assert mlp.__dict__["_prepared"] is None
+
+
+def test_torch_compile_traces_function_modes_by_itself(monkeypatch):
+    with TorchFunctionMode():
+        assert fusion.is_intercepted()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not fusion.is_intercepted()

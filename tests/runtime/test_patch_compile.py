@@ -59,6 +59,23 @@ def test_compile_with_a_changing_number_of_tokens():
         assert_same(logits(compiled, ids), logits(model, ids))
 
 
+def test_a_function_that_is_not_compiled_calls_the_operator_untraced(monkeypatch):
+    """Dynamo skips a frame with a graph break inside a loop, and then looks at all frames that it calls."""
+    torch.compiler.reset()
+    monkeypatch.setattr(operator, "_replays", {})
+    (mlp, _), x = mlps(patch(tiny_model(device=DEVICE), "cublas")), torch.randn(3, 48, device=DEVICE)
+    weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+
+    def twice(x):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = torch.ops.gluprune.glu_mlp.default(x, *weights, None, None, None, "silu", "cublas")
+        return x
+
+    with torch.no_grad():
+        assert_same(torch.compile(twice, backend="eager")(x), mlp(mlp(x)))
+
+
 @pytest.mark.slow
 def test_compiled_training(ids):
     torch.compiler.reset()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gluprune
 from gluprune.runtime import fusion, operator
@@ -160,7 +161,7 @@ def test_what_the_kernel_of_norms_cannot_take(norm, x, monkeypatch):
 
 
 def test_replaced_forwards(mlp, monkeypatch):
-    """Of one patched MLP, and of the class by another package's with the same name."""
+    """Of one patched MLP; of the class, by one of the same name or of the same module."""
     mlp.forward = lambda x: x
     assert fusion.fusion_status(mlp)[0].reason == "its forward was replaced"
 
@@ -170,6 +171,8 @@ def test_replaced_forwards(mlp, monkeypatch):
     forward.__qualname__ = "LlamaMLP.forward"
     monkeypatch.setattr(mlp.original_class, "forward", forward)
     assert fusion.class_obstacle(mlp) == f"the forward of LlamaMLP was replaced by {__name__}.LlamaMLP.forward"
+    monkeypatch.setattr(mlp.original_class, "forward", LlamaRMSNorm.forward)
+    assert "was replaced by transformers.models.llama" in fusion.class_obstacle(mlp)
 
 
 @torch.no_grad()

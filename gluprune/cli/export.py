@@ -11,9 +11,9 @@ import typer
 from gluprune.cli.options import Json, Model, NewFolder, Quiet, Verbose
 
 EXAMPLES = (
-    "gluprune export narrow --format nemotron-nas --out served\nvllm serve served --trust-remote-code",
+    "gluprune export narrow --format nemotron-nas --out served",
     "gluprune export served --format hf --out narrow-again",
-    "gluprune export narrow --format gguf --out narrow-gguf --converter llama.cpp/convert_hf_to_gguf.py",
+    "gluprune export narrow --format gguf --out narrow-gguf \\\n   --converter llama.cpp/convert_hf_to_gguf.py",
 )
 
 

@@ -62,7 +62,10 @@ def test_help(command, columns, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_examples_work_as_typed(line, parsed, capsys):
+def test_examples_work_as_typed(line, parsed, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama-narrow", "narrow", "served"):  # folders that examples read
+        (tmp_path / name).mkdir()
     program, *arguments = shlex.split(line)
     assert program == "gluprune" and main(arguments) == 0, capsys.readouterr().err
     assert len(parsed) == 1
@@ -170,20 +173,20 @@ def test_expand(given, expected):
 @pytest.mark.parametrize(
     "command, flag, name, values",
     [
-        (["calibrate", "m", "--out", "f"], "--text", "text", ["a", "b"]),
-        (["reconstruct", "m", "--dense", "d", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["calibrate", "o/m", "--out", "f"], "--text", "text", ["a", "b"]),
+        (["reconstruct", "o/m", "--dense", "o/d", "--out", "f"], "--text", "text", ["a", "b"]),
         (["perplexity", "o/m"], "--text", "text", ["a", "b"]),
         (["shrink", "o/m", "--out", "f"], "--text", "text", ["a", "b"]),
         (["shrink", "o/m", "--out", "f"], "--test-text", "test_text", ["a", "b"]),
-        (["prune", "m", "--out", "f"], "--calibration", "calibration", ["a", "b"]),
-        (["bench", "m"], "--pruning-ratio", "pruning_ratio", [0.1, 0.4]),
-        (["bench", "m"], "--batch", "batch", [1, 8]),
-        (["bench", "m"], "--prompt", "prompt", [128, 1024]),
-        (["bench", "m"], "--decoding", "decoding", ["generate", "graph"]),
-        (["study", "m", "n"], "--ratios", "ratios", ["0.1", "0.5"]),
-        (["study", "m", "n"], "--scores", "scores", ["maw", "hybrid+compensate"]),
-        (["study", "m"], "--tasks", "tasks", ["piqa", "boolq"]),
-        (["eval", "m"], "--tasks", "tasks", ["piqa", "boolq"]),
+        (["prune", "o/m", "--out", "f"], "--calibration", "calibration", ["a", "b"]),
+        (["bench", "o/m"], "--pruning-ratio", "pruning_ratio", [0.1, 0.4]),
+        (["bench", "o/m"], "--batch", "batch", [1, 8]),
+        (["bench", "o/m"], "--prompt", "prompt", [128, 1024]),
+        (["bench", "o/m"], "--decoding", "decoding", ["generate", "graph"]),
+        (["study", "o/m", "o/n"], "--ratios", "ratios", ["0.1", "0.5"]),
+        (["study", "o/m", "o/n"], "--scores", "scores", ["maw", "hybrid+compensate"]),
+        (["study", "o/m"], "--tasks", "tasks", ["piqa", "boolq"]),
+        (["eval", "o/m"], "--tasks", "tasks", ["piqa", "boolq"]),
         (["report"], "--compare", "compare", ["old", "new"]),
     ],
 )
@@ -196,7 +199,7 @@ def test_values_after_one_flag_or_after_one_each(command, flag, name, values, pa
 
 
 def test_ratios_without_a_value(parsed):
-    assert main(["study", "m", "--ratios", "--json"]) == 0 == main(["study", "m", "--ratios"])
+    assert main(["study", "o/m", "--ratios", "--json"]) == 0 == main(["study", "o/m", "--ratios"])
     assert [list(parameters["ratios"]) for parameters in parsed] == [[""], [""]]
 
 
@@ -218,7 +221,7 @@ def test_errors_and_interrupts_are_one_line(raised, code, line, monkeypatch, cap
         raise raised
 
     monkeypatch.setattr(info, "info", raises)
-    assert main(["info", "m"]) == code
+    assert main(["info", "o/m"]) == code
     captured = capsys.readouterr()
     assert captured.err.strip("\r") == line + "\n" and not captured.out
 
@@ -226,12 +229,12 @@ def test_errors_and_interrupts_are_one_line(raised, code, line, monkeypatch, cap
 @pytest.mark.parametrize(
     "arguments, where, hint",
     [
-        (["prune", "m", "--out", "o"], "gluprune.checkpoints.stream.prune_checkpoint", "run it again with --resume"),
+        (["prune", "o/m", "--out", "o"], "gluprune.checkpoints.stream.prune_checkpoint", "run it again with --resume"),
         (["shrink", "o/m", "--out", "o"], "gluprune.workflow.shrink.shrink", "run it again"),
-        (["study", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
-        (["eval", "m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
-        (["sample", "m", "--out", "o"], "gluprune.cli.calibration.load", None),
-        (["calibrate", "m", "--text", __file__, "--out", "o"], "transformers.AutoTokenizer.from_pretrained", None),
+        (["study", "o/m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
+        (["eval", "o/m"], "gluprune_evals.folder.StudyModel.find", "run it again"),
+        (["sample", "o/m", "--out", "o"], "gluprune.cli.calibration.load", None),
+        (["calibrate", "o/m", "--text", __file__, "--out", "o"], "transformers.AutoTokenizer.from_pretrained", None),
     ],
 )
 def test_ctrl_c_is_one_line_with_the_hint_to_resume(arguments, where, hint, monkeypatch, capsys, tmp_path):
@@ -251,7 +254,7 @@ def test_ctrl_c_while_arguments_are_parsed(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Command, "parse_args", interrupt)
-    assert main(["info", "m"]) == 130
+    assert main(["info", "o/m"]) == 130
     assert capsys.readouterr().err.strip("\r") == "gluprune: interrupted\n"
 
 
@@ -260,16 +263,16 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(info, "info", lambda path: {}["absent"])
     with pytest.raises(KeyError):
-        main(["info", "m"])
+        main(["info", "o/m"])
 
 
 @pytest.mark.parametrize(
     "arguments, package, extra",
     [
-        (["eval", "m"], "lm-eval", "eval"),
-        (["study", "m"], "lm-eval", "eval"),
-        (["study", "m"], "scipy", "eval"),
-        (["bench", "m"], "matplotlib", "bench"),
+        (["eval", "o/m"], "lm-eval", "eval"),
+        (["study", "o/m"], "lm-eval", "eval"),
+        (["study", "o/m"], "scipy", "eval"),
+        (["bench", "o/m"], "matplotlib", "bench"),
         (["report", "records"], "matplotlib", "bench"),
         (["report", "--published"], "matplotlib", "bench"),
         (["demo"], "matplotlib", "demo"),
@@ -304,7 +307,7 @@ def info(path):
 
 sys.modules["gluprune.checkpoints.info"] = types.SimpleNamespace(info=info)  # the real one imports torch
 from gluprune.cli import main
-sys.exit(main(["info", "m", *sys.argv[1:]]))
+sys.exit(main(["info", "o/m", *sys.argv[1:]]))
 """
     result = run(flag, code=code)
     assert result.stdout == "{}\n" and result.returncode == 0, result.stderr

@@ -88,7 +88,7 @@ def test_perplexity_runs_on_the_gpu_and_in_float32_on_a_cpu(loaded, checkpoint, 
 
 
 @pytest.mark.parametrize(
-    "command", [["calibrate", "--out", "out"], ["reconstruct", "--dense", "m", "--out", "out"], ["perplexity"]]
+    "command", [["calibrate", "--out", "out"], ["reconstruct", "--dense", "o/m", "--out", "out"], ["perplexity"]]
 )
 @pytest.mark.parametrize(
     "flags, message",
@@ -118,6 +118,6 @@ def test_a_mistyped_text_is_noticed_before_torch_is_imported(tmp_path):
         "import sys\nfrom gluprune.cli import main\nmain(sys.argv[1:])\n"
         "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
-    command = ["calibrate", "m", "--text", "absent.txt", "--out", str(tmp_path / "out")]
+    command = ["calibrate", "o/m", "--text", "absent.txt", "--out", str(tmp_path / "out")]
     result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "set()" and "absent.txt" in result.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -173,6 +174,13 @@ def test_replaced_forwards(mlp, monkeypatch):
     assert fusion.class_obstacle(mlp) == f"the forward of LlamaMLP was replaced by {__name__}.LlamaMLP.forward"
     monkeypatch.setattr(mlp.original_class, "forward", LlamaRMSNorm.forward)
     assert "was replaced by transformers.models.llama" in fusion.class_obstacle(mlp)
+
+
+def test_hooks_of_accelerate_that_do_more_than_move_inputs(mlp):
+    add_hook_to_module(mlp, AlignDevicesHook(DEVICE))
+    assert fusion.fusion_status(mlp)[0].fused
+    add_hook_to_module(mlp, ModelHook())
+    assert fusion.fusion_status(mlp)[0].reason == "its forward was replaced"
 
 
 @torch.no_grad()

@@ -3,11 +3,16 @@
 A neuron is a row of the gate and up projections and a column of the down projection. The two need different treatment:
 a row is contiguous and is reduced inside one program; columns run across all rows, so one program owns a block of
 adjacent columns and iterates over all rows of the matrix. Programs write no partial results: nothing is combined
-afterwards, there are no atomics, and every result is the same in every run.
+afterwards, there are no atomics, and every result is the same in every run. Only the requested statistics are
+computed, and only the weights that they need are read.
+
+Rows are bound by the issue of instructions, not by memory, if warps exchange partial results: one warp reduces a whole
+row. A step keeps CHUNKS x 16 bytes in flight per lane, and partial results stay in the lanes until the end of the row,
+so a row ends with one exchange between lanes per statistic, and no barrier.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
-which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 2048
-row programs of 4 rows (16 KiB) fill the GPU during and after them. A column program keeps 4 tiles of 64 x 64
+which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 1024
+row programs of 8 rows (32 KiB) fill the GPU during and after them. A column program keeps 4 tiles of 64 x 64
 (32 KiB) in flight, more than the 18 KiB that one SM needs to reach its share of 3 TB/s at a latency of 0.8 us, so that
 even the 52 column programs of a model pruned to 3277 neurons should end before the row programs do. This is arithmetic,
 not a measurement.
@@ -15,6 +20,7 @@ not a measurement.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -24,29 +30,32 @@ import triton.language as tl
 from csrc_triton.launch.call import KernelCall
 from csrc_triton.layout import DTYPES, cdiv, next_power_of_2
 
-TILE = 4096  # weights per program and step
 BLOCK_COLUMNS = 64  # columns of down per program: one 128-byte line in 16 bit
+BLOCK_COLUMN_ROWS = 64  # rows of down per step
 NUM_WARPS = 8
+BLOCK_ROWS = NUM_WARPS  # rows of gate or up per program
+LANES = 256  # weights of a row that one warp loads at once: 16 bytes per lane in 16 bit
+MAX_CHUNKS = 8  # such loads in flight
 
 
 class NeuronStatistics(NamedTuple):
-    """Per-neuron statistics of one GLU MLP, each a float32 tensor of shape [I] on the device of the weights.
+    """Per-neuron statistics of one GLU MLP, each a float32 tensor of shape [I] on the device of the weights, or None.
 
-    `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the
+    None stands for a statistic that was not requested. `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the
     columns of down; it equals PyTorch's `w.float().amax() + w.float().amin().abs()` bit for bit, NaN included.
     `variance` is the unbiased variance of a row (`torch.var`; NaN for H = 1), `l1` the sum of its magnitudes and `l2`
     its Euclidean norm.
     """
 
-    gate_ppm: torch.Tensor
-    up_ppm: torch.Tensor
-    down_ppm: torch.Tensor
-    gate_variance: torch.Tensor
-    up_variance: torch.Tensor
-    gate_l1: torch.Tensor
-    up_l1: torch.Tensor
-    gate_l2: torch.Tensor
-    up_l2: torch.Tensor
+    gate_ppm: torch.Tensor | None = None
+    up_ppm: torch.Tensor | None = None
+    down_ppm: torch.Tensor | None = None
+    gate_variance: torch.Tensor | None = None
+    up_variance: torch.Tensor | None = None
+    gate_l1: torch.Tensor | None = None
+    up_l1: torch.Tensor | None = None
+    gate_l2: torch.Tensor | None = None
+    up_l2: torch.Tensor | None = None
 
 
 @triton.jit
@@ -57,45 +66,60 @@ def _peak_to_peak(maximum, minimum, magnitude):
 
 @triton.jit
 def _row_statistics(
-    weight, stride, block, ppm, variance, l1, l2, I, H, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr
-):
+    weight, stride, block, ppm, variance, l1, l2, I, H,
+    PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Statistics of BLOCK_ROWS rows of a weight `[I, H]`."""
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_H)[None, :]
+    columns = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     # Rows past the end repeat the last one: their results are not stored.
-    pointers = weight + tl.minimum(rows, I - 1).to(tl.int64)[:, None] * stride + columns  # [BLOCK_ROWS, BLOCK_H]
-    following = tl.load(pointers, mask=columns < H, other=0.0)
+    offsets = tl.minimum(rows, I - 1).to(tl.int64) * stride
+    pointers = weight + offsets[None, :, None] + columns  # [CHUNKS, BLOCK_ROWS, LANES]
 
-    # The variance is taken about the mean of the first chunk. With c chunks that point is never further from the row's
+    # The variance is taken about the mean of the first step. With c steps that point is never further from the row's
     # mean than sqrt(c - 1) standard deviations, so the subtraction at the end loses at most a factor c of float32's
     # accuracy, however large the mean is.
-    shift = tl.sum(following.to(tl.float32), axis=1) / tl.minimum(H, BLOCK_H)
-    maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    minimum = tl.full((BLOCK_ROWS,), float("inf"), tl.float32)
-    magnitude = tl.zeros((BLOCK_ROWS,), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    deviation = tl.zeros((BLOCK_ROWS,), tl.float32)
-    deviation_squares = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        w = following.to(tl.float32)
+    shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if VARIANCE:
+        first = tl.load(pointers, mask=columns < H, other=0.0).to(tl.float32)
+        shift = tl.sum(tl.sum(first, axis=0), axis=1) / tl.minimum(H, CHUNKS * LANES)
+    # One partial result per lane: [BLOCK_ROWS, LANES].
+    maximum = tl.full((BLOCK_ROWS, LANES), float("-inf"), tl.float32)
+    minimum = tl.full((BLOCK_ROWS, LANES), float("inf"), tl.float32)
+    magnitude = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    deviation = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    deviation_squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
+    for start in range(0, H, CHUNKS * LANES):
         valid = columns < H - start
-        # The next chunk is requested before this one is reduced; after the last chunk everything is masked.
-        following = tl.load(pointers + (start + BLOCK_H), mask=columns < H - start - BLOCK_H, other=0.0)
-        d = tl.where(valid, w - shift[:, None], 0.0)
-        maximum = tl.maximum(maximum, tl.max(tl.where(valid, w, float("-inf")), axis=1))
-        minimum = tl.minimum(minimum, tl.min(tl.where(valid, w, float("inf")), axis=1))
-        magnitude += tl.sum(tl.abs(w), axis=1)
-        squares += tl.sum(w * w, axis=1)
-        deviation += tl.sum(d, axis=1)
-        deviation_squares += tl.sum(d * d, axis=1)
+        w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)
+        if PPM:
+            maximum = tl.maximum(maximum, tl.max(tl.where(valid, w, float("-inf")), axis=0))
+            minimum = tl.minimum(minimum, tl.min(tl.where(valid, w, float("inf")), axis=0))
+        if PPM or L1:
+            magnitude += tl.sum(tl.abs(w), axis=0)
+        if L2:
+            squares += tl.sum(w * w, axis=0)
+        if VARIANCE:
+            d = tl.where(valid, w - shift[None, :, None], 0.0)
+            deviation += tl.sum(d, axis=0)
+            deviation_squares += tl.sum(d * d, axis=0)
 
     stored = rows < I
-    tl.store(ppm + rows, _peak_to_peak(maximum, minimum, magnitude), mask=stored)
-    # Correctly rounded: where a constant row deviates from its rounded mean, the difference below is exactly 0.
-    mean_deviation = tl.div_rn(deviation, tl.full((BLOCK_ROWS,), H, tl.float32))
-    tl.store(variance + rows, (deviation_squares - deviation * mean_deviation) / (H - 1), mask=stored)
-    tl.store(l1 + rows, magnitude, mask=stored)
-    tl.store(l2 + rows, tl.sqrt_rn(squares), mask=stored)
+    if PPM:
+        extremes = _peak_to_peak(tl.max(maximum, axis=1), tl.min(minimum, axis=1), tl.sum(magnitude, axis=1))
+        tl.store(ppm + rows, extremes, mask=stored)
+    if VARIANCE:
+        deviations = tl.sum(deviation, axis=1)
+        # Correctly rounded: where a constant row deviates from its rounded mean, the difference below is exactly 0.
+        mean_deviation = tl.div_rn(deviations, tl.full((BLOCK_ROWS,), H, tl.float32))
+        sum_of_squares = tl.sum(deviation_squares, axis=1) - deviations * mean_deviation
+        tl.store(variance + rows, sum_of_squares / (H - 1), mask=stored)
+    if L1:
+        tl.store(l1 + rows, tl.sum(magnitude, axis=1), mask=stored)
+    if L2:
+        tl.store(l2 + rows, tl.sqrt_rn(tl.sum(squares, axis=1)), mask=stored)
 
 
 @triton.jit
@@ -123,21 +147,31 @@ def _column_statistics(
 @triton.jit
 def neuron_scores_kernel(
     gate, up, down,  # [I, H], [I, H], [H, I]
-    ppm, variance, l1, l2,  # float32 [3, I] (gate, up, down) and [2, I] (gate, up)
+    ppm, variance, l1, l2,  # float32 [3, I] (gate, up, down) and [2, I] (gate, up); only the requested ones are used
     I, H, gate_stride, up_stride, down_stride, readable,
-    BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_COLUMN_ROWS: tl.constexpr,
+    PPM: tl.constexpr, DOWN_PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_COLUMN_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Statistics of all neurons: the grid holds column blocks of down, row blocks of gate, row blocks of up."""
-    column_blocks = tl.cdiv(I, BLOCK_COLUMNS)
-    row_blocks = tl.cdiv(I, BLOCK_ROWS)
     pid = tl.program_id(0)
-    if pid < column_blocks:
-        _column_statistics(down, down_stride, pid, ppm + 2 * I, I, H, readable, BLOCK_COLUMNS, BLOCK_COLUMN_ROWS)
-    elif pid < column_blocks + row_blocks:
-        _row_statistics(gate, gate_stride, pid - column_blocks, ppm, variance, l1, l2, I, H, BLOCK_ROWS, BLOCK_H)
-    else:
-        block = pid - column_blocks - row_blocks
-        _row_statistics(up, up_stride, block, ppm + I, variance + I, l1 + I, l2 + I, I, H, BLOCK_ROWS, BLOCK_H)
+    column_blocks = 0
+    if DOWN_PPM:
+        column_blocks = tl.cdiv(I, BLOCK_COLUMNS)
+        if pid < column_blocks:
+            _column_statistics(down, down_stride, pid, ppm + 2 * I, I, H, readable, BLOCK_COLUMNS, BLOCK_COLUMN_ROWS)
+    row_blocks = tl.cdiv(I, BLOCK_ROWS)
+    block = pid - column_blocks
+    if block >= 0:
+        if block < row_blocks:
+            _row_statistics(
+                gate, gate_stride, block, ppm, variance, l1, l2, I, H, PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES
+            )
+        else:
+            _row_statistics(
+                up, up_stride, block - row_blocks, ppm + I, variance + I, l1 + I, l2 + I, I, H,
+                PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
+            )  # fmt: skip
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
@@ -164,39 +198,49 @@ def _readable_columns(down: torch.Tensor) -> int:
     return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
 
 
-def plan_neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[KernelCall, NeuronStatistics]:
+def plan_neuron_scores(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, wanted: Collection[str] = NeuronStatistics._fields
+) -> tuple[KernelCall, NeuronStatistics]:
     """Return the launch of `neuron_scores` and the tensors that it fills. Works on meta tensors: nothing is read."""
     _check(gate, up, down)
+    if not wanted or not set(wanted) <= set(NeuronStatistics._fields):
+        raise ValueError(f"wanted must name statistics of {', '.join(NeuronStatistics._fields)}; got {list(wanted)}")
     I, H = gate.shape
     for name, weight in (("gate", gate), ("up", up), ("down", down)):
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise ValueError(f"{name} must have an inner stride of 1, got strides {weight.stride()}")
 
-    def empty(rows: int) -> torch.Tensor:
-        return torch.empty(rows, I, dtype=torch.float32, device=gate.device)
-
-    ppm, variance, l1, l2 = empty(3), empty(2), empty(2), empty(2)
-    block_h = min(next_power_of_2(H), 1024)
-    block_rows = TILE // block_h
+    kinds = {kind: {f"gate_{kind}", f"up_{kind}"} & set(wanted) for kind in ("ppm", "variance", "l1", "l2")}
+    has_down, has_rows = "down_ppm" in wanted, any(kinds.values())
+    outputs = {
+        kind: torch.empty(3 if kind == "ppm" else 2, I, dtype=torch.float32, device=gate.device) for kind in kinds
+    }
+    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS)
     call = KernelCall(
         kernel=neuron_scores_kernel,
-        grid=(cdiv(I, BLOCK_COLUMNS) + 2 * cdiv(I, block_rows),),
+        grid=((cdiv(I, BLOCK_COLUMNS) if has_down else 0) + (2 * cdiv(I, BLOCK_ROWS) if has_rows else 0),),
         args={
-            "gate": gate, "up": up, "down": down, "ppm": ppm, "variance": variance, "l1": l1, "l2": l2,
+            "gate": gate, "up": up, "down": down, **outputs,
             "I": I, "H": H, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "down_stride": down.stride(0),
             "readable": _readable_columns(down),
         },
         constants={
-            "BLOCK_ROWS": block_rows, "BLOCK_H": block_h,
-            "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": TILE // BLOCK_COLUMNS,
+            "PPM": bool(kinds["ppm"]), "DOWN_PPM": has_down, "VARIANCE": bool(kinds["variance"]),
+            "L1": bool(kinds["l1"]), "L2": bool(kinds["l2"]),
+            "BLOCK_ROWS": BLOCK_ROWS, "CHUNKS": chunks, "LANES": LANES,
+            "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": BLOCK_COLUMN_ROWS,
         },
         num_warps=NUM_WARPS,
         num_stages=1,
     )  # fmt: skip
-    return call, NeuronStatistics(*ppm, *variance, *l1, *l2)
+    rows = {"gate": 0, "up": 1, "down": 2}
+    found = {name: outputs[name.partition("_")[2]][rows[name.partition("_")[0]]] for name in wanted}
+    return call, NeuronStatistics(**found)
 
 
-def neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> NeuronStatistics:
+def neuron_scores(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, wanted: Collection[str] = NeuronStatistics._fields
+) -> NeuronStatistics:
     """Compute statistics of every neuron in one launch.
 
     Sums are float32 in a fixed order. Loads are 16 bytes wide where H and the row strides are multiples of 16.
@@ -204,16 +248,17 @@ def neuron_scores(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> N
     Args:
         gate: `[I, H]`, bfloat16, float16 or float32, on a CUDA device; any I, H and row stride, inner stride 1.
         up: like gate.
-        down: `[H, I]`, of the same dtype and device.
+        down: `[H, I]`, of the same dtype and device. Not read unless `down_ppm` is wanted.
+        wanted: Names of the statistics to compute; the others are None.
 
     Returns:
         float32 `[I]` tensors on the device of the weights.
 
     Raises:
-        ValueError: wrong shapes, strides or devices.
+        ValueError: wrong shapes, strides or devices, or an unknown statistic.
         TypeError: unsupported or different dtypes.
     """
-    call, statistics = plan_neuron_scores(gate, up, down)
+    call, statistics = plan_neuron_scores(gate, up, down, wanted)
     with torch.cuda.device_of(gate):  # Triton launches on the current device, whichever the tensors are on
         call.run()
     return statistics

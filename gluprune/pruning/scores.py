@@ -18,19 +18,20 @@ from gluprune.runtime import operator
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# `WeightStatistics` and the kernel's statistics have the same field names.
-STATIC_SCORES: dict[str, Callable[..., torch.Tensor]] = {
+# The criteria from the weights: the statistics that each needs, and its formula. `WeightStatistics` and the kernel's
+# statistics have the same field names.
+STATIC_SCORES: dict[str, tuple[tuple[str, ...], Callable[..., torch.Tensor]]] = {
     # MAW, named PPM since version 3 of the paper: peak-to-peak magnitude of gate and up.
-    "maw": lambda s: s.gate_ppm + s.up_ppm,
-    "ppm": lambda s: s.gate_ppm + s.up_ppm,
+    "maw": (("gate_ppm", "up_ppm"), lambda gate, up: gate + up),
+    "ppm": (("gate_ppm", "up_ppm"), lambda gate, up: gate + up),
     # The same over gate, up and down, so that the neuron's output weights count as well.
-    "maw_gud": lambda s: s.gate_ppm + s.up_ppm + s.down_ppm,
+    "maw_gud": (("gate_ppm", "up_ppm", "down_ppm"), lambda gate, up, down: gate + up + down),
     # Variance of weights.
-    "vow": lambda s: s.gate_variance + s.up_variance,
+    "vow": (("gate_variance", "up_variance"), lambda gate, up: gate + up),
     # Product of (L1) norms.
-    "pon": lambda s: s.gate_l1 * s.up_l1,
+    "pon": (("gate_l1", "up_l1"), lambda gate, up: gate * up),
     # Sum of L2 norms.
-    "l2": lambda s: s.gate_l2 + s.up_l2,
+    "l2": (("gate_l2", "up_l2"), lambda gate, up: gate + up),
 }
 
 
@@ -46,9 +47,12 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
     Returns:
         float32 `[I]` on the device of the weights.
     """
+    wanted, formula = STATIC_SCORES[name]
     if operator.uses_kernels("auto", gate.device) and gate.dtype in operator.KERNEL_DTYPES:
-        return STATIC_SCORES[name](operator.neuron_statistics(gate, up, down))
-    return STATIC_SCORES[name](WeightStatistics(gate, up, down))
+        statistics = operator.neuron_statistics(gate, up, down, wanted)
+    else:
+        statistics = WeightStatistics(gate, up, down)
+    return formula(*(getattr(statistics, field) for field in wanted))
 
 
 def _hybrid(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tensor:

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -320,17 +320,20 @@ def _backward(ctx, grad):
 glu_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-def neuron_statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> NeuronStatistics:
-    """Compute statistics of every neuron of one layer in one kernel launch, which reads each weight once.
+def neuron_statistics(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, wanted: Collection[str]
+) -> NeuronStatistics:
+    """Compute statistics of every neuron of one layer in one kernel launch, which reads each weight at most once.
 
     Args:
         gate: `[I, H]`; bf16, fp16 or fp32, on CUDA (in Triton's interpreter: on the CPU).
         up: `[I, H]`.
         down: `[H, I]`.
+        wanted: Names of the statistics to compute.
 
     Returns:
         `csrc_triton.NeuronStatistics`, float32 `[I]` tensors.
     """
     from csrc_triton.scores.kernel import neuron_scores
 
-    return neuron_scores(gate, up, down)
+    return neuron_scores(gate, up, down, wanted)

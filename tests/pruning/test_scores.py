@@ -87,15 +87,19 @@ def test_same_neurons_and_weights_as_optipfair(smollm2, name):
 def test_kernel_on_the_real_model(smollm2, monkeypatch):
     """The kernel's statistics in all 30 layers: peak-to-peak magnitudes bit-equal to torch, scores within 2e-6."""
     if operator.INTERPRETED:  # fewer, larger programs, since the interpreter's time depends on their number
-        monkeypatch.setattr(kernel, "TILE", 64 * kernel.TILE)
+        monkeypatch.setattr(kernel, "BLOCK_ROWS", 256)
+        monkeypatch.setattr(kernel, "BLOCK_COLUMNS", 512)
+        monkeypatch.setattr(kernel, "BLOCK_COLUMN_ROWS", 512)
     for glu in model_glus(smollm2):
         weights = glu.weights()
-        found, expected = operator.neuron_statistics(*weights), WeightStatistics(*weights)
+        found = operator.neuron_statistics(*weights, kernel.NeuronStatistics._fields)
+        expected = WeightStatistics(*weights)
         for field in ("gate_ppm", "up_ppm", "down_ppm"):
             assert torch.equal(getattr(found, field), getattr(expected, field)), field
-        for name, score in STATIC_SCORES.items():
+        for name, (fields, formula) in STATIC_SCORES.items():
             truth = TRUTH[name](*(weight.double() for weight in weights))
-            torch.testing.assert_close(score(found).double(), truth, rtol=2e-6, atol=0)
+            score = formula(*(getattr(found, field) for field in fields))
+            torch.testing.assert_close(score.double(), truth, rtol=2e-6, atol=0)
 
 
 @pytest.mark.cuda
@@ -114,7 +118,7 @@ def test_prune_uses_the_kernel_where_it_runs(tiny_model, monkeypatch):
     device = "cpu" if operator.INTERPRETED else "cuda"
     expected = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
     monkeypatch.setattr(operator, "uses_kernels", lambda backend, device: True)
-    monkeypatch.setattr(operator, "neuron_statistics", lambda *weights: calls.append(1) or original(*weights))
+    monkeypatch.setattr(operator, "neuron_statistics", lambda *args: calls.append(1) or original(*args))
     found = gluprune.prune(tiny_model(seed=5).to(device), pruning_ratio=0.4, multiple_of=1)
     assert len(calls) == 3
     for index, kept in expected.kept.items():

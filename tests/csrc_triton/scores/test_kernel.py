@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csrc_triton.layout import PAD
-from csrc_triton.scores.kernel import neuron_scores, plan_neuron_scores
+from csrc_triton.scores.kernel import NeuronStatistics, neuron_scores, plan_neuron_scores
 from csrc_triton.scores.reference import WeightStatistics
 
 # NumPy, which the interpreter uses, warns about NaN and infinity, which are expected here.
@@ -43,9 +43,9 @@ def peak_to_peak(weight, dim):
     return weight.amax(dim) + weight.amin(dim).abs()
 
 
-def launch_poisoned(gate, up, down, grid=None):
+def launch_poisoned(gate, up, down, wanted=NeuronStatistics._fields, grid=None):
     """Return statistics launched into poisoned outputs; checks that nothing past the end of an output was written."""
-    call, statistics = plan_neuron_scores(gate, up, down)
+    call, statistics = plan_neuron_scores(gate, up, down, wanted)
     guarded = {}
     for name in ("ppm", "variance", "l1", "l2"):
         output = call.args[name]
@@ -112,6 +112,26 @@ def test_matches_torch_on_random_shapes(I, H, dtype, pitches, seed):
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "wanted",
+    [("gate_ppm", "up_ppm"), ("down_ppm",), ("gate_variance", "up_variance"), ("up_l1",), ("gate_l2", "up_l2")],
+    ids=",".join,
+)
+def test_only_what_is_wanted_is_computed(wanted, dtype):
+    gate, up, down = weights(67, 300, dtype, seed=4, pitches=(1, 0, 13))
+    every, found = launch_poisoned(gate, up, down), launch_poisoned(gate, up, down, wanted)
+    for name, values in found._asdict().items():
+        assert values is None if name not in wanted else torch.equal(values, getattr(every, name)), name
+
+
+@pytest.mark.parametrize("wanted", [(), ("gate_ppm", "mean")])
+def test_unknown_statistics_are_named(wanted):
+    gate, up, down = weights(3, 4, torch.float32, seed=0)
+    with pytest.raises(ValueError, match="wanted must name statistics of gate_ppm, up_ppm, .*; got"):
+        neuron_scores(gate, up, down, wanted)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_one_signed_weights(sign):
     """max + |min| if all values have the same sign: a masked lane read as zero would change the result."""
@@ -129,9 +149,9 @@ def test_variance_far_from_zero(mean, std, H):
 
 def test_variance_when_the_first_chunk_is_unlike_the_rest():
     gate, up, down = weights(3, 5000, torch.float32, seed=12)
-    gate[:, :1024] = 0.0
-    gate[:, 1024:] += 500.0
-    up[:, :1024] -= 500.0
+    gate[:, :2048] = 0.0
+    gate[:, 2048:] += 500.0
+    up[:, :2048] -= 500.0
     assert_matches(launch_poisoned(gate, up, down), gate, up, down, rtol=1e-5)
 
 
@@ -194,6 +214,15 @@ for I, H, pitch in [(67, 65, 67), (67, 65, 128), (5, 1030, 5), (1, 1, 1)]:
     gate, up, down = guarded(I, H, H), guarded(I, H, H + 3), guarded(H, I, pitch)
     down_ppm = neuron_scores(gate, up, down).down_ppm
     assert torch.equal(down_ppm, down.amax(0) + down.amin(0).abs())
+
+# A weight that the wanted statistics do not need is not read: all of down is unreadable.
+gate, up = torch.randn(67, 65), torch.randn(67, 65)
+memory = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+down = torch.frombuffer(memory, dtype=torch.float32, count=65 * 67).view(65, 67)
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), 16 * mmap.PAGESIZE, 0) == 0
+gate_ppm = neuron_scores(gate, up, down, ("gate_ppm", "up_ppm")).gate_ppm
+assert torch.equal(gate_ppm, gate.amax(1) + gate.amin(1).abs())
 """
 
 
@@ -230,8 +259,10 @@ def test_plan_divides_the_work_as_documented():
         return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
 
     call, statistics = plan_neuron_scores(meta(8192, 2048), meta(8192, 2048), meta(2048, 8192))
-    assert call.grid == (128 + 2 * 2048,)
+    assert call.grid == (128 + 2 * 1024,)
     assert all(values.shape == (8192,) for values in statistics)
+    call, _ = plan_neuron_scores(meta(8192, 2048), meta(8192, 2048), meta(2048, 8192), ("gate_ppm", "up_ppm"))
+    assert call.grid == (2 * 1024,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,16 +35,17 @@ BLOCK_COLUMN_ROWS = 64  # rows of down per step
 NUM_WARPS = 8
 BLOCK_ROWS = NUM_WARPS  # rows of gate or up per program
 LANES = 256  # weights of a row that one warp loads at once: 16 bytes per lane in 16 bit
-MAX_CHUNKS = 8  # such loads in flight
+MAX_CHUNKS = 8  # such loads in flight; half as many for the variance, which needs the registers
+_ROW_STATISTICS = ("ppm", "variance", "l1", "l2")
 
 
 class NeuronStatistics(NamedTuple):
     """Per-neuron statistics of one GLU MLP, each a float32 tensor of shape [I] on the device of the weights, or None.
 
-    None stands for a statistic that was not requested. `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv 2512.22671), over the rows of gate and up and the
-    columns of down; it equals PyTorch's `w.float().amax() + w.float().amin().abs()` bit for bit, NaN included.
-    `variance` is the unbiased variance of a row (`torch.var`; NaN for H = 1), `l1` the sum of its magnitudes and `l2`
-    its Euclidean norm.
+    None stands for a statistic that was not requested. `ppm` is the peak-to-peak magnitude max(w) + |min(w)| (arXiv
+    2512.22671), over the rows of gate and up and the columns of down; it equals PyTorch's `w.float().amax() +
+    w.float().amin().abs()` bit for bit, NaN included. `variance` is the unbiased variance of a row (`torch.var`; NaN
+    for H = 1), `l1` the sum of its magnitudes and `l2` its Euclidean norm.
     """
 
     gate_ppm: torch.Tensor | None = None
@@ -66,11 +67,11 @@ def _peak_to_peak(maximum, minimum, magnitude):
 
 @triton.jit
 def _row_statistics(
-    weight, stride, block, ppm, variance, l1, l2, I, H,
+    weight, stride, block, statistics, I, H,
     PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of BLOCK_ROWS rows of a weight `[I, H]`."""
+    """Statistics of BLOCK_ROWS rows of a weight `[I, H]`; rows 0, 3, 5 and 7 of `statistics` are its results."""
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     # Rows past the end repeat the last one: their results are not stored.
@@ -109,17 +110,17 @@ def _row_statistics(
     stored = rows < I
     if PPM:
         extremes = _peak_to_peak(tl.max(maximum, axis=1), tl.min(minimum, axis=1), tl.sum(magnitude, axis=1))
-        tl.store(ppm + rows, extremes, mask=stored)
+        tl.store(statistics + rows, extremes, mask=stored)
     if VARIANCE:
         deviations = tl.sum(deviation, axis=1)
         # Correctly rounded: where a constant row deviates from its rounded mean, the difference below is exactly 0.
         mean_deviation = tl.div_rn(deviations, tl.full((BLOCK_ROWS,), H, tl.float32))
         sum_of_squares = tl.sum(deviation_squares, axis=1) - deviations * mean_deviation
-        tl.store(variance + rows, sum_of_squares / (H - 1), mask=stored)
+        tl.store(statistics + 3 * I + rows, sum_of_squares / (H - 1), mask=stored)
     if L1:
-        tl.store(l1 + rows, tl.sum(magnitude, axis=1), mask=stored)
+        tl.store(statistics + 5 * I + rows, tl.sum(magnitude, axis=1), mask=stored)
     if L2:
-        tl.store(l2 + rows, tl.sqrt_rn(tl.sum(squares, axis=1)), mask=stored)
+        tl.store(statistics + 7 * I + rows, tl.sqrt_rn(tl.sum(squares, axis=1)), mask=stored)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def _column_statistics(
 @triton.jit
 def neuron_scores_kernel(
     gate, up, down,  # [I, H], [I, H], [H, I]
-    ppm, variance, l1, l2,  # float32 [3, I] (gate, up, down) and [2, I] (gate, up); only the requested ones are used
+    statistics,  # float32 [9, I], in the order of NeuronStatistics
     I, H, gate_stride, up_stride, down_stride, readable,
     PPM: tl.constexpr, DOWN_PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
@@ -155,23 +156,23 @@ def neuron_scores_kernel(
 ):  # fmt: skip
     """Statistics of all neurons: the grid holds column blocks of down, row blocks of gate, row blocks of up."""
     pid = tl.program_id(0)
-    column_blocks = 0
-    if DOWN_PPM:
-        column_blocks = tl.cdiv(I, BLOCK_COLUMNS)
-        if pid < column_blocks:
-            _column_statistics(down, down_stride, pid, ppm + 2 * I, I, H, readable, BLOCK_COLUMNS, BLOCK_COLUMN_ROWS)
+    column_blocks = tl.cdiv(I, BLOCK_COLUMNS) if DOWN_PPM else 0
     row_blocks = tl.cdiv(I, BLOCK_ROWS)
-    block = pid - column_blocks
-    if block >= 0:
-        if block < row_blocks:
-            _row_statistics(
-                gate, gate_stride, block, ppm, variance, l1, l2, I, H, PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES
+    if pid < column_blocks:
+        if DOWN_PPM:
+            _column_statistics(
+                down, down_stride, pid, statistics + 2 * I, I, H, readable, BLOCK_COLUMNS, BLOCK_COLUMN_ROWS
             )
-        else:
-            _row_statistics(
-                up, up_stride, block - row_blocks, ppm + I, variance + I, l1 + I, l2 + I, I, H,
-                PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
-            )  # fmt: skip
+    elif pid < column_blocks + row_blocks:
+        _row_statistics(
+            gate, gate_stride, pid - column_blocks, statistics, I, H,
+            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
+        )  # fmt: skip
+    else:
+        _row_statistics(
+            up, up_stride, pid - column_blocks - row_blocks, statistics + I, I, H,
+            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
+        )  # fmt: skip
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
@@ -210,32 +211,29 @@ def plan_neuron_scores(
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise ValueError(f"{name} must have an inner stride of 1, got strides {weight.stride()}")
 
-    kinds = {kind: {f"gate_{kind}", f"up_{kind}"} & set(wanted) for kind in ("ppm", "variance", "l1", "l2")}
-    has_down, has_rows = "down_ppm" in wanted, any(kinds.values())
-    outputs = {
-        kind: torch.empty(3 if kind == "ppm" else 2, I, dtype=torch.float32, device=gate.device) for kind in kinds
-    }
-    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS)
+    wants_down, wants_rows = "down_ppm" in wanted, bool(set(wanted) - {"down_ppm"})
+    has_variance = not {"gate_variance", "up_variance"}.isdisjoint(wanted)
+    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 2 if has_variance else MAX_CHUNKS)
+    statistics = torch.empty(len(NeuronStatistics._fields), I, dtype=torch.float32, device=gate.device)
     call = KernelCall(
         kernel=neuron_scores_kernel,
-        grid=((cdiv(I, BLOCK_COLUMNS) if has_down else 0) + (2 * cdiv(I, BLOCK_ROWS) if has_rows else 0),),
+        grid=(cdiv(I, BLOCK_COLUMNS) * wants_down + 2 * cdiv(I, BLOCK_ROWS) * wants_rows,),
         args={
-            "gate": gate, "up": up, "down": down, **outputs,
+            "gate": gate, "up": up, "down": down if wants_down else None, "statistics": statistics,
             "I": I, "H": H, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "down_stride": down.stride(0),
             "readable": _readable_columns(down),
         },
         constants={
-            "PPM": bool(kinds["ppm"]), "DOWN_PPM": has_down, "VARIANCE": bool(kinds["variance"]),
-            "L1": bool(kinds["l1"]), "L2": bool(kinds["l2"]),
+            **{kind.upper(): not {f"gate_{kind}", f"up_{kind}"}.isdisjoint(wanted) for kind in _ROW_STATISTICS},
+            "DOWN_PPM": wants_down,
             "BLOCK_ROWS": BLOCK_ROWS, "CHUNKS": chunks, "LANES": LANES,
             "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": BLOCK_COLUMN_ROWS,
         },
         num_warps=NUM_WARPS,
         num_stages=1,
     )  # fmt: skip
-    rows = {"gate": 0, "up": 1, "down": 2}
-    found = {name: outputs[name.partition("_")[2]][rows[name.partition("_")[0]]] for name in wanted}
-    return call, NeuronStatistics(**found)
+    rows = zip(NeuronStatistics._fields, statistics, strict=True)
+    return call, NeuronStatistics(**{name: row for name, row in rows if name in wanted})
 
 
 def neuron_scores(

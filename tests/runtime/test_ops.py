@@ -211,7 +211,9 @@ def test_bad_names_are_rejected():
 
 def test_neuron_statistics():
     gate, up, down, *_ = make_operands(37, 48, device=DEVICE)
-    statistics = operator.neuron_statistics(gate.detach(), up.detach(), down.detach(), ("gate_ppm", "down_ppm", "up_l2"))
+    statistics = operator.neuron_statistics(
+        gate.detach(), up.detach(), down.detach(), ("gate_ppm", "down_ppm", "up_l2")
+    )
     assert torch.equal(statistics.gate_ppm, gate.amax(1) + gate.amin(1).abs())
     assert torch.equal(statistics.down_ppm, down.amax(0) + down.amin(0).abs())
     torch.testing.assert_close(statistics.up_l2, up.double().norm(dim=1).float())

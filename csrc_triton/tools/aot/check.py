@@ -24,6 +24,14 @@ from csrc_triton.tools.aot.ptx import MIN_WIDTH, UNKNOWN
 # Threads and programs that one multiprocessor holds, by compute capability.
 RESIDENT = {80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32), 120: (1536, 24)}
 REGISTERS = 65536
+# The statistics that gluprune's scores need: maw_gud, maw, vow, pon and l2.
+SCORE_STATISTICS = (
+    ("gate_ppm", "up_ppm", "down_ppm"),
+    ("gate_ppm", "up_ppm"),
+    ("gate_variance", "up_variance"),
+    ("gate_l1", "up_l1"),
+    ("gate_l2", "up_l2"),
+)
 
 
 def failures(compiled: KernelFacts, weights: Iterable[str]) -> list[str]:
@@ -128,7 +136,8 @@ def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple
     # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
     weights = meta_weights(H, I, dtype)
     gate, up = weights.gate_up[:, :I]
-    yield Shape("scores", 0, H, I), plan_neuron_scores(gate, up, weights.down[:, :I])[0]
+    for wanted in SCORE_STATISTICS:
+        yield Shape("scores", 0, H, I), plan_neuron_scores(gate, up, weights.down[:, :I], wanted)[0]
     for rounding, M in itertools.product(ROUNDINGS, (1, 2048)):
         x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, H), (H,)))
         yield Shape(f"norm {rounding}", M, H, 1), plan_rms_norm(x, weight, 1e-6, rounding).calls[0]

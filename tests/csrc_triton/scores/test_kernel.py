@@ -46,17 +46,19 @@ def peak_to_peak(weight, dim):
 def launch_poisoned(gate, up, down, wanted=NeuronStatistics._fields, grid=None):
     """Return statistics launched into poisoned outputs; checks that nothing past the end of an output was written."""
     call, statistics = plan_neuron_scores(gate, up, down, wanted)
-    guarded = {}
-    for name in ("ppm", "variance", "l1", "l2"):
-        output = call.args[name]
-        buffer = torch.full((output.numel() + 8192,), UNWRITTEN, device=DEVICE)
-        guarded[name] = (output, buffer)
-    args = {**call.args, **{name: buffer for name, (_, buffer) in guarded.items()}}
-    dataclasses.replace(call, args=args, grid=grid or call.grid).run()
-    for output, buffer in guarded.values():
-        output.copy_(buffer[: output.numel()].view(output.shape))
-        assert (buffer[output.numel() :] == UNWRITTEN).all()
+    output = call.args["statistics"]
+    buffer = torch.full((output.numel() + 8192,), UNWRITTEN, device=DEVICE)
+    dataclasses.replace(call, args={**call.args, "statistics": buffer}, grid=grid or call.grid).run()
+    output.copy_(buffer[: output.numel()].view(output.shape))
+    assert (buffer[output.numel() :] == UNWRITTEN).all()
+    for name, row in zip(NeuronStatistics._fields, output, strict=True):
+        assert name in wanted or twin(name) in wanted or (row == UNWRITTEN).all(), name
     return statistics
+
+
+def twin(name):
+    """The statistic of the other of gate and up: both are computed if one is wanted."""
+    return name.replace("gate", "up") if "gate" in name else name.replace("up", "gate")
 
 
 def assert_matches(statistics, gate, up, down, rtol):

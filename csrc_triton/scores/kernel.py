@@ -12,7 +12,7 @@ so a row ends with one exchange between lanes per statistic, and no barrier.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
 which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 1024
-row programs of 8 rows (32 KiB) fill the GPU during and after them. A column program keeps 4 tiles of 64 x 64
+row programs of 8 rows (32 KiB) fill the GPU during and after them. A column program keeps 8 tiles of 32 x 64
 (32 KiB) in flight, more than the 18 KiB that one SM needs to reach its share of 3 TB/s at a latency of 0.8 us, so that
 even the 52 column programs of a model pruned to 3277 neurons should end before the row programs do. This is arithmetic,
 not a measurement.
@@ -31,11 +31,11 @@ from csrc_triton.launch.call import KernelCall
 from csrc_triton.layout import DTYPES, cdiv, next_power_of_2
 
 BLOCK_COLUMNS = 64  # columns of down per program: one 128-byte line in 16 bit
-BLOCK_COLUMN_ROWS = 64  # rows of down per step
+BLOCK_COLUMN_ROWS = 32  # rows of down per step
 NUM_WARPS = 8
 BLOCK_ROWS = NUM_WARPS  # rows of gate or up per program
 LANES = 256  # weights of a row that one warp loads at once: 16 bytes per lane in 16 bit
-MAX_CHUNKS = 8  # such loads in flight; half as many for the variance, which needs the registers
+MAX_CHUNKS = 8  # such loads in flight; a quarter for the variance, which needs the registers
 _ROW_STATISTICS = ("ppm", "variance", "l1", "l2")
 
 
@@ -73,18 +73,18 @@ def _row_statistics(
 ):  # fmt: skip
     """Statistics of BLOCK_ROWS rows of a weight `[I, H]`; rows 0, 3, 5 and 7 of `statistics` are its results."""
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    columns = tl.arange(0, LANES)[None, :]
     # Rows past the end repeat the last one: their results are not stored.
-    offsets = tl.minimum(rows, I - 1).to(tl.int64) * stride
-    pointers = weight + offsets[None, :, None] + columns  # [CHUNKS, BLOCK_ROWS, LANES]
+    pointers = weight + tl.minimum(rows, I - 1).to(tl.int64)[:, None] * stride + columns  # [BLOCK_ROWS, LANES]
 
     # The variance is taken about the mean of the first step. With c steps that point is never further from the row's
     # mean than sqrt(c - 1) standard deviations, so the subtraction at the end loses at most a factor c of float32's
     # accuracy, however large the mean is.
-    shift = tl.zeros((BLOCK_ROWS,), tl.float32)
+    first = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     if VARIANCE:
-        first = tl.load(pointers, mask=columns < H, other=0.0).to(tl.float32)
-        shift = tl.sum(tl.sum(first, axis=0), axis=1) / tl.minimum(H, CHUNKS * LANES)
+        for chunk in tl.static_range(CHUNKS):
+            first += tl.load(pointers + chunk * LANES, mask=columns < H - chunk * LANES, other=0.0).to(tl.float32)
+    shift = tl.sum(first, axis=1) / tl.minimum(H, CHUNKS * LANES)
     # One partial result per lane: [BLOCK_ROWS, LANES].
     maximum = tl.full((BLOCK_ROWS, LANES), float("-inf"), tl.float32)
     minimum = tl.full((BLOCK_ROWS, LANES), float("inf"), tl.float32)
@@ -92,24 +92,29 @@ def _row_statistics(
     squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     deviation = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     deviation_squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
-    for start in range(0, H, CHUNKS * LANES):
-        valid = columns < H - start
-        w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)
-        if PPM:
-            maximum = tl.maximum(maximum, tl.max(tl.where(valid, w, float("-inf")), axis=0))
-            minimum = tl.minimum(minimum, tl.min(tl.where(valid, w, float("inf")), axis=0))
-        if PPM or L1:
-            magnitude += tl.sum(tl.abs(w), axis=0)
-        if L2:
-            squares += tl.sum(w * w, axis=0)
-        if VARIANCE:
-            d = tl.where(valid, w - shift[None, :, None], 0.0)
-            deviation += tl.sum(d, axis=0)
-            deviation_squares += tl.sum(d * d, axis=0)
+    for step in range(0, H, CHUNKS * LANES):
+        for chunk in tl.static_range(CHUNKS):  # independent loads: all of a step are in flight
+            start = step + chunk * LANES
+            valid = columns < H - start
+            w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)
+            if PPM:
+                largest, smallest = tl.where(valid, w, float("-inf")), tl.where(valid, w, float("inf"))
+                maximum = tl.maximum(maximum, largest, propagate_nan=tl.PropagateNan.ALL)
+                minimum = tl.minimum(minimum, smallest, propagate_nan=tl.PropagateNan.ALL)
+            if L1:
+                magnitude += tl.abs(w)
+            if L2:
+                squares += w * w
+            if VARIANCE:
+                d = tl.where(valid, w - shift[:, None], 0.0)
+                deviation += d
+                deviation_squares += d * d
 
     stored = rows < I
     if PPM:
-        extremes = _peak_to_peak(tl.max(maximum, axis=1), tl.min(minimum, axis=1), tl.sum(magnitude, axis=1))
+        # NaN in one lane makes this sum NaN; infinities cannot cancel.
+        magnitudes = tl.sum(tl.abs(maximum), axis=1)
+        extremes = _peak_to_peak(tl.max(maximum, axis=1), tl.min(minimum, axis=1), magnitudes)
         tl.store(statistics + rows, extremes, mask=stored)
     if VARIANCE:
         deviations = tl.sum(deviation, axis=1)
@@ -134,7 +139,7 @@ def _column_statistics(
     mask = columns[None, :] < readable
     maximum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
     minimum = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("inf"), tl.float32)
-    for start in tl.range(0, H, BLOCK_ROWS, loop_unroll_factor=4):  # pyright: ignore[reportGeneralTypeIssues]
+    for start in tl.range(0, H, BLOCK_ROWS, loop_unroll_factor=8):  # pyright: ignore[reportGeneralTypeIssues]
         rows = tl.minimum(start + tl.arange(0, BLOCK_ROWS), H - 1)  # a repeated row changes no maximum
         w = tl.load(pointers + rows.to(tl.int64)[:, None] * stride, mask=mask, other=0.0).to(tl.float32)
         maximum = tl.maximum(maximum, w, propagate_nan=tl.PropagateNan.ALL)  # [BLOCK_ROWS, BLOCK_COLUMNS]
@@ -213,7 +218,7 @@ def plan_neuron_scores(
 
     wants_down, wants_rows = "down_ppm" in wanted, bool(set(wanted) - {"down_ppm"})
     has_variance = not {"gate_variance", "up_variance"}.isdisjoint(wanted)
-    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 2 if has_variance else MAX_CHUNKS)
+    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 4 if has_variance else MAX_CHUNKS)
     statistics = torch.empty(len(NeuronStatistics._fields), I, dtype=torch.float32, device=gate.device)
     call = KernelCall(
         kernel=neuron_scores_kernel,

@@ -25,7 +25,7 @@ from gluprune.cli.options import (
 RESUMING = "to continue, run it again"
 EXAMPLES = (
     "gluprune shrink meta-llama/Llama-3.2-1B --ratio 0.2 --out llama-narrow",
-    "gluprune shrink meta-llama/Llama-3.2-1B --max-loss 0.05 --text notes.txt --out llama-narrow",
+    "gluprune shrink meta-llama/Llama-3.2-1B --max-loss 0.2 --text notes.txt --out llama-narrow",
 )
 _TARGET, _TEXT = "Target (exactly one)", "Text"
 

@@ -53,6 +53,7 @@ def test_demo(smollm2_path, tmp_path, monkeypatch):
     assert text.splitlines()[-3:] == [f"  {command}" for command in table.next_steps(record)]
     ran = []
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: ran.append((self.name, ctx.params)))
+    (output / "pruned").mkdir()  # which the second command would write
     for command in table.next_steps(record):
         assert main(shlex.split(command)[1:]) == 0
     assert [name for name, _ in ran] == ["calibrate", "prune", "reconstruct"]

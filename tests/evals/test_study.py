@@ -329,7 +329,7 @@ def test_bad_input_is_one_line(inputs, tmp_path, capsys, more, message):
 
 @pytest.mark.parametrize("more", [["--scores", "l2"], ["--multiple-of", "8"], ["--calibration", __file__]])
 def test_what_only_pruning_uses_is_refused_without_ratios(tmp_path, capsys, more):
-    assert main(["study", "absent", "--ratios", *more, "--out", str(tmp_path / "out")]) == 2
+    assert main(["study", "owner/absent", "--ratios", *more, "--out", str(tmp_path / "out")]) == 2
     assert f"{more[0]} would be ignored: --ratios has no value" in capsys.readouterr().err
 
 

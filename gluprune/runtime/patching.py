@@ -156,7 +156,9 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
     fused_norms = sum(isinstance(norm, FusedNorm) for norm in norms_found)
     line = f"{len(status) - len(reasons)} of {len(status)} MLPs and {fused_norms} of {len(norms_found)} norms are fused"
     line += f" (backend {backend})"
-    logger.info(line + (f"; not fused: {fusion.summary(reasons)}" if reasons else ""))
+    has_effect = len(reasons) < len(status) or fused_norms
+    level = logging.INFO if has_effect else logging.WARNING
+    logger.log(level, line + (f"; not fused: {fusion.summary(reasons)}" if reasons else ""))
     return model
 
 

@@ -114,6 +114,13 @@ def test_prune_and_patch_in_either_order(order, family, multiple_of):
         assert torch.equal(ours, theirs) and ours.untyped_storage().nbytes() == theirs.nbytes
 
 
+def test_a_patch_without_effect_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="gluprune"):
+        patch(tiny_model(), "torch", norms=False)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("0 of 2 MLPs and 0 of 5 norms are fused (backend torch); not fused: 2 x ")
+
+
 def test_one_line_in_the_log(caplog):
     model = tiny_model(device=DEVICE)
     mlps(model)[0].gate_proj.register_forward_hook(lambda *args: None)

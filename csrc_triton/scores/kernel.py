@@ -93,7 +93,7 @@ def _row_statistics(
     deviation = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     deviation_squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     for step in range(0, H, CHUNKS * LANES):
-        for chunk in tl.static_range(CHUNKS):  # independent loads: all of a step are in flight
+        for chunk in tl.static_range(CHUNKS):  # independent loads: all of a step are in flight  # pyright: ignore[reportGeneralTypeIssues]
             start = step + chunk * LANES
             valid = columns < H - start
             w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)

@@ -52,6 +52,7 @@ def reference(model, instances, limit):
 @pytest.mark.parametrize(
     "packed, related", [(40, 90), *[pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((512, 2048), (1, 1))]]
 )
+@pytest.mark.slow
 def test_log_likelihoods(loaded, monkeypatch, packed, related):
     monkeypatch.setattr(shared_context, "PACKED", packed)
     monkeypatch.setattr(shared_context, "RELATED", related)

@@ -145,6 +145,7 @@ def test_a_changed_model_is_rejected(inputs, tmp_path, capsys):
     assert "holds a study with revision of tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_share_a_study(inputs, tmp_path):
     """A configuration that another process is evaluating is skipped."""
     folder = Folder(tmp_path / "out")

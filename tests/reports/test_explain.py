@@ -184,6 +184,7 @@ def test_odd_widths_cost_energy_at_batch_8_but_not_at_batch_1():
             assert abs(statistics.mean(latency.odd_excess(model, f"{workload} b1").values())) < 0.05
 
 
+@pytest.mark.slow
 def test_report_of_the_published_figures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main(["report", "--published", "--out", str(tmp_path / "new")]) == 0

@@ -69,6 +69,7 @@ def test_equals_the_public_functions(source, text, tmp_path, short, tokenizer):
     assert report.tokens == min(len(ids) - 1, 32 * LENGTH)
 
 
+@pytest.mark.slow
 def test_the_text_to_measure_on(source, text, tmp_path, short):
     """Own files, or a part of what the model writes; never what was calibrated on."""
     other = tmp_path / "other.txt"
@@ -82,6 +83,7 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
 
 
+@pytest.mark.slow
 def test_layers_of_different_widths(source, tmp_path, short):
     report = gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.3, **short, allocation="sensitivity")
     model = gluprune.load(tmp_path / "out")
@@ -90,6 +92,7 @@ def test_layers_of_different_widths(source, tmp_path, short):
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == widths
 
 
+@pytest.mark.slow
 def test_a_family_that_cannot_be_reconstructed(tiny_model, tokenizer, tmp_path, short):
     model = tiny_model("olmo2", seed=1, vocab_size=len(tokenizer))
     gluprune.save(model, tmp_path / "olmo2", tokenizer)
@@ -105,6 +108,7 @@ def perplexities(monkeypatch, loss):
     )
 
 
+@pytest.mark.slow
 def test_max_loss_chooses_the_narrowest_width(source, tmp_path, short, monkeypatch):
     perplexities(monkeypatch, lambda width: (101 - width) / 101)
     report = gluprune.shrink(source, tmp_path / "out", max_loss=0.4, **short)
@@ -115,6 +119,7 @@ def test_max_loss_chooses_the_narrowest_width(source, tmp_path, short, monkeypat
     assert report.to_dict()["loss"] == report.loss and "<- written" in str(report)
 
 
+@pytest.mark.slow
 def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, short, monkeypatch):
     out = tmp_path / "out"
     perplexities(monkeypatch, lambda width: (101 - width) / 101)
@@ -174,6 +179,7 @@ def test_without_matplotlib_there_is_no_picture(source, tmp_path, short, monkeyp
     assert "gluprune[demo]" in caplog.text and "shrink.png" not in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_pruned_further(source, tmp_path, short):
     """The picture and the card of the first step are not those of the second."""
     gluprune.shrink(source, tmp_path / "a", pruning_ratio=0.2, **short)

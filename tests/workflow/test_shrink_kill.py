@@ -95,6 +95,7 @@ def test_killed_twice_at_any_stage(source, text, tmp_path, target):
     assert {"own.txt", "statistics", "measurements.json", "gluprune.json", "shrink.png", "out"} <= stages
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_computed_again(source, tmp_path, short, monkeypatch):
     """Interrupted while it prunes, then while it measures the pruned model."""
     gluprune.shrink(source, tmp_path / "expected", pruning_ratio=0.2, **short)

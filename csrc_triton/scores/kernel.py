@@ -7,8 +7,9 @@ afterwards, there are no atomics, and every result is the same in every run. Onl
 computed, and only the weights that they need are read.
 
 Rows are bound by the issue of instructions, not by memory, if warps exchange partial results: one warp reduces a whole
-row. A step keeps CHUNKS x 16 bytes in flight per lane, and partial results stay in the lanes until the end of the row,
-so a row ends with one exchange between lanes per statistic, and no barrier.
+row. Partial results stay in the lanes until the end of the row, so a row ends with one exchange between lanes per
+statistic, and a program with one barrier. With 40 registers (peak-to-peak) a multiprocessor holds 48 warps, each of which
+waits for one load of 512 bytes at a time.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
 which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 1024
@@ -35,7 +36,7 @@ BLOCK_COLUMN_ROWS = 32  # rows of down per step
 NUM_WARPS = 8
 BLOCK_ROWS = NUM_WARPS  # rows of gate or up per program
 LANES = 256  # weights of a row that one warp loads at once: 16 bytes per lane in 16 bit
-MAX_CHUNKS = 8  # such loads in flight; a quarter for the variance, which needs the registers
+MAX_CHUNKS = 8  # such loads per step; a quarter for the variance, which needs the registers
 _ROW_STATISTICS = ("ppm", "variance", "l1", "l2")
 
 
@@ -93,7 +94,7 @@ def _row_statistics(
     deviation = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     deviation_squares = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     for step in range(0, H, CHUNKS * LANES):
-        for chunk in tl.static_range(CHUNKS):  # independent loads: all of a step are in flight  # pyright: ignore[reportGeneralTypeIssues]
+        for chunk in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             start = step + chunk * LANES
             valid = columns < H - start
             w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)
@@ -216,21 +217,20 @@ def plan_neuron_scores(
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise ValueError(f"{name} must have an inner stride of 1, got strides {weight.stride()}")
 
-    wants_down, wants_rows = "down_ppm" in wanted, bool(set(wanted) - {"down_ppm"})
-    has_variance = not {"gate_variance", "up_variance"}.isdisjoint(wanted)
-    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 4 if has_variance else MAX_CHUNKS)
+    wants_down = "down_ppm" in wanted
+    computed = {kind.upper(): not {f"gate_{kind}", f"up_{kind}"}.isdisjoint(wanted) for kind in _ROW_STATISTICS}
+    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 4 if computed["VARIANCE"] else MAX_CHUNKS)
     statistics = torch.empty(len(NeuronStatistics._fields), I, dtype=torch.float32, device=gate.device)
     call = KernelCall(
         kernel=neuron_scores_kernel,
-        grid=(cdiv(I, BLOCK_COLUMNS) * wants_down + 2 * cdiv(I, BLOCK_ROWS) * wants_rows,),
+        grid=(cdiv(I, BLOCK_COLUMNS) * wants_down + 2 * cdiv(I, BLOCK_ROWS) * any(computed.values()),),
         args={
             "gate": gate, "up": up, "down": down if wants_down else None, "statistics": statistics,
             "I": I, "H": H, "gate_stride": gate.stride(0), "up_stride": up.stride(0), "down_stride": down.stride(0),
             "readable": _readable_columns(down),
         },
         constants={
-            **{kind.upper(): not {f"gate_{kind}", f"up_{kind}"}.isdisjoint(wanted) for kind in _ROW_STATISTICS},
-            "DOWN_PPM": wants_down,
+            **computed, "DOWN_PPM": wants_down,
             "BLOCK_ROWS": BLOCK_ROWS, "CHUNKS": chunks, "LANES": LANES,
             "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": BLOCK_COLUMN_ROWS,
         },

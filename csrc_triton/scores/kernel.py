@@ -8,8 +8,8 @@ computed, and only the weights that they need are read.
 
 Rows are bound by the issue of instructions, not by memory, if warps exchange partial results: one warp reduces a whole
 row. Partial results stay in the lanes until the end of the row, so a row ends with one exchange between lanes per
-statistic, and a program with one barrier. With 40 registers (peak-to-peak) a multiprocessor holds 48 warps, each of which
-waits for one load of 512 bytes at a time.
+statistic, and a program with one barrier. With 40 registers (peak-to-peak) a multiprocessor holds 48 warps, each of
+which waits for one load of 512 bytes at a time.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
 which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 1024

@@ -15,7 +15,7 @@ from gluprune.checkpoints import gguf
 from gluprune.checkpoints.card import History
 from gluprune.checkpoints.load_save import read_config
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
-from gluprune.io.atomic import read_chunks, write_file
+from gluprune.io.atomic import link_file, read_chunks, write_file
 from gluprune.io.folder import check_destination, complete_folder
 from gluprune.io.hub import local_folder
 from gluprune.io.shards import INDEX_FILE, StoredTensor, read_checkpoint, read_json_object
@@ -101,7 +101,7 @@ def export(source: str | Path, destination: str | Path, *, format: str, converte
         for name, content in planned.documents.items():
             write_file(output / name, [content])
         for file in planned.linked:
-            _link(file, output / file.name)
+            link_file(file, output / file.name)
         for name in planned.copied:
             write_file(output / name, read_chunks(folder / name))
     return Path(destination)
@@ -164,11 +164,3 @@ def _to_hf(folder: Path, tensors: list[StoredTensor]) -> tuple[dict, list[int]]:
         raise ValueError(f"{file} is not as `gluprune export` wrote it: {error!r}") from error
     mlp_tensors(folder, tensors, source)
     return entries, widths
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the file system has no hard links, or the file is on another one."""
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        write_file(target, read_chunks(source))

@@ -113,6 +113,14 @@ def write_file(
         raise
 
 
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name; copy it where the file system has no hard links, or the file is on another one."""
+    try:
+        Path(target).hardlink_to(Path(source).resolve())
+    except OSError:
+        write_file(Path(target), read_chunks(Path(source)))
+
+
 def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
     """Yield the content of a file in pieces of at most `size` bytes."""
     with path.open("rb", buffering=0) as file:

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -277,7 +276,7 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
     announce("5 of 5: write")
     checkpoint = work.checkpoint(report.chosen.width)
     shutil.rmtree(output)  # of an interrupted run, perhaps for another target
-    shutil.copytree(checkpoint, output, copy_function=_link)
+    shutil.copytree(checkpoint, output, copy_function=atomic.link_file)
     history, config = read_history(checkpoint), read_config(checkpoint)
     assert history is not None
     step = measure_step(
@@ -292,11 +291,3 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
         files[PICTURE] = picture.draw(report, name)
     for file, content in files.items():
         atomic.write_file(output / file, [content])
-
-
-def _link(file: str, link: str) -> None:
-    """Give a file a second name; copy it where the file system cannot do that."""
-    try:
-        os.link(file, link)
-    except OSError:
-        shutil.copy2(file, link)

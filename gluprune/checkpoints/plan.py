@@ -15,7 +15,7 @@ from gluprune.checkpoints.card import History
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
 from gluprune.io.shards import INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, encode_header, read_checkpoint
 from gluprune.models.families import Family
-from gluprune.models.widths import width_entries
+from gluprune.models.widths import widths_after, with_widths
 from gluprune.pruning.checks import check_layers, check_statistics, common_width
 from gluprune.pruning.history import calibration_entry, prune_step
 from gluprune.pruning.recipe import Recipe
@@ -168,7 +168,7 @@ def make_plan(
         deploy=recipe.deploy,
     )
     step = prune_step(summary, recipe, None if statistics is None else _calibration(found, statistics))
-    after = config.widths_after(widths)
+    after = widths_after(config.widths, widths)
     documents = _documents(config, shards, after, summary.parameters) | _history(folder, config, after, step)
     copied, skipped = other_files(folder, {*documents, *(shard.name for shard in shards)})
     report = CheckpointReport(
@@ -238,8 +238,7 @@ def _plan_shard(shard: Shard, pruned: dict[str, OutputTensor]) -> OutputShard:
 def _documents(config: SourceConfig, shards: list[OutputShard], widths: list[int], parameters: int) -> dict[str, bytes]:
     """Return the JSON files of the output: the config and, if there are several shards, the index."""
     # The rest of the config stays as it is, so that the output loads wherever the source loads.
-    entries = {**config.text_entries, **width_entries(widths)}
-    entries = {key: value for key, value in entries.items() if key != "per_layer_config" or value is not None}
+    entries = with_widths(config.text_entries, widths)
     document = entries if config.text_entries is config.raw else {**config.raw, "text_config": entries}
     documents = {"config.json": _json_bytes(document)}
     if len(shards) > 1 or shards[0].name != SINGLE_FILE:

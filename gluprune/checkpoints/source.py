@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,10 +63,6 @@ class SourceConfig:
     widths: list[int]
     tied: bool
     is_composite: bool = False
-
-    def widths_after(self, pruned: Mapping[int, int]) -> list[int]:
-        """Return the intermediate size of every layer once the layers of `pruned` have its widths."""
-        return [pruned.get(index, width) for index, width in enumerate(self.widths)]
 
     @property
     def text_entries(self) -> dict:

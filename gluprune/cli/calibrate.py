@@ -13,6 +13,7 @@ from gluprune.cli.options import (
     DtypeName,
     Fields,
     Json,
+    Length,
     Model,
     NewFile,
     Quiet,
@@ -50,7 +51,7 @@ def run(
         ),
     ] = False,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 128,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    length: Length = 512,
     field: Fields = ["text"],  # noqa: B006
     device: Device = "auto",
     dtype: Dtype = DtypeName.AUTO,

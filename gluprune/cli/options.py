@@ -154,6 +154,7 @@ Texts = Annotated[
 Fields = Annotated[
     list[str], typer.Option("--field", metavar="NAME...", help="Fields that hold the text in JSON files.")
 ]
+Length = Annotated[int, typer.Option(metavar="N", help="Tokens per window.")]
 Device = Annotated[
     str,
     typer.Option(

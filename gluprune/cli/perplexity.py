@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Model, Quiet, Verbose
+from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Length, Model, Quiet, Verbose
 from gluprune.io.text import read_texts
 
 EXAMPLES = (
@@ -31,7 +31,7 @@ def run(
         int | None,
         typer.Option(metavar="N", help="Windows from each text, evenly spread. By default all of the text."),
     ] = None,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    length: Length = 512,
     field: Fields = ["text"],  # noqa: B006
     device: Device = "auto",
     dtype: Dtype = DtypeName.AUTO,

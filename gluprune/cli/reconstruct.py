@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, NewFolder, Quiet, Texts, Verbose, check_model
+from gluprune.cli.options import (
+    Device,
+    Dtype,
+    DtypeName,
+    Fields,
+    Json,
+    Length,
+    NewFolder,
+    Quiet,
+    Texts,
+    Verbose,
+    check_model,
+)
 from gluprune.io.text import read_texts
 
 EXAMPLES = (
@@ -35,7 +47,7 @@ def run(
     ],
     text: Texts,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 32,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    length: Length = 512,
     field: Fields = ["text"],  # noqa: B006
     out: NewFolder,
     device: Device = "auto",

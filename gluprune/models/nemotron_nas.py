@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gluprune.models.widths import layer_widths, width_entries
+from gluprune.models.widths import layer_widths, with_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -155,6 +155,5 @@ def from_nemotron_nas(raw: dict) -> dict:
         "model_type": raw[_ORIGIN],
         "architectures": [FAMILIES[raw[_ORIGIN]]],
         "rope_parameters": {"rope_theta": raw["rope_theta"], **(raw["rope_scaling"] or {"rope_type": "default"})},
-        **width_entries(block_widths(raw)),
     }
-    return {key: value for key, value in entries.items() if key != "per_layer_config" or value is not None}
+    return with_widths(entries, block_widths(raw))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +28,22 @@ def width_entries(widths: Sequence[int]) -> dict[str, object]:
     """
     others = {index: {"intermediate_size": width} for index, width in enumerate(widths) if width != max(widths)}
     return {"intermediate_size": max(widths), "per_layer_config": others or None}
+
+
+def with_widths(entries: Mapping[str, object], widths: Sequence[int]) -> dict[str, object]:
+    """Return the entries of a config file with the widths of all layers; without `per_layer_config` if all are equal.
+
+    Args:
+        entries: The entries of the text part.
+        widths: Intermediate size of every layer, in order.
+    """
+    written = {**entries, **width_entries(widths)}
+    return {key: value for key, value in written.items() if key != "per_layer_config" or value is not None}
+
+
+def widths_after(before: Sequence[int], pruned: Mapping[int, int]) -> list[int]:
+    """Return the intermediate size of every layer once the layers of `pruned` have its widths."""
+    return [pruned.get(index, width) for index, width in enumerate(before)]
 
 
 def set_config_widths(config: PreTrainedConfig, widths: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from gluprune.calibration.sensitivity import removed_counts
 from gluprune.calibration.statistics import Statistics
+from gluprune.models.widths import widths_after
 from gluprune.pruning.checks import check_deploy
 from gluprune.pruning.recipe import Recipe
 
@@ -241,7 +242,7 @@ def planned_widths(
         width=width,
         multiple_of=recipe.width_multiple,
     )
-    check_deploy(recipe, [widths.get(index, before) for index, before in enumerate(present)], model_type)
+    check_deploy(recipe, widths_after(present, widths), model_type)
     return widths
 
 

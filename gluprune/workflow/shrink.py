@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.sensitivity import removed_counts
@@ -140,7 +140,7 @@ def shrink(
     config = read_config(folder)
     check_head(build_empty(config), "shrink")
     recipe = replace(recipe, reconstruct=not family_of(config).normalized)
-    goal = _goal(folder, destination, recipe, pruning_ratio, max_loss)
+    goal = _goal(folder, config, destination, recipe, pruning_ratio=pruning_ratio, max_loss=max_loss)
     settings = Settings(recipe, own_windows, windows, length, device, dtype)
     _check_lengths(folder, texts, settings)
     if importlib.util.find_spec("matplotlib") is None:
@@ -183,10 +183,16 @@ def _read(text: Sequence[str | Path], test_text: Sequence[str | Path], fields: S
 
 
 def _goal(
-    folder: Path, destination: str | Path, recipe: Recipe, pruning_ratio: float | None, max_loss: float | None
+    folder: Path,
+    config: PreTrainedConfig,
+    destination: str | Path,
+    recipe: Recipe,
+    *,
+    pruning_ratio: float | None,
+    max_loss: float | None,
 ) -> _Goal:
     """Return the widths to choose from, after everything about the checkpoint has been checked."""
-    multiple, config = recipe.width_multiple, read_config(folder)
+    multiple = recipe.width_multiple
     target: dict = {"pruning_ratio": pruning_ratio}
     if max_loss is not None:  # any width, to check all else
         widest = max(layer_widths(config))

@@ -9,12 +9,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from gluprune_evals import report
+from gluprune_evals import plots, report
 from gluprune_evals.findings import CLAIMS, published_verdict, verdict
 from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Metric, Result
 from gluprune_evals.paper import scores
-from gluprune_evals.series import BETTER, NOISE, WORSE, all_series
+from gluprune_evals.series import BETTER, NOISE, WORSE, Series, all_series
 from gluprune_evals.significance import is_beyond_chance, paired_change, pearson
 from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, TASKS
 from scipy import stats
@@ -290,6 +290,17 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     row = next(r for r in rows if (r["model"], r["task"], r["other_task"]) == ("m", "mmlu", "truthfulqa_mc2"))
     assert float(row["r"]) < -0.9 and row["n"] == "5" and float(row["low_95"]) < float(row["r"]) < float(row["high_95"])
     assert sum(r["recipe"] == "published" for r in rows) == 78 + 78 + 21
+
+
+def test_pictures_draw_the_tasks_that_show_more_than_noise(tmp_path, monkeypatch):
+    own, drawn = Series("m", "maw", {task: {} for task in ("mmlu", "piqa", "boolq")}), []
+    monkeypatch.setattr(plots, "_finish", lambda figure, panels, title, path: drawn.append((list(panels), title)))
+    for shown in (["piqa"], []):
+        monkeypatch.setattr(plots, "shows_more_than_noise", lambda series, task, shown=shown: task in shown)
+        plots.capability([own], tmp_path / "capability.png")
+    (some, note), (every, bare) = drawn
+    assert some == ["piqa"] and note.endswith("cannot show: mmlu, boolq")
+    assert every == ["mmlu", "piqa", "boolq"] and "Not drawn" not in bare
 
 
 def test_folder_without_results(tmp_path, capsys):

@@ -120,6 +120,11 @@ def test_pruning_in_training_asks_for_a_new_optimizer(tiny_model, caplog):
     assert record.levelname == "WARNING" and record.message.startswith("create a new optimizer")
 
 
+def test_one_layer_is_not_layers(tiny_model):
+    assert "in 1 layer (" in str(gluprune.prune(tiny_model(), pruning_ratio=0.2, multiple_of=1, layers=[0]))
+    assert " layers (" in str(gluprune.prune(tiny_model(), pruning_ratio=0.2, multiple_of=1))
+
+
 def test_no_second_copy_remains(tiny_model):
     """Parameter objects are kept, their storage has no slack, and stale gradients are removed."""
     model = tiny_model("llama", mlp_bias=True)

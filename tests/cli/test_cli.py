@@ -375,6 +375,12 @@ def test_bad_paths(checkpoint, tmp_path):
         assert "Traceback" not in result.stderr
 
 
+def test_a_missing_file_is_named_with_the_reason(checkpoint, tmp_path, capsys):
+    text = tmp_path / "absent.txt"
+    assert main(["calibrate", str(checkpoint), "--text", str(text), "--out", str(tmp_path / "statistics")]) == 2
+    assert capsys.readouterr().err == f"gluprune calibrate: error: {text}: No such file or directory\n"
+
+
 @pytest.mark.parametrize("layers", ["a", "1-", "-1", "1,,2", ""])
 def test_bad_layer_list(layers, capsys):
     assert main(["prune", "owner/x", "--out", "y", f"--layers={layers}"]) == 2

@@ -5,11 +5,12 @@ import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from gluprune_evals import plots, report
+from gluprune_evals import findings, plots, report
 from gluprune_evals.findings import CLAIMS, published_verdict, verdict
 from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Metric, Result
@@ -290,6 +291,14 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     row = next(r for r in rows if (r["model"], r["task"], r["other_task"]) == ("m", "mmlu", "truthfulqa_mc2"))
     assert float(row["r"]) < -0.9 and row["n"] == "5" and float(row["low_95"]) < float(row["r"]) < float(row["high_95"])
     assert sum(r["recipe"] == "published" for r in rows) == 78 + 78 + 21
+
+
+def test_a_task_at_chance_shows_nothing(monkeypatch):
+    """Four of four scores are worse, but the dense model guesses."""
+    monkeypatch.setattr(findings, "mark_counts", lambda series, tasks: {WORSE: 4, BETTER: 0, NOISE: 0})
+    for value, shows in ((0.9, True), (TASKS["mmlu"].chance, False)):
+        dense = SimpleNamespace(task="mmlu", value=value, stderr=0.01)
+        assert findings.shows_more_than_noise(Series("m", "maw", {"mmlu": {0.0: dense}}), "mmlu") == shows
 
 
 def test_pictures_draw_the_tasks_that_show_more_than_noise(tmp_path, monkeypatch):

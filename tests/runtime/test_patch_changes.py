@@ -119,6 +119,13 @@ def test_a_patch_without_effect_is_a_warning(caplog):
         patch(tiny_model(), "torch", norms=False)
     (record,) = caplog.records
     assert record.getMessage().startswith("0 of 2 MLPs and 0 of 5 norms are fused (backend torch); not fused: 2 x ")
+    caplog.clear()
+    model = tiny_model(device=DEVICE)
+    for mlp in mlps(model):
+        mlp.gate_proj.register_forward_hook(lambda *args: None)
+    with caplog.at_level(logging.WARNING, logger="gluprune"):
+        patch(model, "triton", norms=True)
+    assert not caplog.records, "fused norms are an effect"
 
 
 def test_one_line_in_the_log(caplog):

@@ -8,8 +8,10 @@ computed, and only the weights that they need are read.
 
 Rows are bound by the issue of instructions, not by memory, if warps exchange partial results: one warp reduces a whole
 row. Partial results stay in the lanes until the end of the row, so a row ends with one exchange between lanes per
-statistic, and a program with one barrier. With 40 registers (peak-to-peak) a multiprocessor holds 48 warps, each of
-which waits for one load of 512 bytes at a time.
+statistic, and a program with one barrier. A row whose length is a multiple of LANES is loaded without masks: each
+masked load waits for the one before (disassembled for sm_90), and the selects of its values are a third of the
+instructions. Without masks a warp has up to five loads of 512 bytes in flight (peak-to-peak, Triton 3.7.1). With 48
+registers a multiprocessor holds 40 such warps.
 
 How the work is divided (I = 8192, H = 2048, bfloat16, 132 SMs as on an H100): 64 columns are 128 bytes, one cache line,
 which gives 128 column programs that each read 256 KiB. They are the longest, so they come first in the grid; 2 x 1024
@@ -67,10 +69,16 @@ def _peak_to_peak(maximum, minimum, magnitude):
 
 
 @triton.jit
+def _load_chunk(pointers, valid, EVEN: tl.constexpr):
+    """Load weights as float32, zero where they are not `valid`. With EVEN all are."""
+    return (tl.load(pointers) if EVEN else tl.load(pointers, mask=valid, other=0.0)).to(tl.float32)
+
+
+@triton.jit
 def _row_statistics(
     weight, stride, block, statistics, I, H,
     PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Statistics of BLOCK_ROWS rows of a weight `[I, H]`; rows 0, 3, 5 and 7 of `statistics` are its results."""
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -84,7 +92,7 @@ def _row_statistics(
     first = tl.zeros((BLOCK_ROWS, LANES), tl.float32)
     if VARIANCE:
         for chunk in tl.static_range(CHUNKS):
-            first += tl.load(pointers + chunk * LANES, mask=columns < H - chunk * LANES, other=0.0).to(tl.float32)
+            first += _load_chunk(pointers + chunk * LANES, columns < H - chunk * LANES, EVEN)
     shift = tl.sum(first, axis=1) / tl.minimum(H, CHUNKS * LANES)
     # One partial result per lane: [BLOCK_ROWS, LANES].
     maximum = tl.full((BLOCK_ROWS, LANES), float("-inf"), tl.float32)
@@ -97,9 +105,10 @@ def _row_statistics(
         for chunk in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
             start = step + chunk * LANES
             valid = columns < H - start
-            w = tl.load(pointers + start, mask=valid, other=0.0).to(tl.float32)
+            w = _load_chunk(pointers + start, valid, EVEN)
             if PPM:
-                largest, smallest = tl.where(valid, w, float("-inf")), tl.where(valid, w, float("inf"))
+                largest = w if EVEN else tl.where(valid, w, float("-inf"))
+                smallest = w if EVEN else tl.where(valid, w, float("inf"))
                 maximum = tl.maximum(maximum, largest, propagate_nan=tl.PropagateNan.ALL)
                 minimum = tl.minimum(minimum, smallest, propagate_nan=tl.PropagateNan.ALL)
             if L1:
@@ -107,7 +116,7 @@ def _row_statistics(
             if L2:
                 squares += w * w
             if VARIANCE:
-                d = tl.where(valid, w - shift[:, None], 0.0)
+                d = w - shift[:, None] if EVEN else tl.where(valid, w - shift[:, None], 0.0)
                 deviation += d
                 deviation_squares += d * d
 
@@ -157,7 +166,7 @@ def neuron_scores_kernel(
     statistics,  # float32 [9, I], in the order of NeuronStatistics
     I, H, gate_stride, up_stride, down_stride, readable,
     PPM: tl.constexpr, DOWN_PPM: tl.constexpr, VARIANCE: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_COLUMN_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Statistics of all neurons: the grid holds column blocks of down, row blocks of gate, row blocks of up."""
@@ -172,12 +181,12 @@ def neuron_scores_kernel(
     elif pid < column_blocks + row_blocks:
         _row_statistics(
             gate, gate_stride, pid - column_blocks, statistics, I, H,
-            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
+            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES, EVEN,
         )  # fmt: skip
     else:
         _row_statistics(
             up, up_stride, pid - column_blocks - row_blocks, statistics + I, I, H,
-            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES,
+            PPM, VARIANCE, L1, L2, BLOCK_ROWS, CHUNKS, LANES, EVEN,
         )  # fmt: skip
 
 
@@ -205,6 +214,14 @@ def _readable_columns(down: torch.Tensor) -> int:
     return rounded if end * down.element_size() <= down.untyped_storage().nbytes() else width
 
 
+def _chunks(H: int, most: int) -> int:
+    """Return how many loads of LANES weights make a step, at most `most`; whole steps wherever loads are whole."""
+    loads, rest = divmod(H, LANES)
+    if rest:
+        return min(next_power_of_2(loads + 1), most)
+    return max(chunks for chunks in range(1, most + 1) if loads % chunks == 0)
+
+
 def plan_neuron_scores(
     gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, wanted: Collection[str] = NeuronStatistics._fields
 ) -> tuple[KernelCall, NeuronStatistics]:
@@ -219,7 +236,7 @@ def plan_neuron_scores(
 
     wants_down = "down_ppm" in wanted
     computed = {kind.upper(): not {f"gate_{kind}", f"up_{kind}"}.isdisjoint(wanted) for kind in _ROW_STATISTICS}
-    chunks = min(next_power_of_2(cdiv(H, LANES)), MAX_CHUNKS // 4 if computed["VARIANCE"] else MAX_CHUNKS)
+    chunks = _chunks(H, MAX_CHUNKS // 4 if computed["VARIANCE"] else MAX_CHUNKS)
     statistics = torch.empty(len(NeuronStatistics._fields), I, dtype=torch.float32, device=gate.device)
     call = KernelCall(
         kernel=neuron_scores_kernel,
@@ -231,7 +248,7 @@ def plan_neuron_scores(
         },
         constants={
             **computed, "DOWN_PPM": wants_down,
-            "BLOCK_ROWS": BLOCK_ROWS, "CHUNKS": chunks, "LANES": LANES,
+            "BLOCK_ROWS": BLOCK_ROWS, "CHUNKS": chunks, "LANES": LANES, "EVEN": H % (chunks * LANES) == 0,
             "BLOCK_COLUMNS": BLOCK_COLUMNS, "BLOCK_COLUMN_ROWS": BLOCK_COLUMN_ROWS,
         },
         num_warps=NUM_WARPS,

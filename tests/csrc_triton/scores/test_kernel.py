@@ -93,6 +93,9 @@ def assert_matches(statistics, gate, up, down, rtol):
         pytest.param(131, 1024, (0, 0, 125), marks=pytest.mark.slow),
         (37, 1025, (1, 2, 3)),
         (9, 2113, (0, 0, 0)),
+        (3, 768, (5, 0, 1)),  # from here on without masks: one step, steps of one load, two steps
+        (2, 11 * 256, (0, 9, 0)),
+        (2, 2560, (0, 0, 0)),
     ],
 )
 def test_matches_torch(dtype, I, H, pitches):
@@ -142,7 +145,7 @@ def test_one_signed_weights(sign):
 
 
 @pytest.mark.parametrize("mean, std", [(1000.0, 1.0), (-3e4, 1.0), (1.0, 1e-4)])
-@pytest.mark.parametrize("H", [700, 2500])
+@pytest.mark.parametrize("H", [700, 2500, 2560])
 def test_variance_far_from_zero(mean, std, H):
     """|mean| up to 30000 standard deviations: a variance from raw sums would have no correct digit in float32."""
     gate, up, down = weights(6, H, torch.float32, seed=11, mean=mean, std=std)
@@ -167,8 +170,9 @@ def test_variance_of_constant_rows_is_zero():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_as_in_torch(dtype):
-    I, H = 70, 1100
+@pytest.mark.parametrize("H", [1100, 1280])
+def test_nan_and_infinity_as_in_torch(dtype, H):
+    I = 70
     gate, up, down = weights(I, H, dtype, seed=5)
     for weight in (gate, up, down.T):
         weight[0, 3] = torch.nan
@@ -265,6 +269,26 @@ def test_plan_divides_the_work_as_documented():
     assert all(values.shape == (8192,) for values in statistics)
     call, _ = plan_neuron_scores(meta(8192, 2048), meta(8192, 2048), meta(2048, 8192), ("gate_ppm", "up_ppm"))
     assert call.grid == (2 * 1024,)
+
+
+@pytest.mark.parametrize(
+    "H, chunks, variance_chunks, even",
+    [
+        (2048, 8, 2, True),
+        (3072, 6, 2, True),
+        (2560, 5, 2, True),
+        (256, 1, 1, True),
+        (11 * 256, 1, 1, True),
+        (2047, 8, 2, False),
+        (576, 4, 2, False),
+        (1, 1, 1, False),
+    ],
+)
+def test_rows_of_whole_loads_take_whole_steps(H, chunks, variance_chunks, even):
+    gate, down = torch.empty(16, H, device="meta"), torch.empty(H, 16, device="meta")
+    for wanted, expected in (("gate_ppm", chunks), ("gate_variance", variance_chunks)):
+        constants = plan_neuron_scores(gate, gate, down, (wanted,))[0].constants
+        assert (constants["CHUNKS"], constants["EVEN"]) == (expected, even)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,7 @@ class _Lines(tqdm):
     def __init__(self, iterable: Iterable | None = None, **options: Any):
         super().__init__(
             iterable,
-            bar_format="{n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} remaining",
+            bar_format="{unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} remaining",
             file=io.StringIO(),  # for what erases a bar
             mininterval=SECONDS_PER_LINE,
             maxinterval=SECONDS_PER_LINE,

@@ -11,7 +11,7 @@ def test_a_log_gets_a_plain_line_now_and_then(capsys, monkeypatch):
     assert list(progress(range(3), desc="calibrating", unit="batch", disable=False)) == [0, 1, 2]
     printed = capsys.readouterr().err
     lines = printed.splitlines()
-    assert [line.partition(",")[0] for line in lines] == [f"calibrating: {n} of 3 batch" for n in (1, 2, 3)]
+    assert [line.partition(",")[0] for line in lines] == [f"calibrating: batch {n} of 3" for n in (1, 2, 3)]
     assert "\r" not in printed and "%" not in printed
 
 

@@ -1,4 +1,4 @@
-"""A GPU run of half an hour: `make gpu`, or `python -m benchmarks.gpu --help`.
+"""A GPU run in steps of at most three minutes: `make gpu`, or `python -m benchmarks.gpu --help`.
 
 Runs the steps below in order, the most important first: tests, ceilings, tuner, kernel benchmarks with the peers, model
 benchmarks with energy. Every step is a separate process, which is stopped at its limit; measurements made until then
@@ -66,17 +66,17 @@ def _tests(name: str, *arguments: str, minutes: float) -> Step:
     return Step(name, (*PYTEST, *workers, *arguments), minutes)
 
 
-def _benchmarks(name: str, files: str, select: str | None = None, *options: str, minutes: float = 8) -> Step:
+def _benchmarks(name: str, files: str, select: str | None = None, *options: str, minutes: float = 3) -> Step:
     chosen = ("-k", select) if select else ()
     common = ("--benchmark-only", "--resume", "--records", "{records}")
     return Step(name, (*PYTEST, *files.split(), *common, *options, *chosen), minutes)
 
 
-def _tuner(name: str, model: str, *options: str, minutes: float) -> Step:
+def _tuner(name: str, model: str) -> Step:
     H, dense = MODELS[model]
     tokens = sorted(SETS["full"].tokens)
     sizes = ("--hidden", str(H), "--intermediate", *map(str, all_widths(dense)), "--tokens", *map(str, tokens))
-    return Step(name, ("csrc_triton.tools.tune", *sizes, "--out", "{tuned}", *options), minutes)
+    return Step(name, ("csrc_triton.tools.tune", *sizes, "--out", "{tuned}"), minutes=3)
 
 
 def _any(widths: Iterable[int]) -> str:
@@ -85,7 +85,7 @@ def _any(widths: Iterable[int]) -> str:
 
 
 def steps() -> list[Step]:
-    """Return the steps on a GPU, in order: about 15 minutes up to the scores, some hours in total."""
+    """Return the steps on a GPU, in order: about 12 minutes up to the scores, some hours in total."""
     small, large, huge = MODELS
     exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}
     few = {name: [widths[0], widths[4], aligned(widths[4]), widths[6]] for name, widths in exact.items()}  # 0, 40, 60 %
@@ -98,12 +98,8 @@ def steps() -> list[Step]:
     def model(name: str, plan: str, widths: Iterable[int]) -> Step:
         return _benchmarks(f"model-{name}-{plan}", whole, f"{name} and {plan} and {_any(widths)}")
 
-    def called(plan: str, minutes: float) -> list[Step]:
-        select = f"{small} and {plan}"
-        return [
-            _benchmarks(f"model-{plan}-{width}", whole, f"{select} and I{width}", minutes=minutes)
-            for width in few[small]
-        ]
+    def user(plan: str, width: int) -> Step:
+        return _benchmarks(f"model-{plan}-{width}", whole, f"{small} and {plan} and I{width}")
 
     def rest(name: str) -> Step:
         early = "energy or called or static" if name == small else "energy"
@@ -112,28 +108,32 @@ def steps() -> list[Step]:
 
     runtime = ("ops", "prepared", "norms", "graphs", "patch_changes")
     kernels = ("csrc_triton/glu", "csrc_triton/scores", "csrc_triton/test_norm.py")
+    called, static = ([user(plan, width) for width in few[small]] for plan in ("called", "static"))
     return [
         _tests("tests-runtime", *(f"tests/runtime/test_{name}.py" for name in runtime), minutes=3),
         _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
         # What users call, stock and patched, at the dense width and at 40 and 60 % pruned.
-        *called("called", minutes=3),
-        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=5),
+        *called,
+        *static[::2],  # dense, and 40 % at a multiple of 128
+        _benchmarks("scores", "benchmarks/test_scores.py", minutes=1),
         _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
-        _tuner(f"tune-{small}", small, minutes=5),
+        _tuner(f"tune-{small}", small),
         forward(small),
+        _benchmarks("recipe", "benchmarks/test_recipe.py", "test_large"),
+        _benchmarks(f"backward-{small}", mlp, f"backward and {small}"),
+        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=3),
+        *static[1::2],
         *(model(small, plan, widths[small]) for plan, widths in (("graph", exact), ("energy", few))),
-        _benchmarks("scores", "benchmarks/test_scores.py", minutes=2),
-        _tuner(f"tune-{large}", large, minutes=6),
+        _tuner(f"tune-{large}", large),
         forward(large),
         # torch.compile tunes for many seconds per shape: a few shapes now, the others after all other steps.
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
-        _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=8),
-        *called("static", minutes=8),
-        *(_benchmarks(f"backward-{name}", mlp, f"backward and {name}") for name in (small, large)),
+        _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=3),
+        _benchmarks(f"backward-{large}", mlp, f"backward and {large}"),
         *(rest(name) for name in (small, large)),
         *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),
-        _tuner(f"tune-{huge}", huge, minutes=8),
+        _tuner(f"tune-{huge}", huge),
     ]
 
 

@@ -28,10 +28,10 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
 
 @torch.inference_mode(False)  # inference tensors could not be trained afterwards
 @torch.no_grad()
-def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
+def align(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
     """Move separate weights into the aligned layout, in place; weights already in it are left there.
 
-    The Parameter objects stay; only their `data` changes. This temporarily takes extra memory of the size of gate and
+    The tensor objects stay; only their `data` changes. This temporarily takes extra memory of the size of gate and
     up of this layer.
 
     Args:
@@ -51,7 +51,7 @@ def align(gate: torch.nn.Parameter, up: torch.nn.Parameter, down: torch.nn.Param
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
+def align_packed(gate_up: torch.Tensor, down: torch.Tensor) -> None:
     """Do the same as `align` for a packed gate_up `[2 * I, H]`."""
     (rows, columns), width = gate_up.shape, down.shape[1]
     padded = layout.padded_width(width)
@@ -63,7 +63,7 @@ def align_packed(gate_up: torch.nn.Parameter, down: torch.nn.Parameter) -> None:
     _align_down(down)
 
 
-def _align_down(down: torch.nn.Parameter) -> None:
+def _align_down(down: torch.Tensor) -> None:
     if layout.is_padded_down(down):
         return
     rows, columns = down.shape
@@ -80,7 +80,7 @@ def _fills_storage(weight: torch.Tensor) -> bool:
 
 def is_view(weight: torch.Tensor) -> bool:
     """Return whether a parameter is a view into an aligned buffer that is larger than the parameter."""
-    if type(weight) is not torch.nn.Parameter or weight.dim() != 2 or _fills_storage(weight):
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.dim() != 2 or _fills_storage(weight):
         return False
     return (
         layout.is_half(weight, 0)
@@ -90,7 +90,7 @@ def is_view(weight: torch.Tensor) -> bool:
     )
 
 
-def is_alone(weight: torch.nn.Parameter) -> bool:
+def is_alone(weight: torch.Tensor) -> bool:
     """Return whether a weight may be moved to other memory: its storage holds nothing else, or is an aligned buffer.
 
     Views of a buffer owned by other code (a sharding library's flat parameter) must stay where that code writes.
@@ -100,7 +100,7 @@ def is_alone(weight: torch.nn.Parameter) -> bool:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def separate(weight: torch.nn.Parameter) -> None:
+def separate(weight: torch.Tensor) -> None:
     """Move a weight that is a view into an aligned buffer into plain contiguous memory; others stay."""
     if is_view(weight):
         weight.data = weight.clone(memory_format=torch.contiguous_format)

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
 from gluprune.models.families import FAMILIES, TEXT_PARTS
-from gluprune.runtime import aligned, operator
+from gluprune.runtime import aligned, operator, sharding
 
 # Weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
 Operands: TypeAlias = tuple[
@@ -166,16 +166,17 @@ def module_obstacle(mlp: PatchedMLP) -> str | None:
         return _unsupported_activation(activation)
     if _is_modified(activation):
         return f"{family.activation} has a hook"
+    is_split = sharding.group_of(mlp) is not None
     for name in (family.gate, family.up, family.down):
         projection = mlp._modules[name]
         if type(projection) is not nn.Linear:
             return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
-        if _is_modified(projection):
+        if has_hooks(projection.__dict__) or not (is_split or runs_forward_of(projection, nn.Linear)):
             return f"{name} has a hook"
         weight = projection._parameters.get("weight")
         if weight is None:
             return f"{name}.weight is no parameter (sharded, or a replica of nn.DataParallel)"
-        if type(weight) not in _PLAIN:
+        if type(weight) not in _PLAIN and not is_split:
             return f"{name}.weight is {type(weight).__name__}"
         if operator.INTERPRETED and weight.dtype == torch.bfloat16 and mlp.backend == "triton" and not weight.is_cuda:
             return "Triton's interpreter computes products of bfloat16 wrongly"
@@ -197,7 +198,7 @@ def _operand_obstacle(tensors: Operands) -> str | None:
             return "the biases' shapes do not fit together"
     if down.dim() != 2 or gate.shape != up.shape or gate.shape != down.shape[::-1]:
         return "the weights' shapes do not fit together"
-    return None
+    return None if gate.shape[0] else "it has no neurons"  # the last ranks of few neurons
 
 
 def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
@@ -212,6 +213,8 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
     if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
         return False
     if torch._C._are_functorch_transforms_active():
+        return False
+    if type(down) not in _PLAIN and torch.is_grad_enabled():  # shards, whose gradients transformers' own code sums
         return False
     return torch.compiler.is_compiling() or not x.is_neg()  # which cannot be traced
 
@@ -281,9 +284,15 @@ def activation_name(mlp: PatchedMLP) -> str:
 
 
 def operands(mlp: PatchedMLP) -> Operands:
-    """Return the weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases."""
+    """Return the weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
+
+    Where the neurons are split over ranks: this rank's shards, without the bias of down, which is added to the sum.
+    """
     family, modules = mlp.family, mlp._modules
     gate, up, down = (modules[name]._parameters for name in (family.gate, family.up, family.down))
+    if type(down["weight"]) not in _PLAIN:
+        shards = gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"]
+        return *map(sharding.local, shards), None  # pyright: ignore[reportReturnType]
     if not family.packed:
         return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
     gate_weight, up_weight = gate["weight"].chunk(2)

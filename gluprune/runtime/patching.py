@@ -19,7 +19,7 @@ from torch import nn
 
 from gluprune.models.families import Family
 from gluprune.models.glu import GLU
-from gluprune.runtime import aligned, fusion, operator
+from gluprune.runtime import aligned, fusion, operator, sharding
 from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
 from gluprune.runtime.norms import FusedNorm, patch_norms, unpatch_norms
 from gluprune.runtime.operator import layout
@@ -56,9 +56,12 @@ class FusedGLU(Swapped):
             return super().forward(x)
         options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
-            return operator.glu_mlp(x, *operands, *options)
-        keep_prepared(self, lambda: PreparedMLP.of(self, up_row))
-        return operator.run_kernels(x, up_row, operands, *options)
+            y = operator.glu_mlp(x, *operands, *options)
+        else:
+            keep_prepared(self, lambda: PreparedMLP.of(self, up_row))
+            y = operator.run_kernels(x, up_row, operands, *options)
+        group = sharding.group_of(self)
+        return y if group is None else sharding.sum_over_ranks(y, self, group)
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.
 
@@ -97,7 +100,7 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
     Works on any module that contains MLP classes of `gluprune.models.families.FAMILIES` (a causal LM, its bare decoder,
     a wrapped model) and changes nothing else. Where kernels run, the weights move into aligned storage
     (`gluprune.runtime.aligned`), one layer at a time. No weight exists twice, and saved checkpoints stay bit for bit
-    the same. On the CPU, and wherever a call finds hooks, adapters, autocast, quantized, offloaded or sharded weights,
+    the same. On the CPU, and wherever a call finds hooks, adapters, autocast, quantized or offloaded weights,
     an MLP calls its modules as it did before. Norms run fused where no gradient is needed; they round as the family's
     eager code rounds. See `unpatch`.
 
@@ -231,11 +234,12 @@ def _patch(mlp: nn.Module, backend: str) -> None:
 
 
 def _unpatch(mlp: fusion.PatchedMLP) -> None:
+    parameters = sharding.local_parameters(mlp)
     set_class(mlp, mlp.original_class)
     hooks = mlp._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _after_load]:
         del hooks[key]
-    for parameter in mlp.parameters():
+    for parameter in parameters:
         aligned.separate(parameter)
 
 
@@ -246,18 +250,20 @@ def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
 def _settle(mlp: fusion.PatchedMLP) -> None:
     """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
     mlp.__dict__.pop(PREPARED, None)
-    for parameter in mlp.parameters():
+    for parameter in sharding.local_parameters(mlp):
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so such an MLP trains on contiguous weights.
         if not operator.uses_kernels(mlp.backend, parameter.device) or (mlp.training and not parameter.is_contiguous()):
             aligned.separate(parameter)
     if fusion.module_obstacle(mlp) is not None:
         return
-    weights: list[Any] = [projection.weight for projection in GLU(mlp.family, mlp).projections.values()]
+    projections = GLU(mlp.family, mlp).projections.values()
+    weights: list[Any] = [sharding.local(projection.weight) for projection in projections]
     *_, down = weights
     if not operator.uses_kernels(mlp.backend, down.device) or (mlp.training and down.shape[1] % aligned.ALIGNMENT):
         return
-    if all(map(aligned.is_alone, weights)):
+    # On the CPU, transformers leaves the shards of gate and up in the memory of the whole weights, which it dropped.
+    if sharding.group_of(mlp) is not None or all(map(aligned.is_alone, weights)):
         align = aligned.align_packed if mlp.family.packed else aligned.align
         align(*weights)
 

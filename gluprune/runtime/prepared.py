@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._C._dynamo.guards import TensorGuards
 
-from gluprune.runtime import fusion, operator
+from gluprune.runtime import fusion, operator, sharding
 from gluprune.runtime.classes import PREPARED
 
 MOST_LENGTHS = 64  # numbers of tokens that one module keeps launches for
@@ -137,9 +137,11 @@ class PreparedMLP(Prepared):
         for name in dict.fromkeys((family.gate, family.up, family.down)):
             parameters = modules[name]._parameters
             self._projections.append((name, vars(modules[name]).get("forward"), parameters["bias"] is not None))
-            tensors += [tensor for tensor in parameters.values() if tensor is not None]
+            tensors += [sharding.local(tensor) for tensor in parameters.values() if tensor is not None]
         gate, _, down, *_ = fusion.operands(mlp)
         super().__init__(tensors, hidden=down.shape[0])
+        self._group = sharding.group_of(mlp)
+        self._is_trainable = self._is_trainable or self._group is not None
         self._down = next(number for number, tensor in enumerate(tensors) if tensor is down)
         self._sizes = gate.untyped_storage().nbytes(), down.untyped_storage().nbytes()
 
@@ -163,10 +165,17 @@ class PreparedMLP(Prepared):
         attributes = activation.__dict__
         if type(activation) is not self._activation_type or fusion.has_hooks(attributes):
             return False
+        if self._group is not None:
+            tensors = [sharding.local(tensor) for tensor in tensors]
         if attributes.get("forward") is not self._activation_forward or not self._same_tensors(tensors):
             return False
         sizes = tensors[0].untyped_storage().nbytes(), tensors[self._down].untyped_storage().nbytes()
         return sizes == self._sizes
+
+    def run(self, module: fusion.PatchedMLP, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the MLP's output for `x` `[..., H]`, summed over ranks; None if there can be no launches."""
+        y = super().run(module, x)
+        return y if y is None or self._group is None else sharding.sum_over_ranks(y, module, self._group)
 
     def _replay(self, module: fusion.PatchedMLP, x: torch.Tensor) -> Any:
         up_row, activation, backend = self._options

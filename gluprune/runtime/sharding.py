@@ -88,7 +88,7 @@ def _style(projection: nn.Module) -> tuple[Any, Any] | None:
     held = dict(zip(forward.__code__.co_freevars, (cell.cell_contents for cell in forward.__closure__), strict=True))
     original = held.get("original_forward")
     # A copy of the module has the closure of the original, which runs the original's weights.
-    if held.get("module") is not projection or getattr(original, "__self__", None) is not projection:
+    if getattr(original, "__self__", None) is not projection:
         return None
     if getattr(original, "__func__", None) is not nn.Linear.forward or not {"self", "mesh"} <= held.keys():
         return None

@@ -93,6 +93,7 @@ def check_what_calls_the_projections(model, reference, ids):
     reference(ids, labels=ids).loss.backward()
     for ours, theirs in zip(mlps(model)[0].parameters(), mlps(reference)[0].parameters()):
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, atol=1e-5, rtol=1e-4)
+    assert mlps(model)[0](torch.ones(2, 48)).requires_grad  # its input has no gradient
     gate, calls = mlps(model)[0].gate_proj, []
     handle = gate.register_forward_hook(lambda *_: calls.append(1))
     assert reasons(model)[0] == "gate_proj has a hook"

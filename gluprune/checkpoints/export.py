@@ -50,14 +50,14 @@ def export(source: str | Path, destination: str | Path, *, format: str, converte
     allows it, and copies elsewhere: do not change them in place.
 
     "nemotron-nas" is the config of NVIDIA's Nemotron-NAS models (DeciLM), in which every layer has its own width: vLLM
-    reads it; SGLang, TensorRT-LLM and llama.cpp's converter read it if every width is a multiple of 256. transformers
+    reads it; SGLang and TensorRT-LLM read it if every width is a multiple of 256. transformers
     loads it with `trust_remote_code=True`, which runs two small files that the export carries. It holds llama, and
     mistral without sliding windows, both without biases.
 
     "hf" is the format of transformers, as `gluprune.save` writes it: it takes such an export back.
 
-    "gguf" calls llama.cpp's own converter, which writes `model.gguf` into the folder. It takes checkpoints with one
-    width, and "nemotron-nas" exports whose widths are multiples of 256.
+    "gguf" calls llama.cpp's own converter, which writes `model.gguf` into the folder. Layers of different widths need
+    the package `gguf`, and a model that "nemotron-nas" holds.
 
     Args:
         source: A folder or a Hub id, which is downloaded first.
@@ -94,7 +94,7 @@ def export(source: str | Path, destination: str | Path, *, format: str, converte
         script = gguf.find_converter(converter)
         gguf.convertible_rows(folder)
         with complete_folder(destination) as output:
-            gguf.convert(folder, script, output / gguf.FILE)
+            gguf.write(folder, script, output / gguf.FILE)
         return Path(destination)
     planned = _plan(folder, format)
     with complete_folder(destination) as output:

@@ -10,21 +10,18 @@ Sources, as read in their public repositories, and runs:
   up, the gate must be a multiple of the block, which is 128.
 - awq, gptq: vllm/model_executor/layers/quantization/{awq,gptq}.py, `create_weights`: the input of down_proj must be a
   multiple of the group, which is usually 128.
-- llama.cpp: SmolLM2-135M at the widths 922, 1024 and 1152 (docs/deploying.md); llama-quantize replaces a K-quant whose
-  rows are not multiples of 256 by a larger format. Its converter (`DeciModel`) reads only `ffn_mult` for layers that
-  differ, which expresses multiples of 256.
+- llama.cpp: SmolLM2-135M at several widths, and with layers that differ (docs/deploying.md). It replaces a K-quant
+  whose rows are not multiples of 256 by a larger format.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gluprune.models import nemotron_nas
 
 _UNALIGNED = "rows of down_proj are not multiples of 16 bytes in half precision"
-_EXPORT = "after `gluprune export --format nemotron-nas`"
 
 
 @dataclass(frozen=True)
@@ -34,18 +31,16 @@ class Consumer:
     Attributes:
         name: The value of `deploy=`.
         multiple: Widths that are multiples of this run without loss.
-        by_layer: If layers differ, every width must be a multiple of this. They need an export first.
         required: Widths that are not multiples of this are refused.
         slower: What happens to widths that are multiples of `required`, but not of `multiple`.
-        export: What limits the export that layers which differ need.
+        export: The format of `gluprune export` that layers which differ need.
     """
 
     name: str
     multiple: int
-    by_layer: int = 1
     required: int = 1
     slower: str = ""
-    export: str = ""
+    export: str = nemotron_nas.MODEL_TYPE
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -58,13 +53,7 @@ CONSUMERS: dict[str, Consumer] = {
             for ranks in (2, 4, 8)
         ),
         *(Consumer(name, 128, required=128) for name in ("fp8", "awq", "gptq")),
-        Consumer(
-            "llama.cpp",
-            256,
-            by_layer=256,
-            slower="K-quants of down_proj fall back to larger formats",
-            export="; in that format its converter takes only the tokenizers of Llama",
-        ),
+        Consumer("llama.cpp", 256, slower="K-quants of down_proj fall back to larger formats", export="gguf"),
     )
 }
 
@@ -96,20 +85,6 @@ def consumer(name: str) -> Consumer:
     return CONSUMERS[name]
 
 
-def width_multiple(name: str, *, by_layer: bool) -> int:
-    """Return the number of which widths must be multiples, so that a consumer runs them without loss.
-
-    Args:
-        name: A key of `CONSUMERS`.
-        by_layer: Whether layers have different widths.
-
-    Raises:
-        ValueError: There is no consumer of this name.
-    """
-    found = consumer(name)
-    return math.lcm(found.multiple, found.by_layer if by_layer else 1)
-
-
 def verdict(found: Consumer, widths: Sequence[int], model_type: str) -> Verdict:
     """Return whether a consumer takes a model of these widths.
 
@@ -123,11 +98,9 @@ def verdict(found: Consumer, widths: Sequence[int], model_type: str) -> Verdict:
         return Verdict(
             "refused", f"layers differ, and the format for such layers does not hold {model_type}: {obstacle}"
         )
-    required = math.lcm(found.required, found.by_layer) if differ else found.required
-    if unfit := _first_unfit(widths, required):
-        layers = " where layers differ" if differ and found.by_layer == required > found.required else ""
-        return Verdict("refused", f"{unfit} is not a multiple of {required}{layers}")
-    needed = _EXPORT + found.export if differ else ""
+    if unfit := _first_unfit(widths, found.required):
+        return Verdict("refused", f"{unfit} is not a multiple of {found.required}")
+    needed = f"after `gluprune export --format {found.export}`" if differ else ""
     if unfit := _first_unfit(widths, found.multiple):
         reason = f"{unfit} is not a multiple of {found.multiple}: {found.slower}"
         return Verdict("works slower", f"{reason}; {needed}" if needed else reason)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gluprune.models.consumers import width_multiple
+from gluprune.models.consumers import consumer
 from gluprune.pruning.scores import CALIBRATED_SCORES, STATIC_SCORES, Score
 
 ALLOCATIONS = ("uniform", "sensitivity")
@@ -86,7 +86,7 @@ class Recipe:
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple!r}")
         if self.deploy is not None:
-            width_multiple(self.deploy, by_layer=False)
+            consumer(self.deploy)
 
     @classmethod
     def parse(cls, text: str, *, multiple_of: int = 128) -> Recipe:
@@ -134,7 +134,7 @@ class Recipe:
         """The number of which widths are multiples: the least that fits both `multiple_of` and `deploy`."""
         if self.deploy is None:
             return self.multiple_of
-        return math.lcm(self.multiple_of, width_multiple(self.deploy, by_layer=self.allocation == "sensitivity"))
+        return math.lcm(self.multiple_of, consumer(self.deploy).multiple)
 
     @property
     def needs(self) -> Needs:

@@ -1,9 +1,13 @@
 """`export` to GGUF, with a script in the place of llama.cpp's converter."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 import textwrap
 
 import pytest
+from gguf import GGUFReader, GGUFValueType
 
 from gluprune.checkpoints.export import export
 from gluprune.checkpoints.gguf import CONVERTER, quantizations
@@ -51,20 +55,76 @@ def test_formats_that_fit_a_width(rows, fitting):
     assert quantizations(rows) == [*["K-quants", "Q8_0, Q5_0, Q4_0"][2 - fitting :], "F16"]
 
 
-def test_layers_that_differ(converter, tmp_path):
-    """The converter reads them only from an export, and only multiples of 256."""
-    for name, widths in (("coarse", (512, 256, 512)), ("fine", (101, 64, 101))):
-        narrow(tmp_path / name, widths=widths)
-        with pytest.raises(
-            ValueError, match="layers of different widths: export it as nemotron-nas, then that as gguf"
-        ):
+CONVERTING = """
+    import pathlib, sys
+    import numpy as np
+    from gguf import GGUFWriter, GGMLQuantizationType
+    from safetensors.numpy import load_file
+
+    folder, _, file = sys.argv[1:]
+    writer = GGUFWriter(file, "llama")
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_name("narrow")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_types([1, 3])
+    for name, tensor in load_file(pathlib.Path(folder) / "model.safetensors").items():
+        writer.add_tensor(name, tensor)
+    writer.add_tensor("bf16", np.arange(12, dtype=np.uint8).reshape(2, 6), raw_dtype=GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+"""
+
+
+def contents(file):
+    """Metadata, types and tensors of a GGUF file."""
+    reader = GGUFReader(file)
+    fields = {name: (field.types, field.contents()) for name, field in reader.fields.items() if "GGUF." not in name}
+    tensors = {each.name: (each.tensor_type, each.shape.tolist(), each.data.tobytes()) for each in reader.tensors}
+    return fields, tensors
+
+
+@pytest.mark.parametrize("widths", [(101, 64, 101), (512, 256, 512)])
+def test_layers_that_differ(converter, tmp_path, widths):
+    """The architecture is `deci`, with a width and numbers of heads for each layer; all else is the converter's."""
+    narrow(tmp_path / "narrow", widths=widths)
+    converter.write_text(textwrap.dedent(CONVERTING))
+    export(tmp_path / "narrow", tmp_path / "out", format="gguf", converter=converter)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf"}
+    subprocess.run([sys.executable, converter, tmp_path / "narrow", "--outfile", tmp_path / "stock"], check=True)
+    (fields, tensors), (stock, expected) = contents(tmp_path / "out" / "model.gguf"), contents(tmp_path / "stock")
+    assert tensors == expected and len(tensors) > 20
+    numbers = [GGUFValueType.ARRAY, GGUFValueType.UINT32]
+    changed = {
+        "general.architecture": ([GGUFValueType.STRING], "deci"),
+        "deci.feed_forward_length": (numbers, list(widths)),
+        "deci.attention.head_count": (numbers, [4] * 3),
+        "deci.attention.head_count_kv": (numbers, [2] * 3),
+    }
+    kept = {name.replace("llama.", "deci."): found for name, found in stock.items()}
+    assert list(kept["tokenizer.ggml.tokens"][1]) == ["a", "b"]
+    assert fields == kept | changed
+
+
+def test_layers_that_differ_are_refused(converter, tmp_path, monkeypatch):
+    """llama.cpp has no architecture for other families, and the package gguf may be missing."""
+    narrow(tmp_path / "qwen", "qwen3", widths=(101, 64, 101))
+    narrow(tmp_path / "llama", widths=(101, 64, 101))
+    export(tmp_path / "llama", tmp_path / "served", format="nemotron-nas")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, message in (
+        ("qwen", "llama.cpp reads for llama and mistral: it is qwen3; its attention normalises"),
+        ("llama", "needs `pip install gguf`"),
+        ("served", "`gluprune export --format hf` writes an export of gluprune back"),
+    ):
+        with pytest.raises(ValueError, match=message):
             export(tmp_path / name, tmp_path / "out", format="gguf", converter=converter)
-        export(tmp_path / name, tmp_path / f"{name}-served", format="nemotron-nas")
-    with pytest.raises(ValueError, match="widths are not multiples of 256"):
-        export(tmp_path / "fine-served", tmp_path / "out", format="gguf", converter=converter)
     assert not (tmp_path / "out").exists()
-    export(tmp_path / "coarse-served", tmp_path / "out", format="gguf", converter=converter)
-    assert (tmp_path / "out" / "model.gguf").read_text() == "GGUF of DeciLMForCausalLM"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from gluprune.checkpoints.info import info
 from gluprune.cli import main
-from gluprune.models.consumers import CONSUMERS, verdict, width_multiple
+from gluprune.models.consumers import CONSUMERS, verdict
 from gluprune.models.families import FAMILIES
 from gluprune.models.nemotron_nas import FAMILIES as EXPRESSIBLE
 
@@ -54,9 +54,9 @@ def test_info_says_where_a_width_runs(folder_of, width, capsys):
 
 @pytest.mark.parametrize("name", CONSUMERS)
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_multiples_of_the_width_multiple_work(name, by_layer):
+def test_multiples_of_the_multiple_work(name, by_layer):
     """What `deploy=` rounds to is what the consumer takes; smaller powers of two are worse."""
-    multiple = width_multiple(name, by_layer=by_layer)
+    multiple = CONSUMERS[name].multiple
     widths = [3 * multiple, 5 * multiple if by_layer else 3 * multiple]
     assert verdict(CONSUMERS[name], widths, "llama").outcome == "works"
     worse = [3 * multiple // 2, *widths[1:]] if by_layer else [3 * multiple // 2] * 2
@@ -74,8 +74,9 @@ def test_layers_that_differ_need_an_export_that_holds_the_family(model_type):
         assert verdict(entry, [512, 512], model_type).outcome == "works"
 
 
-def test_layers_that_differ_by_128_do_not_fit_ffn_mult():
-    assert "where layers differ" in verdict(CONSUMERS["llama.cpp"], [128, 256], "llama").reason
-    assert verdict(CONSUMERS["vllm"], [128, 256], "llama").outcome == "works"
-    assert verdict(CONSUMERS["llama.cpp"], [512, 256], "llama").reason.endswith("takes only the tokenizers of Llama")
-    assert "where layers differ" not in verdict(CONSUMERS["fp8"], [64, 256], "llama").reason
+def test_which_export_layers_that_differ_need():
+    for name, entry in CONSUMERS.items():
+        form = "gguf" if name == "llama.cpp" else "nemotron-nas"
+        assert verdict(entry, [512, 256 * 9], "llama").reason == f"after `gluprune export --format {form}`"
+    slower = verdict(CONSUMERS["llama.cpp"], [128, 256], "llama")
+    assert slower.outcome == "works slower" and slower.reason.endswith("; after `gluprune export --format gguf`")

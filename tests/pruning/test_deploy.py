@@ -51,7 +51,6 @@ def test_the_report_says_which_width_was_taken_and_for_what(tmp_path, capsys):
     "family, deploy, reason",
     [
         ("llama", "tp8", "101 is not a multiple of 8"),
-        ("llama", "llama.cpp", "101 is not a multiple of 256 where layers differ"),
         ("qwen3", "vllm", "the format for such layers does not hold qwen3"),
     ],
 )

@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SERVING ?= .venv-serving
 WORKERS ?= 2
 
-.PHONY: demo test check lint docs kernels gpu clean
+.PHONY: demo test check lint docs kernels gpu test-serving clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/gluprune demo
@@ -36,10 +37,21 @@ kernels: $(VENV)/installed-demo
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
+# Pruned models in vLLM and llama.cpp, and quantized (docs/deploying.md), in an environment of its own: vLLM pins versions.
+test-serving: $(SERVING)/installed
+	$(SERVING)/bin/python -m pytest serving $(ARGS)
+
+# vLLM's requirements bring builds for CUDA of three packages that serving text does not need.
+$(SERVING)/installed: serving/requirements.txt setup.py pyproject.toml
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --requirement serving/requirements.txt --editable .
+	$(SERVING)/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
+	touch $@
+
 $(VENV)/installed-%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) $(SERVING) build site *.egg-info

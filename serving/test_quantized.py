@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-def quantized(source, method):
+def quantized(source, method, work):
     """The model of a checkpoint, quantized in its decoder layers: on a CPU, computing in float32."""
     package, bits, group = METHODS[method]
     pytest.importorskip(package)
@@ -46,6 +46,8 @@ def quantized(source, method):
         quantize_(model.model.layers, config)
     elif package == "llmcompressor":
         gptq(model, AutoTokenizer.from_pretrained(source), group)
+        model.save_pretrained(work / "gptq", save_compressed=True)
+        return AutoModelForCausalLM.from_pretrained(work / "gptq", dtype=torch.float32).eval()
     return model
 
 
@@ -54,7 +56,7 @@ def gptq(model, tokenizer, group):
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    batches = gluprune.batches_from_text(tokenizer, calibration_text(), windows=16, length=256, batch_size=1)
+    batches = gluprune.batches_from_text(tokenizer, calibration_text(), windows=8, length=256, batch_size=1)
     data = Dataset.from_list([{"input_ids": each[0].tolist(), "attention_mask": [1] * 256} for each in batches])
     weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": group}
     groups = {"all": {"targets": ["Linear"], "weights": weights}}
@@ -80,7 +82,7 @@ def stored_bytes(model, bits):
 
 def scales_of(module):
     """The scales of a quantized linear layer; None if it is not quantized."""
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     state, quant_state = getattr(module, "state", None), getattr(weight, "quant_state", None)
     places = (weight, "scale"), (weight, "SCB"), (state, "SCB"), (module, "weight_scale"), (quant_state, "absmax")
     return next((found for owner, name in places if (found := getattr(owner, name, None)) is not None), None)
@@ -88,7 +90,7 @@ def scales_of(module):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
-def test_quantized(name, method, keep):
+def test_quantized(name, method, tmp_path, keep):
     package, bits, group = METHODS[method]
     if find_spec(package) is None:
         pytest.skip(f"needs {package}")
@@ -97,7 +99,7 @@ def test_quantized(name, method, keep):
     text = (files("gluprune.demo") / "data" / "demo_text.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt", verbose=False).input_ids[0]
     try:
-        model = quantized(source, method)
+        model = quantized(source, method, tmp_path)
         with torch.no_grad():
             before = model(ids[None, :32]).logits
     except (AssertionError, ValueError, RuntimeError) as error:

@@ -40,7 +40,7 @@ class ModelInfo:
         dtype: Dtype of most of the weights, or the method by which they are quantized.
         aligned_to: Largest power of two, at most 128, that divides every width. Below 8, rows of down_proj are not
             aligned to 16 bytes in bf16, and plain matrix libraries use slow kernels.
-        tensor_parallel: Ranks -> whether every width divides over them.
+        tensor_parallel: Ranks -> whether the attention heads and every width divide among them.
         consumers: Where it can run: name -> what happens there; see `gluprune.models.consumers`. Only widths are
             checked, not whether the program supports the family.
         fusible: Number of MLPs that `patch_llama` fuses on a GPU.
@@ -142,7 +142,8 @@ def info(path: str | Path) -> ModelInfo:
     if sizes is None and not quantized:
         item_size = model.dtype.itemsize
         sizes = _Sizes(parameters * item_size, mlp_parameters * item_size, str(model.dtype))
-    model_type = config.get_text_config().model_type
+    text = config.get_text_config()
+    model_type, heads = text.model_type, text.num_attention_heads
     return ModelInfo(
         model_type=model_type,
         layers=len(glus),
@@ -154,8 +155,8 @@ def info(path: str | Path) -> ModelInfo:
         mlp_bytes=sizes and sizes.mlps,
         dtype=quantized or (sizes.dtype if sizes else str(model.dtype)).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
-        tensor_parallel={ranks: all(width % ranks == 0 for width in widths) for ranks in TENSOR_PARALLEL_RANKS},
-        consumers={name: verdict(entry, widths, model_type) for name, entry in CONSUMERS.items()},
+        tensor_parallel={ranks: all(size % ranks == 0 for size in (heads, *widths)) for ranks in TENSOR_PARALLEL_RANKS},
+        consumers={name: verdict(entry, widths, model_type, heads=heads) for name, entry in CONSUMERS.items()},
         fusible=fusible,
         not_fusible=not_fusible,
         history=read_history(path),

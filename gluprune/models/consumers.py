@@ -4,8 +4,9 @@ Sources, as read in their public repositories, and runs:
 
 - transformers, vllm: any width runs. Rows of down_proj whose size is not a multiple of 16 bytes slow plain matrix
   products down (benchmarks/results/nvidia-h200/report.md: the widths 6554 and 4916 against 4096).
-- tpN: vllm/distributed/utils.py, `ensure_divisibility`, asserts that the width divides over the ranks. Each rank's
-  rows should be multiples of 16 bytes, for the same reason as on one GPU.
+- tpN: vllm/distributed/utils.py, `ensure_divisibility`, asserts that the width divides over the ranks, and
+  vllm/config/model.py, `verify_with_parallel_config`, that the attention heads do. Each rank's rows should be multiples
+  of 16 bytes, for the same reason as on one GPU.
 - fp8: vllm/model_executor/layers/quantization/utils/fp8_utils.py, `validate_fp8_block_shape`: in the merged gate and
   up, the gate must be a multiple of the block, which is 128.
 - awq, gptq: vllm/model_executor/layers/quantization/{awq,gptq}.py, `create_weights`: the input of down_proj must be a
@@ -34,6 +35,7 @@ class Consumer:
         required: Widths that are not multiples of this are refused.
         slower: What happens to widths that are multiples of `required`, but not of `multiple`.
         export: The format of `gluprune export` that layers which differ need.
+        ranks: Number of processes that the attention heads are divided among.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Consumer:
     required: int = 1
     slower: str = ""
     export: str = nemotron_nas.MODEL_TYPE
+    ranks: int = 1
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -49,7 +52,7 @@ CONSUMERS: dict[str, Consumer] = {
         Consumer("transformers", 8, slower=_UNALIGNED),
         Consumer("vllm", 8, slower=_UNALIGNED),
         *(
-            Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}")
+            Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}", ranks=ranks)
             for ranks in (2, 4, 8)
         ),
         *(Consumer(name, 128, required=128) for name in ("fp8", "awq", "gptq")),
@@ -85,14 +88,17 @@ def consumer(name: str) -> Consumer:
     return CONSUMERS[name]
 
 
-def verdict(found: Consumer, widths: Sequence[int], model_type: str) -> Verdict:
+def verdict(found: Consumer, widths: Sequence[int], model_type: str, *, heads: int = 0) -> Verdict:
     """Return whether a consumer takes a model of these widths.
 
     Args:
         found: An entry of `CONSUMERS`.
         widths: Intermediate size of every layer.
         model_type: `config.model_type` of the text part.
+        heads: Its number of attention heads. 0: not checked.
     """
+    if heads % found.ranks:
+        return Verdict("refused", f"{heads} attention heads do not divide among {found.ranks} ranks")
     differ = len(set(widths)) > 1
     if differ and (obstacle := nemotron_nas.obstacle(model_type)):
         return Verdict(

@@ -270,7 +270,7 @@ def test_info_of_the_real_model(smollm2_path, capsys):
     assert "llama, 30 layers, hidden size 576" in text
     assert "1536 neurons, expansion ratio 2.667" in text
     assert "every width is a multiple of 128" in text
-    assert "2: yes, 4: yes, 8: yes" in text
+    assert "2: no, 4: no, 8: no" in text  # 9 attention heads
     assert "30 of 30 MLPs by gluprune.patch_llama on a GPU" in text
 
 

@@ -26,9 +26,9 @@ OUTCOMES = {
 def folder_of(tmp_path):
     """Write the config of a Llama with one layer of a given width."""
 
-    def write(width):
+    def write(width, heads=8):
         LlamaConfig(
-            hidden_size=8, intermediate_size=width, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+            hidden_size=48, intermediate_size=width, num_hidden_layers=1, num_attention_heads=heads, vocab_size=8
         ).save_pretrained(tmp_path)
         return tmp_path
 
@@ -50,6 +50,14 @@ def test_info_says_where_a_width_runs(folder_of, width, capsys):
     assert main(["info", str(folder_of(width)), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["consumers"]
     assert printed == {name: {"outcome": each.outcome, "reason": each.reason} for name, each in found.items()}
+
+
+def test_attention_heads_divide_among_ranks(folder_of):
+    found = info(folder_of(1024, heads=12))
+    assert found.tensor_parallel == {2: True, 4: True, 8: False}
+    outcomes = {name: str(each) for name, each in found.consumers.items()}
+    assert outcomes.pop("tp8") == "refused: 12 attention heads do not divide among 8 ranks"
+    assert set(outcomes.values()) == {"works"}
 
 
 @pytest.mark.parametrize("name", CONSUMERS)

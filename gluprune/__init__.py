@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gluprune.checkpoints.export import export
     from gluprune.checkpoints.info import info
     from gluprune.checkpoints.load_save import load, save
+    from gluprune.checkpoints.push import push_to_hub
     from gluprune.checkpoints.stream import prune_checkpoint
     from gluprune.measure.perplexity import perplexity
     from gluprune.pruning.prune import prune
@@ -40,6 +41,7 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "push_to_hub",
     "reconstruct",
     "sample_text",
     "save",
@@ -65,6 +67,7 @@ _MODULES = {
     "perplexity": "measure.perplexity",
     "prune": "pruning.prune",
     "prune_checkpoint": "checkpoints.stream",
+    "push_to_hub": "checkpoints.push",
     "reconstruct": "pruning.reconstruct",
     "sample_text": "calibration.sample",
     "save": "checkpoints.load_save",

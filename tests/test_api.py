@@ -4,7 +4,9 @@ import doctest
 import inspect
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,7 +16,7 @@ import gluprune
 EXPECTED = {
     *("prune", "reconstruct", "calibrate", "Statistics", "Recipe", "batches_from_text", "sample_text", "info"),
     *("prune_checkpoint", "load", "save", "patch", "patch_llama", "unpatch", "unpatch_llama", "fusion_status"),
-    *("PruneReport", "graph_decoding", "export", "perplexity", "shrink"),
+    *("PruneReport", "graph_decoding", "export", "perplexity", "shrink", "push_to_hub"),
 }
 
 
@@ -61,7 +63,8 @@ def test_importing_the_package_imports_no_framework():
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED - {"PruneReport"}))
-def test_examples_of_the_docstrings_run(name, model_path, tmp_path):
+def test_examples_of_the_docstrings_run(name, model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", MagicMock())
     member = getattr(gluprune, name)
     assert ">>>" in inspect.getdoc(member), f"{name} has no example"
     names = {"model_path": model_path, "folder": tmp_path}

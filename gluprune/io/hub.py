@@ -45,6 +45,16 @@ def check_source(source: str | Path) -> None:
         raise ValueError(f"{source} is neither a model folder nor a Hub id (owner/name)")
 
 
+def check_hub_id(name: str) -> None:
+    """Check that this can be the name of a model on the Hub.
+
+    Raises:
+        ValueError: It is not `owner/name`.
+    """
+    if not re.fullmatch(_HUB_ID, name):
+        raise ValueError(f"{name!r} is not a name on the Hub: give owner/name")
+
+
 def stored_folder(source: str | Path) -> Path | None:
     """Return the folder of a model, or of a Hub id in the cache; None if the model is not on this disk."""
     if Path(source).is_dir() and str(source):

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gluprune.models.glu import count_parameters
 from gluprune.models.widths import set_config_widths
-from gluprune.pruning.widths import select, shrunk_costs, target_width, widths_by_cost
+from gluprune.pruning.widths import cost_of_coarseness, select, shrunk_costs, target_width, widths_by_cost
 
 PUBLISHED = list(csv.DictReader((Path(__file__).parents[1] / "data" / "published_expansion_rates.csv").open()))
 LLAMA_3_2 = {
@@ -141,6 +141,16 @@ def test_widths_by_cost_are_the_cheapest(seed):
     choices = range(8, 33, multiple)
     best = min(total(ws) for ws in product(choices, repeat=layers) if sum(ws) == layers * width)
     assert total(found) == pytest.approx(best, rel=1e-6)
+
+
+def test_cost_of_coarseness():
+    """By hand: 8 of 64 neurons go, all from the layer that costs less; as 32s, all 32 of them go there."""
+    costs, removed = [torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 10.0, 40.0])], [0, 16, 32]
+    assert widths_by_cost(costs, removed, 64, 60, multiple_of=8) == [56, 64]
+    assert widths_by_cost(costs, removed, 64, 60, multiple_of=32) == [32, 64]
+    assert cost_of_coarseness(costs, removed, 64, 60, multiple_of=32) == 4 / 0.5
+    assert cost_of_coarseness(costs, removed, 64, 60, multiple_of=8) == 1
+    assert cost_of_coarseness([torch.zeros(3)] * 2, removed, 64, 60, multiple_of=32) == 1
 
 
 def test_widths_by_cost_with_costs_that_are_not_convex():

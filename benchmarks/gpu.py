@@ -95,6 +95,9 @@ def steps() -> list[Step]:
         select = f"forward and {name} and {_any(exact[name])}"
         return _benchmarks(f"forward-{name}", mlp, select, "--without", "torch.compile")
 
+    select = f"backward and {small} and M2048 and {_any(few[small])}"
+    training = _benchmarks(f"training-{small}", mlp, select, "--without", "torch.compile")
+
     def model(name: str, plan: str, widths: Iterable[int]) -> Step:
         return _benchmarks(f"model-{name}-{plan}", whole, f"{name} and {plan} and {_any(widths)}")
 
@@ -106,7 +109,7 @@ def steps() -> list[Step]:
         done = f"(graph and {_any(exact[name])}) or (({early}) and {_any(few[name])})"
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
-    runtime = ("ops", "prepared", "norms", "graphs", "patch_changes")
+    runtime = ("ops", "gradients", "prepared", "norms", "graphs", "patch_changes")
     kernels = ("csrc_triton/glu", "csrc_triton/scores", "csrc_triton/test_norm.py")
     called, static = ([user(plan, width) for width in few[small]] for plan in ("called", "static"))
     return [
@@ -120,6 +123,7 @@ def steps() -> list[Step]:
         _tuner(f"tune-{small}", small),
         forward(small),
         _benchmarks("recipe", "benchmarks/test_recipe.py", "test_large"),
+        training,
         _benchmarks(f"backward-{small}", mlp, f"backward and {small}"),
         _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=3),
         *static[1::2],

@@ -82,14 +82,20 @@ def padded_buffers(
         gate_up `[2, IP, H]` and down `[H, IP]`, both contiguous except that the halves of a packed gate_up overlap;
         None if the weights are not in the padded layout.
     """
-    row = first_up_row(gate, up, down)
+    gate_up = padded_gate_up(gate, up)
+    if gate_up is None or not is_padded_down(down):
+        return None
+    _, padded, columns = gate_up.shape
+    return gate_up, down.detach().as_strided((columns, padded), (padded, 1), 0)
+
+
+def padded_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """Return the gate_up buffer `[2, IP, H]` of `padded_buffers`; None if gate and up are not in the padded layout."""
+    row = first_up_row(gate, up)
     if row is None:
         return None
     columns, padded = gate.shape[1], padded_width(gate.shape[0])
-    return (
-        gate.detach().as_strided((2, padded, columns), (row * columns, columns, 1)),
-        down.detach().as_strided((columns, padded), (padded, 1), 0),
-    )
+    return gate.detach().as_strided((2, padded, columns), (row * columns, columns, 1))
 
 
 def is_half(weight: torch.Tensor, half: int) -> bool:

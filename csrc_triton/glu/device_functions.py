@@ -41,6 +41,23 @@ def glu(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activation_and_slope(x, ACTIVATION: tl.constexpr):
+    """act(x) and its derivative, in float32.
+
+    Both activations are x * sigmoid(k(x)), whose derivative is s + x * s * (1 - s) * k'(x) with s = sigmoid(k(x)).
+    """
+    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu_tanh")
+    if ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        return x * s, s + x * (s * (1.0 - s))
+    else:
+        square = x * x
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * square * x)))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
+        return x * s, s + x * (s * (1.0 - s)) * slope  # zero first: a finite x must not overflow
+
+
+@triton.jit
 def along(values, TOKEN_AXIS: tl.constexpr):
     """`[BLOCK_N]` values with a token axis of size 1 inserted at TOKEN_AXIS; unchanged if that is None."""
     if TOKEN_AXIS is None:

@@ -26,6 +26,15 @@ def act_mul_reference(h: torch.Tensor, weights: GluWeights) -> torch.Tensor:
     return F.pad(hidden, (0, h.shape[1] // 2 - I))
 
 
+def glu_gradient_reference(h: torch.Tensor, a: torch.Tensor, weights: GluWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equivalent of `glu_gradient_call`: the gradient of `h` `[M, 2 * IP]` and the hidden activations `[M, IP]`."""
+    projections = h.float().requires_grad_()
+    with torch.enable_grad():
+        hidden = act_mul_reference(projections, weights)
+    (gradient,) = torch.autograd.grad(hidden, projections, a.float())
+    return gradient.to(h.dtype), hidden.detach().to(a.dtype)
+
+
 def gate_up_reference(x: torch.Tensor, weights: GluWeights) -> torch.Tensor:
     """Equivalent of the gate_up kernels: `[M, H]` -> `[M, IP]`, sums and activation in float32, zero from I on."""
     h = x.float() @ weights.gate_up.float().flatten(0, 1).t()

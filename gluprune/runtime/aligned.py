@@ -14,8 +14,8 @@ from gluprune.runtime.operator import layout
 ALIGNMENT = layout.PAD
 
 
-def is_aligned(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Return whether the weights are in the aligned layout."""
+def is_aligned(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> bool:
+    """Return whether the weights, without down if that is None, are in the aligned layout."""
     return layout.first_up_row(gate, up, down) is not None
 
 
@@ -28,7 +28,7 @@ def _empty_buffer(like: torch.Tensor, shape: tuple[int, ...], extra: int) -> tor
 
 @torch.inference_mode(False)  # inference tensors could not be trained afterwards
 @torch.no_grad()
-def align(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+def align(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor | None) -> None:
     """Move separate weights into the aligned layout, in place; weights already in it are left there.
 
     The tensor objects stay; only their `data` changes. This temporarily takes extra memory of the size of gate and
@@ -37,7 +37,7 @@ def align(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
     Args:
         gate: `[I, H]`; all three are of one dtype on one device.
         up: `[I, H]`.
-        down: `[H, I]`.
+        down: `[H, I]`, or None to leave it where it is.
     """
     (rows, columns), padded = gate.shape, layout.padded_width(gate.shape[0])
     if layout.first_up_row(gate, up) is None:
@@ -46,21 +46,23 @@ def align(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
             half[:rows].copy_(weight)
             half[rows:].zero_()
             weight.data = half[:rows]
-    _align_down(down)
+    if down is not None:
+        _align_down(down)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def align_packed(gate_up: torch.Tensor, down: torch.Tensor) -> None:
+def align_packed(gate_up: torch.Tensor, down: torch.Tensor | None) -> None:
     """Do the same as `align` for a packed gate_up `[2 * I, H]`."""
-    (rows, columns), width = gate_up.shape, down.shape[1]
+    (rows, columns), width = gate_up.shape, gate_up.shape[0] // 2
     padded = layout.padded_width(width)
     if not layout.is_packed(gate_up):
         buffer = _empty_buffer(gate_up, (width + padded, columns), padded - width)
         buffer[:rows].copy_(gate_up)
         buffer[rows:].zero_()
         gate_up.data = buffer[:rows]
-    _align_down(down)
+    if down is not None:
+        _align_down(down)
 
 
 def _align_down(down: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from csrc_triton import layout
 from csrc_triton.layout import ACTIVATIONS
+from gluprune.runtime.gradients import activate, bias_gradient, eager_gradients
 
 if TYPE_CHECKING:
     from csrc_triton.glu.weights import GluWeights
@@ -55,17 +56,8 @@ def uses_kernels(backend: str, device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and backend != "auto" and INTERPRETED)
 
 
-def _activation(name: str, gate: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
-
-
-def _activation_backward(name: str, grad: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    if name == "silu":
-        if not torch.is_grad_enabled():
-            return torch.ops.aten.silu_backward(grad, gate)
-        sigmoid = torch.sigmoid(gate)  # the fused operator has no derivative
-        return grad * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")
+def _runs_kernels(backend: str, x: torch.Tensor) -> bool:
+    return uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES
 
 
 def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: str, backend: str) -> torch.Tensor:
@@ -184,6 +176,18 @@ def _path(M: int, backend: str) -> str | None:
     return None if backend == "auto" else "cublas" if backend == "cublas" else _kernels()[1].triton_path(M)
 
 
+def _buffers(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Buffers | None:
+    """Return the buffers of the weights; a down projection of an unaligned width without gaps is copied into one.
+
+    This is how an unaligned width trains: optimizers need weights without gaps between rows.
+    """
+    buffers, missing = layout.padded_buffers(gate, up, down), -down.shape[1] % layout.PAD
+    if buffers is not None or not missing:
+        return buffers
+    gate_up = layout.padded_gate_up(gate, up)
+    return None if gate_up is None else (gate_up, F.pad(down, (0, missing)))
+
+
 def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> GluWeights:
     """Return the weights for the kernels: the buffers that the operands are views of, and the operands' biases."""
     if buffers is None:
@@ -206,6 +210,13 @@ def _kernels():
     from csrc_triton.launch import chooser, device, replay
 
     return forward, chooser, device, replay
+
+
+@functools.cache
+def _glu_backward():
+    from csrc_triton.glu import backward  # imports Triton
+
+    return backward
 
 
 @functools.cache
@@ -267,15 +278,19 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     buffers = None
-    if uses_kernels(backend, x.device) and x.dtype in KERNEL_DTYPES:
-        buffers = layout.padded_buffers(gate_weight, up_weight, down_weight)
+    if _runs_kernels(backend, x):
+        buffers = _buffers(gate_weight, up_weight, down_weight)
     if buffers is None:
-        hidden = _activation(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
+        hidden = activate(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
         return F.linear(hidden, down_weight, down_bias)
     operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
     weights = _weights(buffers, operands, activation)
-    weights.check(x.reshape(-1, x.shape[-1]))
-    return run_kernels(x, weights.up_row, operands, activation, backend)
+    rows = x.reshape(-1, x.shape[-1])
+    weights.check(rows)
+    if layout.is_padded_down(down_weight):
+        return run_kernels(x, weights.up_row, operands, activation, backend)
+    forward, *_ = _kernels()
+    return forward.glu_mlp(rows, weights, path=_path(rows.shape[0], backend)).view(x.shape)
 
 
 @glu_mlp.register_fake
@@ -284,37 +299,79 @@ def _(x, gate_weight, up_weight, down_weight, *others):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, _ = inputs
+    *tensors, ctx.activation, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
+@torch.library.custom_op("gluprune::glu_mlp_backward", mutates_args=())
+def glu_mlp_backward(  # noqa: PLR0917 - the schema of an operator is flat
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    activation: str,
+    wanted: list[bool],
+) -> list[torch.Tensor]:
+    """Compute gradients of `glu_mlp` where kernels can run, without autograd.
+
+    Args:
+        grad: `[..., H]`, the gradient of the output.
+        x: As for `glu_mlp`, and all other tensors.
+        gate_weight: `[I, H]`.
+        up_weight: `[I, H]`.
+        down_weight: `[H, I]`.
+        gate_bias: `[I]` or None.
+        up_bias: `[I]` or None.
+        activation: "silu" or "gelu_tanh".
+        wanted: Whether to compute each of the gradients below.
+
+    Returns:
+        The wanted of the gradients of x `[..., H]`, of gate and up `[2, I, H]`, of down `[H, I]`, and of the biases of
+        gate and up `[2, I]`.
+    """
+    gate_up = layout.padded_gate_up(gate_weight, up_weight)
+    if gate_up is None or x.numel() == 0:
+        each = wanted[0], wanted[1], wanted[1], wanted[2], wanted[3], wanted[3]
+        tensors = x, gate_weight, up_weight, down_weight, gate_bias, up_bias
+        of_x, gate, up, down, gate_bias, up_bias = eager_gradients(grad, tensors, activation, each)
+        pair = None if gate is None or up is None else torch.stack((gate, up))
+        biases = None if gate_bias is None or up_bias is None else torch.stack((gate_bias, up_bias))
+        return [gradient for gradient in (of_x, pair, down, biases) if gradient is not None]
+    buffers = layout.padded_buffers(gate_weight, up_weight, down_weight) or (gate_up, down_weight)
+    weights = _weights(buffers, (gate_weight, up_weight, down_weight, gate_bias, up_bias, None), activation)
+    backward, H = _glu_backward(), x.shape[-1]
+    names = [name for name, is_wanted in zip(backward.GluGradients._fields, wanted, strict=True) if is_wanted]
+    found = backward.glu_mlp_backward(grad.reshape(-1, H), x.reshape(-1, H), weights, names)
+    if found.x is not None:
+        found = found._replace(x=found.x.view(x.shape))
+    return [gradient for gradient in found if gradient is not None]
+
+
+@glu_mlp_backward.register_fake
+def _(grad, x, gate_weight, up_weight, down_weight, *others):
+    *_, wanted = others
+    shapes = x.shape, (2, *gate_weight.shape), down_weight.shape, (2, gate_weight.shape[0])
+    return [x.new_empty(shape) for shape, is_wanted in zip(shapes, wanted, strict=True) if is_wanted]
+
+
 def _backward(ctx, grad):
-    """Return the eager gradients. Gate and up are recomputed from x: no tensor of width I is stored."""
-    x, gate_weight, up_weight, down_weight, gate_bias, up_bias, _ = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
-    activated = _activation(ctx.activation, gate)
-    grad_hidden = grad @ down_weight
-    grad_gate = _activation_backward(ctx.activation, grad_hidden * up, gate)
-    grad_up = grad_hidden * activated
-
-    def weight_grad(grad_output, inputs):
-        return grad_output.reshape(-1, grad_output.shape[-1]).t() @ inputs.reshape(-1, inputs.shape[-1])
-
-    def bias_grad(grad_output):
-        return grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-
-    return (
-        grad_gate @ gate_weight + grad_up @ up_weight if needs[0] else None,
-        weight_grad(grad_gate, x) if needs[1] else None,
-        weight_grad(grad_up, x) if needs[2] else None,
-        weight_grad(grad, activated * up) if needs[3] else None,
-        bias_grad(grad_gate) if needs[4] else None,
-        bias_grad(grad_up) if needs[5] else None,
-        bias_grad(grad) if needs[6] else None,
-        None,
-        None,
-    )
+    """Return the gradients by kernels, or by PyTorch's operations: where kernels cannot run, and to differentiate."""
+    *tensors, _ = ctx.saved_tensors
+    x, needs = tensors[0], ctx.needs_input_grad
+    if torch.is_grad_enabled() or not _runs_kernels(ctx.backend, x):
+        found = eager_gradients(grad, tensors, ctx.activation, needs)
+    else:
+        wanted = [needs[0], needs[1] or needs[2], needs[3], needs[4] or needs[5]]
+        gradients = iter(glu_mlp_backward(grad, *tensors, ctx.activation, wanted) if any(wanted) else ())
+        of_x, pair, down, biases = (next(gradients) if is_wanted else None for is_wanted in wanted)
+        gate, up = (None, None) if pair is None else pair.unbind()
+        gate_bias, up_bias = (None, None) if biases is None else biases.unbind()
+        every = of_x, gate, up, down, gate_bias, up_bias
+        found = [gradient if is_needed else None for gradient, is_needed in zip(every, needs, strict=False)]
+    return *found, bias_gradient(grad) if needs[6] else None, None, None
 
 
 glu_mlp.register_autograd(_backward, setup_context=_setup_context)

@@ -51,13 +51,15 @@ class FusedGLU(Swapped):
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
-        up_row = layout.first_up_row(*operands[:3])
-        if up_row is None:
-            return super().forward(x)
         options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
+            if layout.first_up_row(*operands[:2]) is None:  # the operator pads down where necessary
+                return super().forward(x)
             y = operator.glu_mlp(x, *operands, *options)
         else:
+            up_row = layout.first_up_row(*operands[:3])
+            if up_row is None:
+                return super().forward(x)
             keep_prepared(self, lambda: PreparedMLP.of(self, up_row))
             y = operator.run_kernels(x, up_row, operands, *options)
         group = sharding.group_of(self)
@@ -71,7 +73,7 @@ class FusedGLU(Swapped):
         return self
 
     def train(self, mode: bool = True):
-        """Set the mode; weights of an unaligned width leave the aligned storage in training mode."""
+        """Set the mode; a down projection of an unaligned width leaves the aligned storage in training mode."""
         super().train(mode)
         _settle(self)
         return self
@@ -252,7 +254,7 @@ def _settle(mlp: fusion.PatchedMLP) -> None:
     mlp.__dict__.pop(PREPARED, None)
     for parameter in sharding.local_parameters(mlp):
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
-        # them on the CPU, so such an MLP trains on contiguous weights.
+        # them on the CPU, so in training it is contiguous, and the operator pads a copy.
         if not operator.uses_kernels(mlp.backend, parameter.device) or (mlp.training and not parameter.is_contiguous()):
             aligned.separate(parameter)
     if fusion.module_obstacle(mlp) is not None:
@@ -260,10 +262,12 @@ def _settle(mlp: fusion.PatchedMLP) -> None:
     projections = GLU(mlp.family, mlp).projections.values()
     weights: list[Any] = [sharding.local(projection.weight) for projection in projections]
     *_, down = weights
-    if not operator.uses_kernels(mlp.backend, down.device) or (mlp.training and down.shape[1] % aligned.ALIGNMENT):
+    if not operator.uses_kernels(mlp.backend, down.device):
         return
     # On the CPU, transformers leaves the shards of gate and up in the memory of the whole weights, which it dropped.
     if sharding.group_of(mlp) is not None or all(map(aligned.is_alone, weights)):
+        if mlp.training and down.shape[1] % aligned.ALIGNMENT:
+            weights[-1] = None
         align = aligned.align_packed if mlp.family.packed else aligned.align
         align(*weights)
 

@@ -147,7 +147,9 @@ def test_status_as_data():
     patch(model, "torch")
     assert fusion_status(model)[0].reason == f"backend 'torch' runs PyTorch's operators on {DEVICE}"
     patch(model, "triton").train()
-    assert "77 is not a multiple of 128, and it is in training mode" in fusion_status(model)[0].reason
+    assert [entry.fused for entry in fusion_status(model)] == [True] * 2  # with a width of 77, too
+    mlps(model)[0].gate_proj.weight.data = mlps(model)[0].gate_proj.weight.data.clone()
+    assert fusion_status(model)[0].reason == "its weights are not in aligned storage: patch again"
     assert fusion_status(nn.Linear(2, 2)) == []
 
 

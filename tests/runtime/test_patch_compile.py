@@ -77,9 +77,10 @@ def test_a_function_that_is_not_compiled_calls_the_operator_untraced(monkeypatch
 
 
 @pytest.mark.slow
-def test_compiled_training(ids):
+@pytest.mark.parametrize("width", [77, 128])
+def test_compiled_training(ids, width):
     torch.compiler.reset()
-    model = tiny_model(width=128, device=DEVICE).train()
+    model = tiny_model(width=width, device=DEVICE).train()
     expected = gradients(model, ids)
     patch(model, "triton")
     assert reasons(model) == ["", ""]

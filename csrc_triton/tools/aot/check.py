@@ -13,12 +13,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from csrc_triton.glu.backward import glu_gradient_call
 from csrc_triton.glu.forward import meta_weights, shipped_plans
 from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.device import SHARED_MEMORY, SM_COUNT
 from csrc_triton.norm import ROUNDINGS, plan_rms_norm
 from csrc_triton.scores.kernel import plan_neuron_scores
 from csrc_triton.tools.aot.compile import Compilation, KernelFacts, require_tools
+from csrc_triton.tools.aot.predict import PREDICTED_SM, predict
 from csrc_triton.tools.aot.ptx import MIN_WIDTH, UNKNOWN
 
 # Threads and programs that one multiprocessor holds, by compute capability.
@@ -123,6 +125,8 @@ def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, *, progress: bool 
             row |= dataclasses.asdict(compiled)
             row["waves"] = [round(programs / at_once, 2) for *_, programs in row["plans"]]
             row["failures"] = failures(compiled, row["weights"])
+            if sm == PREDICTED_SM:
+                row["predicted"] = [predict(used, compiled.accesses, shape.M) for shape, used in users]
         rows.append(row)
     if progress:
         print(file=sys.stderr)
@@ -133,8 +137,12 @@ def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple
     """Yield every kernel call that the package launches on a chip for a model: MLPs, norms and statistics."""
     for label, M, call in shipped_plans(sm, dtype, H, I):
         yield Shape(label.split("/")[0], M, H, I), call
-    # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
     weights = meta_weights(H, I, dtype)
+    IP = weights.down.shape[1]
+    for M, hidden in itertools.product((256, 2048), (True, False)):  # with and without the gradient of down
+        h, a = (torch.empty((M, width), dtype=dtype, device="meta") for width in (2 * IP, IP))
+        yield Shape("backward", M, H, I), glu_gradient_call(h, a, weights, hidden=hidden)
+    # Padded storage, as after patching. A model as loaded with I a multiple of 16 compiles to the same.
     gate, up = weights.gate_up[:, :I]
     for wanted in SCORE_STATISTICS:
         yield Shape("scores", 0, H, I), plan_neuron_scores(gate, up, weights.down[:, :I], wanted)[0]

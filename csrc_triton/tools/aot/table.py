@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from csrc_triton.tools.aot.check import Shape
+from csrc_triton.tools.aot.predict import BANDWIDTH, LATENCY, RATE
 from csrc_triton.tools.aot.ptx import Access
 
 COLUMNS = (
     "sm", "kernel", "configuration", "tokens", "hidden", "regs", "spill", "shared", "matrix", "weight loads",
-    "programs", "waves", "verdict",
+    "programs", "waves", "H100 µs", "verdict",
 )  # fmt: skip
+
+NOTE = f"""`H100 µs` is arithmetic, not a measurement: {LATENCY} µs for each launch in a CUDA graph, plus the larger of
+bytes over {BANDWIDTH / 1e12:g} TB/s and operations over {RATE / 1e12:.0f} TFLOP/s (longer where the last round of tiles
+does not fill the GPU). `csrc_triton/tools/aot/predict.py` says how they are counted."""
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return a row as text. Waves are programs over the programs that the chip's usual board holds at a time."""
+    """Return a row as text.
+
+    Waves are programs over the programs that the chip's usual board holds at a time; the times are those of
+    `csrc_triton.tools.aot.predict`.
+    """
     config = row["config"]
     blocks = "x".join(str(value) for name, value in config.items() if name.startswith("BLOCK_"))
     split = f" split {config['SPLIT_K']}" if "SPLIT_K" in config else ""
@@ -32,14 +41,15 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     programs = span(programs for *_, programs in row["plans"])
     verdict = f"FAIL {'; '.join(row['failures'])}" if row["failures"] else "ok"
     if "registers" not in row:
-        return *head, "", "", "", "", "", programs, "", verdict
+        return *head, "", "", "", "", "", programs, "", "", verdict
     spills = f"{row['stack']}B+{row['local_accesses']}" if row["stack"] or row["local_accesses"] else "-"
     matrix = " ".join(f"{name} {count}" for name, count in row["matrix_instructions"].items()) or "-"
     accesses = [Access(*access) for access in row["accesses"]]
     loads = [access for access in accesses if access.instruction != "st" and access.argument in row["weights"]]
     widths = ", ".join(f"{load.argument} {load.count} x {load.instruction} {load.width}" for load in loads) or "-"
     shared = f"{row['shared'] / 1024:.0f}K"
-    return *head, str(row["registers"]), spills, shared, matrix, widths, programs, span(row["waves"]), verdict
+    times = span(round(microseconds, 1) for *_, microseconds in row["predicted"]) if "predicted" in row else ""
+    return *head, str(row["registers"]), spills, shared, matrix, widths, programs, span(row["waves"]), times, verdict
 
 
 def span(values: Iterable[float]) -> str:
@@ -74,7 +84,7 @@ def record(rows: list[dict[str, Any]], path: Path) -> None:
     """Write `rows` as JSON lines to `path`, and as a Markdown table to the file of the same name with suffix .md."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = ["# Kernels compiled ahead of time", ""]
+    text = ["# Kernels compiled ahead of time", "", NOTE, ""]
     for version in dict.fromkeys(row["triton"] for row in rows):
         of_version = [row for row in rows if row["triton"] == version]
         text += [f"## {summary(of_version)}", "", table(of_version, markdown=True), ""]

@@ -7,11 +7,15 @@ import re
 import pytest
 import torch
 
+from csrc_triton.glu.backward import glu_gradient_call
+from csrc_triton.glu.forward import meta_weights, plan
 from csrc_triton.launch.call import KernelCall
+from csrc_triton.launch.chooser import heuristic
 from csrc_triton.tools.aot import __main__ as command
 from csrc_triton.tools.aot import check, compile, ptx, table
 from csrc_triton.tools.aot.check import failures
 from csrc_triton.tools.aot.compile import KernelFacts
+from csrc_triton.tools.aot.predict import predict
 from csrc_triton.tools.aot.ptx import Access, read_accesses
 
 GOOD = KernelFacts(
@@ -120,6 +124,53 @@ def test_resident_programs(facts, programs):
     assert check.resident_programs(dataclasses.replace(GOOD, **facts)) == programs
 
 
+def planned(M, H, I, path):
+    """The kernel calls of one path on sm_90."""
+    weights = meta_weights(H, I, torch.bfloat16)
+    x = torch.empty((M, H), dtype=torch.bfloat16, device="meta")
+    problem = weights.problem(x, 90)
+    return [call for call in plan(x, weights, heuristic(path, problem), problem).calls if isinstance(call, KernelCall)]
+
+
+def touched(**directions):
+    """Accesses by argument: "r", "w" or "rw"."""
+    kinds = {"r": "ld", "w": "st"}
+    return tuple(Access(name, kinds[letter], 16, 1) for name, letters in directions.items() for letter in letters)
+
+
+def test_predicted_time_of_one_token():
+    """Bound by memory: 3 TB/s and 2.2 µs per launch give 33.6 µs for the weights, as by hand, and the latencies."""
+    gate_up, down = planned(1, 2048, 8192, "gemv")
+    first = predict(gate_up, touched(x="r", gate_up="r", a="w"), 1)
+    second = predict(down, touched(a="r", down="r", y="w"), 1)
+    assert first.bytes == 2 * (2 * 8192 * 2048 + 2048 + 8192) and first.operations == 2 * 2 * 8192 * 2048
+    assert second.bytes == 2 * (8192 * 2048 + 8192 + 2048) and second.operations == 2 * 8192 * 2048
+    assert first.microseconds == pytest.approx(2.2 + first.bytes / 3e6)
+    assert first.microseconds + second.microseconds - 4.4 == pytest.approx(33.6, abs=0.05)
+
+
+@pytest.mark.parametrize("M, block_n, tiles", [(2048, 128, 928), (2000, 128, 928), (256, 64, 232)])
+def test_predicted_time_of_a_prompt(M, block_n, tiles):
+    """Bound by the products of whole tiles, in whole rounds of 132 multiprocessors: 928 tiles take 8, not 7.03."""
+    (call,) = planned(M, 2048, 7373, "prefill")
+    assert call.kernel.__name__ == "gate_up_tma_kernel" and call.grid == (132,)
+    assert (call.constants["BLOCK_M"], call.constants["BLOCK_N"]) == (128, block_n)
+    found = predict(call, touched(x="r", gate_up="r", a="w"), M)
+    assert found.operations == 2 * (-(-M // 128) * 128) * 2 * 7424 * 2048
+    rounds = -(-tiles // 132) * 132 / tiles
+    memory, products = found.bytes / 3e6, found.operations / 790e6 * rounds
+    assert found.microseconds == pytest.approx(2.2 + max(memory, products)) and products > memory
+
+
+def test_predicted_time_without_products():
+    weights = meta_weights(2048, 4916, torch.bfloat16)
+    h, a = (torch.empty(2048, width, dtype=torch.bfloat16, device="meta") for width in (2 * 4992, 4992))
+    call = glu_gradient_call(h, a, weights, hidden=True)
+    both = predict(call, (*touched(h="rw", a="rw"), Access("?", "ld", 2, 1)), 2048)
+    assert both == (2 * 6 * 2048 * 4992, 0, pytest.approx(2.2 + 2 * 6 * 2048 * 4992 / 3e6))
+    assert predict(call, touched(h="rw", a="r"), 2048).bytes == 2 * 5 * 2048 * 4992
+
+
 PTX = """
 .visible .entry some_kernel(
 	.param .u64 .ptr .global .align 1 some_kernel_param_0,
@@ -221,6 +272,7 @@ ROW = {
     "weights": ["down"],
     "plans": [["decode", 2, 2048, 8192, 256], ["decode", 2, 3072, 4096, 128]],
     "waves": [1.0, 0.5],
+    "predicted": [[100, 0, 2.26], [200, 5, 7.0]],
     "failures": [],
     **dataclasses.asdict(GOOD),
 }
@@ -243,7 +295,7 @@ def test_records(tmp_path):
     text = (tmp_path / "rows.md").read_text()
     assert "Triton 3.7.1, bfloat16: 4 kernel calls, 2 distinct compilations, 1 failed" in text
     assert "| 90 | gemm_kernel | 64x32 split 4 w4 s3 | 2 | 2048-3072 | 128 | - | 227K | HGMMA 4 | " in text
-    assert " | down 8 x cp.async 16, down 8 x tma 16 | 128-256 | 0.5-1 | ok |" in text
+    assert " | down 8 x cp.async 16, down 8 x tma 16 | 128-256 | 0.5-1 | 2.3-7 | ok |" in text
     assert "FAIL does not compile: why |" in text
 
 

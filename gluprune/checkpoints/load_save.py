@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def save_like(model: PreTrainedModel, destination: str | Path, source: Path) -> 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors 0.8 lets only the owner read them
+        shutil.copymode(folder / "config.json", path)
     history = History.of(getattr(model.config, "_name_or_path", None) or "")
     steps = steps_of(model)
     if history.steps or steps:

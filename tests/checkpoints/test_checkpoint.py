@@ -89,6 +89,14 @@ def test_save_into_an_empty_folder(tiny_model, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_all_saved_files_have_the_permissions_of_new_files(tiny_model, tmp_path):
+    """Not those of safetensors, which lets only the owner read."""
+    gluprune.save(tiny_model("llama"), tmp_path / "saved")
+    (tmp_path / "new").write_text("")
+    expected = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {expected}
+
+
 def test_interrupted_save_leaves_nothing(tiny_model, tmp_path):
     class Interrupting:
         def save_pretrained(self, folder):

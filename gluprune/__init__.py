@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gluprune.runtime.fusion import fusion_status
     from gluprune.runtime.graphs import graph_decoding
     from gluprune.runtime.patching import patch, patch_llama, unpatch, unpatch_llama
+    from gluprune.workflow.heal import heal
     from gluprune.workflow.shrink import shrink
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "fusion_status",
     "graph_decoding",
+    "heal",
     "info",
     "load",
     "patch",
@@ -60,6 +62,7 @@ _MODULES = {
     "export": "checkpoints.export",
     "fusion_status": "runtime.fusion",
     "graph_decoding": "runtime.graphs",
+    "heal": "workflow.heal",
     "info": "checkpoints.info",
     "load": "checkpoints.load_save",
     "patch": "runtime.patching",

@@ -16,7 +16,7 @@ import gluprune
 EXPECTED = {
     *("prune", "reconstruct", "calibrate", "Statistics", "Recipe", "batches_from_text", "sample_text", "info"),
     *("prune_checkpoint", "load", "save", "patch", "patch_llama", "unpatch", "unpatch_llama", "fusion_status"),
-    *("PruneReport", "graph_decoding", "export", "perplexity", "shrink", "push_to_hub"),
+    *("PruneReport", "graph_decoding", "export", "perplexity", "shrink", "push_to_hub", "heal"),
 }
 
 

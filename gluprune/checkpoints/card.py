@@ -144,9 +144,15 @@ def _step_lines(step: dict) -> list[str]:
             ("measured on", f"{step['tokens']:,} tokens held apart from the calibration text"),
             *(("text", f"{name}, SHA-256 `{digest}`") for name, digest in step["texts"].items()),
         ]
+    if step["step"] == "heal":
+        rows += [
+            ("teacher", step["teacher"]),
+            ("trained", f"{step['train']}, learning rate {step['learning_rate']:g}, {step['batch']} windows per step"),
+            ("loss", f"{step['loss']['first']:.4f} -> {step['loss']['last']:.4f} nats per token"),
+        ]
     calibration = step.get("calibration") or {}
     if calibration.get("tokens"):
-        rows.append(("calibration", f"{calibration['tokens']:,} tokens"))
+        rows.append(("trained on" if step["step"] == "heal" else "calibration", f"{calibration['tokens']:,} tokens"))
     rows += [("text", f"{name}, SHA-256 `{digest}`") for name, digest in calibration.get("texts", {}).items()]
     if "statistics" in calibration:
         rows.append(("statistics", f"SHA-256 `{calibration['statistics']}`"))

@@ -75,10 +75,15 @@ def save_like(model: PreTrainedModel, destination: str | Path, source: Path) -> 
         The folder.
     """
     with complete_folder(destination) as folder:
-        _write(model, folder)
-        for name in other_files(source, {path.name for path in folder.iterdir()})[0]:
-            write_file(folder / name, read_chunks(source / name))
+        write_like(model, folder, source)
     return Path(destination)
+
+
+def write_like(model: PreTrainedModel, folder: Path, source: Path) -> None:
+    """Write what `save_like` writes to a folder that exists."""
+    _write(model, folder)
+    for name in other_files(source, {path.name for path in folder.iterdir()})[0]:
+        write_file(folder / name, read_chunks(source / name))
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:
@@ -190,14 +195,18 @@ def _is_export(path: str | Path) -> bool:
     return raw.get("model_type") == MODEL_TYPE
 
 
-def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+def build_empty(config: PreTrainedConfig, device: str = "meta") -> PreTrainedModel:
     """Return the model of a config on the meta device: shapes and dtypes without memory.
+
+    Args:
+        config: Of a supported family.
+        device: Another device, under a mode in which tensors take no memory.
 
     Raises:
         ValueError: The model type is not supported.
     """
     family_of(config)
-    with torch.device("meta"):
+    with torch.device(device):
         return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
 
 

@@ -50,6 +50,12 @@ def _content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name not in _NO_CONTENT and path not in partial]
 
 
+def folder_state(folder: Path) -> list:
+    """Return what changes with the files of a folder: its path, and the name, size and time of each file."""
+    files = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    return [str(folder), [(name, state.st_size, state.st_mtime_ns) for name, state in files]]
+
+
 def partial_folders(destination: str | Path) -> list[Path]:
     """Return the folders that interrupted runs to this destination left, next to it or in it."""
     destination = Path(destination).resolve()

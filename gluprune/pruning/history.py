@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from torch import nn
@@ -44,6 +45,19 @@ def prune_step(report: PruneReport, recipe: Recipe, calibration: dict | None) ->
 def reconstruct_step(tokens: int) -> dict:
     """Return the description of a reconstruction on so many tokens, ready for JSON."""
     return {"step": "reconstruct", "calibration": {"tokens": tokens}, "versions": versions()}
+
+
+def heal_step(settings: dict, losses: Sequence[float], calibration: dict) -> dict:
+    """Return the description of a healing, ready for JSON.
+
+    Args:
+        settings: How the model was trained, and by which teacher.
+        losses: Of every step.
+        calibration: Tokens that it was trained on, and name -> SHA-256 of the texts.
+    """
+    part = max(1, len(losses) // 10)
+    ends = {"first": sum(losses[:part]) / part, "last": sum(losses[-part:]) / part}
+    return {"step": "heal", **settings, "loss": ends, "calibration": calibration, "versions": versions()}
 
 
 def measure_step(*, perplexity: float, dense_perplexity: float, tokens: int, texts: dict[str, str]) -> dict:

@@ -1,4 +1,4 @@
-"""What `shrink` measured and wrote."""
+"""What `shrink` and `heal` measured and wrote."""
 
 from __future__ import annotations
 
@@ -73,3 +73,50 @@ class ShrinkReport:
         names = ", ".join(self.texts)
         lines += ["", f"perplexity on {self.tokens:,} tokens held apart: {names}", f"{self.folder}: {self.recipe}"]
         return "\n".join(lines + ([f"{self.picture}: the picture"] if self.picture else []))
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """What `heal` measured and wrote.
+
+    Attributes:
+        folder: The checkpoint.
+        train: What was trained.
+        tokens: On how many tokens.
+        losses: The loss of every step.
+        dense: Perplexity of the dense model on the text held apart.
+        pruned: That of the model before training.
+        healed: That of the model that was written.
+        texts: Names of the texts that perplexity was measured on.
+        test_tokens: Number of tokens that it was measured on.
+        memory: Bytes per process that the training takes, estimated.
+    """
+
+    folder: str
+    train: str
+    tokens: int
+    losses: list[float]
+    dense: float
+    pruned: float
+    healed: float
+    texts: list[str]
+    test_tokens: int
+    memory: int
+
+    def to_dict(self) -> dict:
+        """Return everything as plain numbers, strings and lists, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'':>7}{'perplexity':>12}{'vs dense':>10}"]
+        for name in ("dense", "pruned", "healed"):
+            value = getattr(self, name)
+            times = f"{value / self.dense:.3f}×"
+            lines.append(f"{name:>7}{value:>12.2f}{times:>10}")
+        lines += [
+            "",
+            f"loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f} in {len(self.losses)} steps, {self.tokens:,} tokens",
+            f"perplexity on {self.test_tokens:,} tokens held apart: {', '.join(self.texts)}",
+            f"{self.folder}: healed ({self.train})",
+        ]
+        return "\n".join(lines)

@@ -25,10 +25,9 @@ from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.load_save import build_empty, read_config, stock_class
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic
-from gluprune.io.folder import complete_folder
+from gluprune.io.folder import complete_folder, folder_state
 from gluprune.io.hub import local_folder, model_name
 from gluprune.io.progress import announce
-from gluprune.io.text import fingerprints, read_texts
 from gluprune.models.device import choose_device
 from gluprune.models.families import family_of
 from gluprune.models.glu import check_head
@@ -40,13 +39,12 @@ from gluprune.pruning.widths import percent_hint
 from gluprune.workflow import picture
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, Texts, check_own_windows
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
 
 PICTURE = "shrink.png"
-_LEAST_OWN = 12  # windows of the model's own text, so that a tenth of it is a window
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,9 @@ def shrink(
     """
     recipe = Recipe("surgeon", compensate=True, allocation=allocation, multiple_of=multiple_of, deploy=deploy)
     _check_target(pruning_ratio, max_loss)
-    _check_windows(text, test_text, own_windows=own_windows, windows=windows, length=length)
-    texts = _read(text, test_text, fields)
+    check_own_windows(text, test_text, own_windows)
+    _check_windows(windows, length)
+    texts = GivenTexts.read(text, test_text, fields)
     choose_device(device)
     folder = local_folder(source)
     config = read_config(folder)
@@ -159,27 +158,13 @@ def _check_target(pruning_ratio: float | None, max_loss: float | None) -> None:
         raise ValueError(f"max_loss must be above 0 and at most 1, got {max_loss}{percent_hint(max_loss)}")
 
 
-def _check_windows(text: Sequence, test_text: Sequence, *, own_windows: int, windows: int, length: int) -> None:
-    least, reason = 0, ""
-    if not text:
-        least, reason = (1, " without text=") if test_text else (_LEAST_OWN, " without text= or test_text=")
+def _check_windows(windows: int, length: int) -> None:
     for name, value, smallest, why in (
-        ("own_windows", own_windows, least, reason),
         ("windows", windows, 2, ": reconstruction is checked on text that it was not fitted on"),
         ("length", length, 1, ""),
     ):
         if value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}{why}")
-
-
-def _read(text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
-    """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart."""
-    contents = read_texts([*text, *test_text], fields)
-    digests = fingerprints([*text, *test_text], contents)
-    if len(set(digests.values())) < len(contents):
-        raise ValueError(f"two of the texts are equal: {', '.join(map(str, (*text, *test_text)))}")
-    named = list(zip(digests, contents, strict=True))
-    return GivenTexts(dict(named[: len(text)]), dict(named[len(text) :]), digests)
 
 
 def _goal(
@@ -226,9 +211,8 @@ def _check_lengths(folder: Path, texts: GivenTexts, settings: Settings) -> None:
 
 def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:
     """Return a digest that changes with the model, the texts, the settings and the versions, not with the target."""
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     device = choose_device(settings.device).type
-    task = [str(folder), states, list(texts.calibration), list(texts.test), texts.digests, asdict(settings), device]
+    task = [folder_state(folder), list(texts.calibration), list(texts.test), texts.digests, asdict(settings), device]
     return hashlib.sha256(json.dumps([*task, versions()], sort_keys=True).encode()).hexdigest()[:16]
 
 

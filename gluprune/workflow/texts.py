@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from gluprune.io.text import fingerprints, read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN_TEXT = "text written by the model"
 _HELD_APART = 0.1  # of each text
+_LEAST_OWN = 12  # windows of the model's own text, so that a tenth of it is a window
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,22 @@ class GivenTexts:
     calibration: Mapping[str, str]
     test: Mapping[str, str]
     digests: Mapping[str, str]
+
+    @classmethod
+    def read(cls, text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
+        """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart.
+
+        Args:
+            text: Files to calibrate on.
+            test_text: Files to measure on.
+            fields: Fields that hold the text in JSON files.
+        """
+        contents = read_texts([*text, *test_text], fields)
+        digests = fingerprints([*text, *test_text], contents)
+        if len(set(digests.values())) < len(contents):
+            raise ValueError(f"two of the texts are equal: {', '.join(map(str, (*text, *test_text)))}")
+        named = list(zip(digests, contents, strict=True))
+        return cls(dict(named[: len(text)]), dict(named[len(text) :]), digests)
 
 
 @dataclass(frozen=True)
@@ -82,3 +102,16 @@ def _divided(text: str) -> tuple[str, str]:
             start = found + 1
             break
     return text[:start], text[start:]
+
+
+def check_own_windows(text: Sequence, test_text: Sequence, own_windows: int) -> None:
+    """Check how many windows the model is to write.
+
+    Raises:
+        ValueError: Too few, so that there would be no text, or none to measure on.
+    """
+    least, reason = 0, ""
+    if not text:
+        least, reason = (1, " without text=") if test_text else (_LEAST_OWN, " without text= or test_text=")
+    if own_windows < least:
+        raise ValueError(f"own_windows must be at least {least}, got {own_windows}{reason}")

@@ -100,6 +100,19 @@ def as_student(model: PreTrainedModel, train: str, hidden_weight: float = 0.0) -
     return with_adapters(model) if train == "lora" else model
 
 
+def with_weights(model: PreTrainedModel, state: dict[str, torch.Tensor], train: str) -> PreTrainedModel:
+    """Return a model with the weights of a trained student.
+
+    Args:
+        model: The student before training, in float32; it is changed.
+        state: The state dict of the trained student.
+        train: What was trained.
+    """
+    wrapped = with_adapters(model) if train == "lora" else model
+    wrapped.load_state_dict(state)
+    return merged(wrapped) if train == "lora" else model
+
+
 def with_adapters(model: PreTrainedModel) -> Any:
     """Return a model in a `PeftModel` with new adapters, whose updates are zero."""
     from peft import LoraConfig, get_peft_model

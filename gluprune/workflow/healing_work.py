@@ -20,7 +20,7 @@ from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.sample import sample_text
 from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.load_save import load, write_like
-from gluprune.healing.student import as_student, merged, with_adapters
+from gluprune.healing.student import as_student, with_weights
 from gluprune.healing.training import Settings, train
 from gluprune.io import atomic
 from gluprune.io.hub import model_name
@@ -150,11 +150,7 @@ class HealingWork:
         """
         model: Any = load(self._pruned_folder, dtype="auto")
         dtype = model.dtype
-        model.float()
-        if self.settings.train == "lora":
-            model = with_adapters(model)
-        model.load_state_dict(state)
-        model = merged(model) if self.settings.train == "lora" else model
+        model = with_weights(model.float(), state, self.settings.train)
         for parameter in model.parameters():  # not the buffers: rotary frequencies are never stored
             parameter.data = parameter.data.to(dtype)
         calibration = {"tokens": self.trained_tokens, "texts": self._digests(self.texts.calibration)}

@@ -1,0 +1,208 @@
+"""Quality of healed models: perplexity relative to dense before and after training, by ratio.
+
+    python -m gluprune_evals.healing --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
+
+prunes by the recommended recipe as `gluprune_evals.quality` does, trains on the calibration text and the model's own
+text in equal parts, and writes records next to those of the table of methods (`quality.jsonl`) and a table
+(`healing.md`). An interrupted run can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from gluprune.calibration.batches import batches_from_text
+from gluprune.checkpoints.load_save import load
+from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
+from gluprune.healing.student import TRAINED, as_student, with_weights
+from gluprune.healing.training import Settings, arguments, last_checkpoint, train
+from gluprune.io.atomic import write_file
+from gluprune.io.text import read_text
+from gluprune.measure.records import Record, read
+from gluprune_evals import quality
+from gluprune_evals.digests import digest
+from gluprune_evals.folder import StudyModel
+
+PRUNED = "surgeon, reconstructed, + own text"
+HEALED = f"{PRUNED}, healed"
+
+
+class Healing:
+    """Figures of one model before and after healing; see `quality.Measurements`.
+
+    Args:
+        source: The dense model.
+        texts: Calibration text, and the model's own.
+        held_out: Name -> windows to measure perplexity on.
+        measurements: The file of records.
+        bf16: Whether student and teacher compute in bfloat16.
+    """
+
+    def __init__(
+        self,
+        source: StudyModel,
+        texts: tuple[str, str],
+        held_out: dict[str, list[torch.Tensor]],
+        *,
+        measurements: quality.Measurements,
+        bf16: bool,
+    ):
+        self._model, self._tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
+        self._texts, self._held_out, self._measurements, self._bf16 = texts, held_out, measurements, bf16
+        self._calibrations = quality.Calibrations(self._model, self._tokenizer, source.name, texts, measurements)
+        self._shape = {"model": source.name, "window": quality.WINDOW}
+
+    def measure(self, ratio: float, settings: Settings) -> None:
+        """Measure perplexities at one ratio: dense, pruned and healed."""
+        method = quality.METHODS[PRUNED]
+        self._perplexities("dense", self._shape | {"ratio": 0.0}, lambda: copy.deepcopy(self._model))
+        shape = self._shape | {"ratio": ratio}
+        shape |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
+
+        def pruned() -> torch.nn.Module:
+            model = copy.deepcopy(self._model)
+            quality._prune(model, self._model, method, ratio, self._calibrations)
+            return model
+
+        self._perplexities(PRUNED, shape, pruned)
+        count = -(-settings.tokens // (len(self._texts) * settings.length))
+        windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
+        how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
+        shape |= how
+        self._perplexities(HEALED, shape, lambda: self._healed(pruned(), windows, settings, shape))
+        for what in ("heal", "heal, processor time", "loss at first", "loss at last"):
+            self._measurements.take(what, HEALED, shape)
+
+    def _perplexities(self, provider: str, shape: dict, build) -> None:
+        """Measure a model on every text on which it has not been measured."""
+        shapes = {
+            name: shape | {"text": name, "windows": len(held), "text_digest": digest(held)}
+            for name, held in self._held_out.items()
+        }
+        missing = [name for name in shapes if not self._measurements.take("perplexity", provider, shapes[name])]
+        if missing:
+            model = build().float()
+            for name in missing:
+                value = quality.windows_perplexity(model, self._held_out[name])
+                self._measurements.add("perplexity", provider, shapes[name], "perplexity", value)
+
+    def _healed(self, pruned: Any, windows: torch.Tensor, settings: Settings, shape: dict) -> PreTrainedModel:
+        """Return the healed model, with weights in the dtype of the checkpoint."""
+        key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+        folder = cache_folder() / f"healing-{key}"
+        dtype, before = pruned.dtype, copy.deepcopy(pruned)
+        student = as_student(pruned.float(), settings.train, settings.hidden_weight)
+        teacher: Any = copy.deepcopy(self._model)
+        teacher.to(torch.bfloat16 if self._bf16 else torch.float32)
+        options = arguments(folder, settings, processes=1, device="cpu", bf16=self._bf16)
+        is_new, wall, processor = last_checkpoint(folder) is None, time.perf_counter(), time.process_time()
+        losses, state = train(student, teacher, windows, settings=settings, options=options)
+        if is_new:  # the time of an interrupted training is not known
+            self._measurements.add("heal", HEALED, shape, "s", time.perf_counter() - wall)
+            self._measurements.add("heal, processor time", HEALED, shape, "s", time.process_time() - processor)
+        part = max(1, len(losses) // 10)
+        for what, some in (("loss at first", losses[:part]), ("loss at last", losses[-part:])):
+            self._measurements.add(what, HEALED, shape, "nats per token", sum(some) / part)
+        healed: Any = with_weights(before.float(), state, settings.train)
+        for parameter in healed.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return healed
+
+
+def table(records: Sequence[Record]) -> str:
+    """Return Markdown: perplexity over dense of pruned and healed models by ratio, and how they were trained."""
+    found = {(r.provider, r.shape["ratio"], r.shape["text"]): r.p50 for r in records if r.what == "perplexity"}
+    texts = list(dict.fromkeys(text for provider, _, text in found if provider == HEALED))
+    dense = {text: found["dense", 0.0, text] for text in texts}
+    lines = [
+        f"# {records[0].shape['model']}: perplexity after healing",
+        "",
+        f"Times that of the dense model, {' · '.join(texts)}; exact widths, windows of {quality.WINDOW} tokens,"
+        f" {records[0].hardware}. Seconds: of training, and of processor time.",
+        "",
+        "| neurons removed | pruned | healed | tokens | trained | learning rate | loss | seconds | processor |",
+        "|--:|---|---|--:|---|--:|---|--:|--:|",
+    ]
+    for shape in {json.dumps(_training(r.shape)): _training(r.shape) for r in records if r.provider == HEALED}.values():
+        own = [r for r in records if r.provider == HEALED and _training(r.shape) == shape]
+        healed = {r.shape["text"]: r.p50 for r in own if r.what == "perplexity"}
+        others = {r.what: r.p50 for r in own if r.what != "perplexity"}
+        pruned = {text: found[PRUNED, shape["ratio"], text] for text in texts}
+        cells = [" · ".join(f"{each[text] / dense[text]:.2f}" for text in texts) for each in (pruned, healed)]
+        loss = " -> ".join(f"{others[f'loss at {end}']:.3f}" for end in ("first", "last") if f"loss at {end}" in others)
+        times = [f"{others[w]:.0f}" if w in others else "–" for w in ("heal", "heal, processor time")]
+        steps = f"{shape['tokens']:,} | {shape['train']} | {shape['learning_rate']:g}"
+        lines.append(f"| {shape['ratio']:.0%} | {cells[0]} | {cells[1]} | {steps} | {loss} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _training(shape: dict) -> dict:
+    return {name: value for name, value in shape.items() if name not in ("text", "windows", "text_digest")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write the table; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gluprune_evals.healing", description="Perplexity of healed models, by ratio."
+    )
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="texts to prune and train on")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
+    parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
+    parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=quality.RATIOS, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=400_000, help="to train on (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="default: %(default)s")
+    parser.add_argument("--train", choices=TRAINED, default="all", help="default: %(default)s")
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="default: %(default)s")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 while training")
+    parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    settings = Settings(
+        given.train, given.tokens, quality.WINDOW, given.batch, 4, given.learning_rate, given.hidden_weight
+    )
+    try:
+        texts = {name: read_text(path, quality.FIELDS) for name, _, path in (t.partition("=") for t in given.text)}
+        calibration = "\n\n".join(read_text(path, quality.FIELDS) for path in given.calibration)
+        source = StudyModel.find(given.model or smollm2_checkpoint())
+        result = _measured(source, calibration, texts, settings, given)
+    except (ValueError, OSError) as error:
+        print(f"gluprune_evals.healing: error: {error}", file=sys.stderr)
+        return 2
+    print(result)
+    return 0
+
+
+def _measured(
+    source: StudyModel, calibration: str, texts: dict[str, str], settings: Settings, given: argparse.Namespace
+) -> str:
+    """Measure all ratios and write the table of everything on record for these texts."""
+    model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
+    measurements = quality.Measurements(given.out / "quality.jsonl", model.dtype)
+    held_out = {
+        name: batches_from_text(tokenizer, content, given.windows, quality.WINDOW + 1, batch_size=1)
+        for name, content in texts.items()
+    }
+    both = calibration, quality.own_text(model, tokenizer, source)
+    healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16)
+    for ratio in given.ratios:
+        healing.measure(ratio, settings)
+    result = table([r for r in read(given.out / "quality.jsonl") if r.shape["model"] == source.name])
+    write_file(given.out / "healing.md", [result.encode()])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The command that measures healed models: what it trains on, the records, the table, resuming."""
+
+import pytest
+from gluprune_evals import healing, quality
+
+from gluprune.healing.training import train
+from gluprune.measure.records import read
+from tests.evals.test_quality import command  # noqa: F401 (a fixture)
+
+
+@pytest.mark.slow
+def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F811
+    methods = {
+        healing.PRUNED: quality.Method.parse("surgeon+compensate+reconstruct", 6, own_text=True, reconstruction=3)
+    }
+    monkeypatch.setattr(quality, "METHODS", methods)
+    windows = []
+
+    def recorded(student, teacher, given, **options):
+        windows.append(given)
+        return train(student, teacher, given, **options)
+
+    monkeypatch.setattr(healing, "train", recorded)
+    command += ["--ratios", "0.4", "--tokens", "64", "--batch", "2", "--learning-rate", "3e-3"]
+    assert healing.main(command) == 0 and len(windows) == 1
+    assert [len(each) for each in windows] == [8]  # four of each text
+    records = read(tmp_path / "out" / "quality.jsonl")
+    found = {(r.provider, r.shape["text"]): r.p50 for r in records if r.what == "perplexity"}
+    assert set(found) == {(p, t) for p in ("dense", healing.PRUNED, healing.HEALED) for t in ("one", "two")}
+    table = (tmp_path / "out" / "healing.md").read_text()
+    cells = [
+        " · ".join(f"{found[provider, text] / found['dense', text]:.2f}" for text in ("one", "two"))
+        for provider in (healing.PRUNED, healing.HEALED)
+    ]
+    assert f"| 40% | {cells[0]} | {cells[1]} | 64 | all | 0.003 |" in table and table in capsys.readouterr().out
+    assert healing.main(command) == 0 and len(windows) == 1  # nothing is measured twice
+    assert (tmp_path / "out" / "healing.md").read_text() == table
+    assert healing.main([*command[:-2], "--text=one"]) == 2

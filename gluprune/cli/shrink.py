@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gluprune.cli.options import (
+    RECIPE,
     Allocation,
     Deploy,
     Device,
@@ -77,6 +78,14 @@ def run(
     allocation: Allocation = "uniform",
     multiple_of: MultipleOf = 128,
     deploy: Deploy = None,
+    heal_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Then train the chosen model on about N tokens, as `gluprune heal` does; 0: not at all.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = DtypeName.AUTO,
     as_json: Json = False,
@@ -105,6 +114,7 @@ def run(
         allocation=allocation,
         multiple_of=multiple_of,
         deploy=deploy,
+        heal_tokens=heal_tokens,
         device=device,
         dtype=dtype.value,
     )

@@ -112,9 +112,7 @@ def heal(
     _check_numbers(settings)
     check_trained(train)
     check_own_windows(text, test_text, own_windows)
-    for name, value, allowed in (("device", device, _DEVICES), ("dtype", dtype, _DTYPES)):
-        if value not in allowed:
-            raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")
+    check_place(device, dtype)
     kind = choose_device(device).type
     texts = GivenTexts.read(text, test_text, fields)
     check_destination(destination)
@@ -166,6 +164,17 @@ def _run(work: HealingWork, output: Path, destination: str, memory: int) -> Heal
         test_tokens=work.test_tokens,
         memory=memory,
     )
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Check the names of the device and of the dtype that models are trained on and in.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
+    for name, value, allowed in (("device", device, _DEVICES), ("dtype", dtype, _DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r} for training; allowed: {', '.join(allowed)}")
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -29,12 +29,13 @@ class ShrinkReport:
         folder: The checkpoint.
         recipe: Name of the recipe.
         dense: The dense model.
-        curve: All pruned models that were measured, from wide to narrow.
+        curve: All pruned models that were measured, from wide to narrow; the healed one is the last.
         chosen: The one that was written.
         max_loss: The allowed rise of perplexity, if one was given.
         texts: Names of the texts that perplexity was measured on.
         tokens: Number of tokens that it was measured on.
         picture: The picture; None without matplotlib.
+        heal_tokens: On about how many tokens it was healed. 0: it was not.
     """
 
     folder: str
@@ -46,6 +47,7 @@ class ShrinkReport:
     texts: list[str]
     tokens: int
     picture: str | None
+    heal_tokens: int = 0
 
     @property
     def loss(self) -> float:
@@ -68,7 +70,7 @@ class ShrinkReport:
             times = f"{point.perplexity / self.dense.perplexity:.3f}×"
             lines.append(
                 f"{point.width:>7}{removed:>9}{point.bytes / 1e6:>9.1f}{point.perplexity:>12.2f}{times:>10}"
-                + ("  <- written" if point == self.chosen else "")
+                + (("  <- healed, written" if self.heal_tokens else "  <- written") if point == self.chosen else "")
             )
         names = ", ".join(self.texts)
         lines += ["", f"perplexity on {self.tokens:,} tokens held apart: {names}", f"{self.folder}: {self.recipe}"]

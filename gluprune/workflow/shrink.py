@@ -37,6 +37,7 @@ from gluprune.pruning.history import measure_step, versions
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.widths import percent_hint
 from gluprune.workflow import picture
+from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
 from gluprune.workflow.texts import GivenTexts, Texts, check_own_windows
@@ -77,6 +78,7 @@ def shrink(
     allocation: str = "uniform",
     multiple_of: int = 128,
     deploy: str | None = None,
+    heal_tokens: int = 0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> ShrinkReport:
@@ -108,6 +110,7 @@ def shrink(
             gives sensitive layers more neurons, which is better, but only `gluprune.load` can load it.
         multiple_of: Widths are multiples of this.
         deploy: Where the model will run, as in `prune`: widths are multiples of what it needs as well.
+        heal_tokens: Train the chosen model on about this many tokens, as `heal` does by default. 0: not at all.
         device: Where the model runs; "auto" is cuda if available, otherwise cpu.
         dtype: Dtype of the weights in memory and in the result; "auto" is that of the checkpoint. With "auto", a CPU
             computes in float32.
@@ -133,6 +136,7 @@ def shrink(
     _check_target(pruning_ratio, max_loss)
     check_own_windows(text, test_text, own_windows)
     _check_windows(windows, length)
+    _check_healing(heal_tokens, device, dtype)
     texts = GivenTexts.read(text, test_text, fields)
     choose_device(device)
     folder = local_folder(source)
@@ -147,6 +151,10 @@ def shrink(
     with complete_folder(destination, _key(folder, settings, texts), resume=True) as output:
         work = Work(output.parent, folder, settings=settings, texts=texts)
         report = _run(work, goal, str(destination), recipe)
+        if heal_tokens:
+            announce("        heal; left: write")
+            healed = work.healed(report.chosen.width, heal_tokens)[1]
+            report = replace(report, curve=[*report.curve, healed], chosen=healed, heal_tokens=heal_tokens)
         _write(output, work, report, model_name(source))
     return report
 
@@ -165,6 +173,13 @@ def _check_windows(windows: int, length: int) -> None:
     ):
         if value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}{why}")
+
+
+def _check_healing(tokens: int, device: str, dtype: str) -> None:
+    if tokens < 0:
+        raise ValueError(f"heal_tokens must be at least 0, got {tokens}")
+    if tokens:
+        check_place(device, dtype)
 
 
 def _goal(
@@ -264,11 +279,13 @@ def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkRep
 def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
     """Write the chosen checkpoint, its history with what was measured, and the picture to the output folder."""
     announce("5 of 5: write")
-    checkpoint = work.checkpoint(report.chosen.width)
+    width, tokens = report.chosen.width, report.heal_tokens
+    checkpoint = work.healed(width, tokens)[0] if tokens else work.checkpoint(width)
     shutil.rmtree(output)  # of an interrupted run, perhaps for another target
     shutil.copytree(checkpoint, output, copy_function=atomic.link_file)
     history, config = read_history(checkpoint), read_config(checkpoint)
     assert history is not None
+    history = replace(history, steps=[step for step in history.steps if step["step"] != "measure"])
     step = measure_step(
         perplexity=report.chosen.perplexity,
         dense_perplexity=report.dense.perplexity,

@@ -33,6 +33,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
+from gluprune.workflow.heal import heal
 from gluprune.workflow.report import Point
 from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
 
@@ -168,6 +169,30 @@ class Work:
                 raise RuntimeError(f"{unchecked} does not have the logits of the model that was saved")
             atomic.rename(unchecked, folder)
         return folder
+
+    def healed(self, width: int, tokens: int) -> tuple[Path, Point]:
+        """Return the folder and the figures of the model that is pruned to a width and then healed on some tokens."""
+        name = f"{width}.healed.{tokens}"
+        folder, texts = self._folder / name, self._folder / f"{name}.texts"
+        if not folder.is_dir():
+            parts = {"text": self.texts.calibration, "test_text": self.texts.test}
+            files = {part: [texts / part / key.replace("/", "_") for key in found] for part, found in parts.items()}
+            for part, found in parts.items():
+                (texts / part).mkdir(parents=True, exist_ok=True)
+                for path, text in zip(files[part], found.values(), strict=True):
+                    atomic.write_file(path, [text.encode()])
+            heal(
+                self.checkpoint(width),
+                self._source,
+                folder,
+                **files,
+                own_windows=0,
+                tokens=tokens,
+                length=self._settings.length,
+                device=self._settings.device,
+                dtype=self._settings.dtype,
+            )
+        return folder, self._point(name, lambda: self._load(folder)[0], folder)
 
     def remove(self, width: int) -> None:
         """Remove the checkpoint of a width that will not be chosen; its figures stay."""

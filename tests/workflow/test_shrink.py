@@ -13,6 +13,7 @@ from gluprune.cli import main
 from gluprune.io.folder import partial_folders
 from gluprune.workflow import shrink as module
 from gluprune.workflow.texts import OWN_TEXT
+from tests.helpers.tokenizers import byte_tokenizer
 
 LENGTH = 24
 FILES = ("config.json", "generation_config.json", "gluprune.json", "model.safetensors", "README.md", "shrink.png")
@@ -141,6 +142,8 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "text": ()}, "own_windows must be at least 12, got 2 without text= or test_text="),
         ({"pruning_ratio": 0.2, "windows": 1}, "windows must be at least 2, got 1"),
         ({"pruning_ratio": 0.2, "length": 0}, "length must be at least 1, got 0"),
+        ({"pruning_ratio": 0.2, "heal_tokens": -1}, "heal_tokens must be at least 0, got -1"),
+        ({"pruning_ratio": 0.2, "heal_tokens": 9, "dtype": "float16"}, "unknown dtype 'float16' for training"),
         ({"pruning_ratio": 0.2, "own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"pruning_ratio": 0.2, "length": 600}, r"the text to measure on \(notes.txt\) has"),
         ({"max_loss": 0.1, "multiple_of": 128}, "no multiple of 128 is below the width 101"),
@@ -177,6 +180,35 @@ def test_without_matplotlib_there_is_no_picture(source, tmp_path, short, monkeyp
     report = gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **short)
     assert report.picture is None and not (tmp_path / "out" / "shrink.png").exists()
     assert "gluprune[demo]" in caplog.text and "shrink.png" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_healed(source, tmp_path, short, monkeypatch):
+    """The chosen model is healed on the calibration text, and what is written and reported is the healed one."""
+    from gluprune.workflow import work
+
+    seen, real = [], work.heal
+
+    def recorded(*models, **options):
+        seen.append({name: [path.read_text() for path in options[name]] for name in ("text", "test_text")})
+        return real(*models, **options)
+
+    monkeypatch.setattr(work, "heal", recorded)
+    out = tmp_path / "out"
+    report = gluprune.shrink(source, out, pruning_ratio=0.5, **short, heal_tokens=800)
+    pruned, healed = report.curve
+    assert report.chosen == healed and healed.width == pruned.width == 48 and healed.perplexity != pruned.perplexity
+    steps = json.loads((out / "gluprune.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["prune", "reconstruct", "heal", "measure"]
+    assert steps[-1]["perplexity"] == healed.perplexity and steps[2]["batch"] == 16
+    assert set(steps[2]["calibration"]["texts"]) == {"notes.txt", OWN_TEXT}
+    assert "<- healed, written" in str(report) and not partial_folders(out)
+    content = short["text"][0].read_text()
+    (given,) = seen
+    assert given["test_text"] == [content[len(given["text"][-1]) :]] and content.startswith(given["text"][-1])
+    model = gluprune.load(out, dtype=torch.float32).eval()
+    ids = torch.tensor(byte_tokenizer()(given["test_text"][0], add_special_tokens=False).input_ids)
+    assert gluprune.perplexity(model, ids, LENGTH, windows=32) == healed.perplexity
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class TrainingMemory:
 
     Attributes:
         student: Weights, in float32.
-        optimizer: Gradients and both moments of what is trained.
+        optimizer: Gradients and both moments of what is trained, and as much as one of them while weights change.
         teacher: Weights.
         activations: What is kept for the backward pass.
         head: Logits of some tokens, and the gradient of the head.
@@ -72,7 +72,7 @@ def training_memory(
     logits = 4 * vocabulary * min(chunk_tokens(vocabulary), windows * settings.length)
     return TrainingMemory(
         student=4 * count_parameters(student) // sharded,
-        optimizer=12 * trained // sharded,
+        optimizer=16 * trained // sharded,
         teacher=(2 if bf16 else 4) * count_parameters(build_empty(teacher)) // sharded,
         activations=_activations(config, settings, windows, bf16),
         head=_LOGITS * logits + (4 * head.numel() if head.requires_grad else 0),

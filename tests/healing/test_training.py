@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from gluprune.healing import training
 from gluprune.healing.memory import training_memory
 from gluprune.healing.student import TRAINED, as_student, check_trained, decoded, merged
 from gluprune.healing.training import Settings, Windows, arguments, last_checkpoint, train
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_models import make_tiny_model, tiny_model
 
 LENGTH, BATCH, STEPS = 12, 4, 7
@@ -76,13 +80,14 @@ def plain_loop(student, teacher, chosen):
 
 
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
-def test_equals_a_plain_loop(tmp_path, hidden_weight):
+def test_equals_a_plain_loop(tmp_path, hidden_weight, capsys):
     student, teacher = models()
     chosen = settings(hidden_weight=hidden_weight)
     expected = copy.deepcopy(student)
     losses = plain_loop(expected, teacher, chosen)
     found, state = trained(student, teacher, tmp_path, chosen)
     assert found == pytest.approx(losses, rel=1e-5) and losses[-1] < 0.9 * losses[0]
+    assert "Writing" not in capsys.readouterr().err  # the bars of transformers, at every checkpoint
     for name, weight in expected.state_dict().items():
         assert torch.allclose(state[name], weight, atol=1e-5), name
 
@@ -210,12 +215,47 @@ def test_memory(name):
     real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
     assert found.activations == pytest.approx(real, rel=0.2)
     assert found.student == 4 * sum(p.numel() for p in parameters)
-    assert found.optimizer == 12 * sum(p.numel() for p in parameters if p.requires_grad)
+    assert found.optimizer == 16 * sum(p.numel() for p in parameters if p.requires_grad)
     assert found.teacher == 4 * sum(p.numel() for p in teacher.parameters())
     halved = training_memory(student.config, teacher.config, chosen, windows=2, bf16=True, sharded=2)
     assert (halved.student, halved.optimizer) == (found.student // 2, found.optimizer // 2)
     assert halved.teacher == found.teacher // 4 and halved.activations < found.activations
     assert str(found).startswith("about 0.0 GB per process: student ")
+
+
+PEAK = """
+import gc, sys, tempfile
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from gluprune.healing.memory import training_memory
+from gluprune.healing.student import as_student
+from gluprune.healing.training import Settings, arguments, train
+from gluprune.measure.memory import resident
+
+torch.set_num_threads(1)
+shape = dict(vocab_size=16000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
+configs = [LlamaConfig(intermediate_size=width, **shape) for width in (1024, 1536)]
+chosen = Settings("all", 3072, 512, 3, 1, 1e-4, 0.0)  # two steps of three batches
+found = training_memory(*configs, chosen, windows=1, bf16=False, sharded=1).total
+gc.collect()
+before = resident("VmRSS")
+student, teacher = map(LlamaForCausalLM, configs)
+Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+with tempfile.TemporaryDirectory() as folder:
+    options = arguments(Path(folder), chosen, processes=1, device="cpu", bf16=False)
+    train(as_student(student, "all"), teacher, torch.zeros(2, 512, dtype=torch.long), settings=chosen, options=options)
+print(found / (resident("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_training():
+    """Of 35M parameters, in a process that has done nothing else."""
+    command = [sys.executable, "-c", PEAK]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(1, abs=0.25), done.stderr[-2000:]
 
 
 def test_training_continues_from_a_checkpoint(tmp_path, monkeypatch):
@@ -240,6 +280,9 @@ def test_training_continues_from_a_checkpoint(tmp_path, monkeypatch):
     again, state = trained(copy.deepcopy(student), teacher, tmp_path / "b", settings())
     assert again == losses and len(calls) == 2 * (STEPS - 3)
     assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+    calls.clear()
+    again, state = trained(copy.deepcopy(student), teacher, tmp_path / "b", settings())
+    assert again == losses and not calls and torch.equal(state["lm_head.weight"], expected["lm_head.weight"])
     saved = json.loads((tmp_path / "b" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert saved["global_step"] == STEPS
     assert F.mse_loss(state["lm_head.weight"], student.lm_head.weight) > 0

@@ -12,8 +12,7 @@ from gluprune.cli.options import RUNNING, Fields, Json, NewFolder, Quiet, Verbos
 RESUMING = "to continue, run it again"
 EXAMPLES = (
     "gluprune heal llama-narrow --teacher meta-llama/Llama-3.2-1B --text notes.txt --out llama-healed",
-    "accelerate launch --use_fsdp --fsdp_version 2 -m gluprune heal llama-narrow \\\n"
-    "   --teacher meta-llama/Llama-3.2-1B --out llama-healed",
+    "gluprune heal llama-narrow --teacher meta-llama/Llama-3.2-1B --train lora --out llama-healed",
 )
 _TEXT, _TRAINING = "Text", "Training"
 

@@ -44,7 +44,7 @@ def parsed(monkeypatch):
 
 def test_commands():
     assert list(COMMANDS) == [
-        *("shrink", "prune", "calibrate", "sample", "reconstruct", "export", "info"),
+        *("shrink", "prune", "calibrate", "sample", "reconstruct", "heal", "export", "info"),
         *("perplexity", "bench", "eval", "study", "report", "demo"),
     ]
 

@@ -130,7 +130,7 @@ def table(records: Sequence[Record]) -> str:
         f"# {records[0].shape['model']}: perplexity after healing",
         "",
         f"Times that of the dense model, {' · '.join(texts)}; exact widths, windows of {quality.WINDOW} tokens,"
-        f" {records[0].hardware}. Seconds: of training, and of processor time.",
+        f" {records[-1].hardware}. Seconds: of training, and of processor time.",
         "",
         "| neurons removed | pruned | healed | tokens | trained | learning rate | loss | seconds | processor |",
         "|--:|---|---|--:|---|--:|---|--:|--:|",

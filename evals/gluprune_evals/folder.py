@@ -45,9 +45,9 @@ class Folder:
         merged = settings | pinned | known
         for name, value in (settings | pinned).items():
             if merged[name] != value:
+                advice = "use another folder" if self._files() else "it has no results yet: delete it if it failed"
                 raise ValueError(
-                    f"{self.path} holds a study with {name} {merged[name]!r}, but this one has {value!r}:"
-                    " use another folder"
+                    f"{self.path} holds a study with {name} {merged[name]!r}, but this one has {value!r}: {advice}"
                 )
         if merged != known:
             atomic.write_file(self.common, [json.dumps(merged, indent=1).encode() + b"\n"])
@@ -55,6 +55,9 @@ class Folder:
     def file(self, model: str, configuration: Configuration, task: str) -> Path:
         """Return the path of a result."""
         return self.path / model / str(configuration) / f"{task}.json"
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*/*/*.json"))
 
     def results(self) -> list[Result]:
         """Return all results, dense first, then by recipe and ratio.
@@ -65,7 +68,7 @@ class Folder:
         if not self.common.is_file():
             raise ValueError(f"{self.path} holds no study (no {self.common.name})")
         found = []
-        for path in sorted(self.path.glob("*/*/*.json")):
+        for path in self._files():
             try:
                 found.append(Result.from_json(path.read_text(encoding="utf-8")))
             except ValueError as error:

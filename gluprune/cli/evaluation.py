@@ -44,6 +44,7 @@ Limit = Annotated[
 SmallBudget = Annotated[
     Budget | None,
     typer.Option(
+        metavar="small",
         help="A fixed, seeded subset of every task, sized for 2 CPU cores; cannot be combined with --limit.",
         rich_help_panel=_DOCUMENTS,
     ),

@@ -137,7 +137,8 @@ def heal(
                 output.parent / "training", settings, processes=processes.num_processes, device=kind, bf16=bf16
             ),
         )
-        work.announce(f"1 of 4: the teacher writes text; left: measure, train, write. Memory: {memory}")
+        does = "the teacher writes text" if own_windows else "read the text"
+        work.announce(f"1 of 4: {does}; left: measure, train, write. Memory: {memory}")
         return _run(work, output, str(destination), memory.total)
 
 

@@ -233,7 +233,8 @@ def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:
 
 def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkReport:
     """Run all stages up to a checkpoint of the chosen width in the work folder."""
-    announce("1 of 5: the model writes text; left: calibrate, measure, prune, write")
+    does = "the model writes text" if work.settings.own_windows else "read the text"
+    announce(f"1 of 5: {does}; left: calibrate, measure, prune, write")
     texts = work.texts
     announce("2 of 5: calibrate; left: measure, prune, write")
     work.statistics()
@@ -242,7 +243,8 @@ def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkRep
     limit = math.inf if goal.max_loss is None else math.log1p(goal.max_loss)
 
     def loss(width: int) -> float:
-        announce(f"4 of 5: prune to {width} of {goal.dense_width} neurons, reconstruct and measure; left: write")
+        removed = f"{1 - width / goal.dense_width:.1%}; widths are multiples of {recipe.width_multiple}"
+        announce(f"4 of 5: prune to {width} of {goal.dense_width} neurons ({removed}) and measure; left: write")
         point = measured[width] = work.point(width)
         announce(f"        perplexity {point.perplexity / dense.perplexity:.3f} times dense")
         value = math.log(point.perplexity / dense.perplexity)

@@ -73,7 +73,7 @@ class Work:
     """
 
     def __init__(self, folder: Path, source: Path, *, settings: Settings, texts: GivenTexts):
-        self._folder, self._source, self._settings, self._given = folder, source, settings, texts
+        self._folder, self._source, self.settings, self._given = folder, source, settings, texts
         self._measurements = folder / "measurements.json"
 
     @functools.cached_property
@@ -87,7 +87,7 @@ class Work:
 
     @functools.cached_property
     def _own_text(self) -> str:
-        path, settings = self._folder / "own.txt", self._settings
+        path, settings = self._folder / "own.txt", self.settings
         if settings.own_windows and not path.is_file():
             text = sample_text(self._dense[0], self._tokenizer, settings.own_windows, settings.length)
             atomic.write_file(path, [text.encode()])
@@ -101,12 +101,12 @@ class Work:
     @functools.cached_property
     def test_ids(self) -> torch.Tensor:
         """Token ids `[T]` of the texts to measure on."""
-        return self.texts.test_ids(self._tokenizer, self._settings.length)
+        return self.texts.test_ids(self._tokenizer, self.settings.length)
 
     @property
     def test_tokens(self) -> int:
         """Number of tokens that perplexity is measured on."""
-        return sum(len(window) - 1 for window in cut_windows(self.test_ids, self._settings.length, _TEST_WINDOWS))
+        return sum(len(window) - 1 for window in cut_windows(self.test_ids, self.settings.length, _TEST_WINDOWS))
 
     @property
     def test_digests(self) -> dict[str, str]:
@@ -123,7 +123,7 @@ class Work:
         if not path.is_file():
             calibrate_to_file(
                 self._dense[0],
-                self._batches(self._settings.windows),
+                self._batches(self.settings.windows),
                 path,
                 sensitivity=True,
                 texts=self._digests(self.texts.calibration),
@@ -143,7 +143,7 @@ class Work:
         found = json.loads(self._measurements.read_bytes()) if self._measurements.is_file() else {}
         if name not in found:
             loaded = model()
-            value = perplexity(loaded, self.test_ids, self._settings.length, windows=_TEST_WINDOWS)
+            value = perplexity(loaded, self.test_ids, self.settings.length, windows=_TEST_WINDOWS)
             widths = layer_widths(loaded.config)
             size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
             found[name] = asdict(Point(round(sum(widths) / len(widths)), value, size))
@@ -189,9 +189,9 @@ class Work:
                 test_text=files["test_text"],
                 own_windows=0,
                 tokens=tokens,
-                length=self._settings.length,
-                device=self._settings.device,
-                dtype=self._settings.dtype,
+                length=self.settings.length,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
             )
         return folder, self._point(name, lambda: self._load(folder)[0], folder)
 
@@ -201,32 +201,32 @@ class Work:
 
     def _pruned(self, width: int) -> Any:
         """Return a pruned copy of the dense model, in the dtype of the checkpoint."""
-        (dense, dtype), recipe = self._dense, self._settings.recipe
+        (dense, dtype), recipe = self._dense, self.settings.recipe
         model = copy.deepcopy(dense)
         statistics = Statistics.load(self.statistics())
         prune(model, intermediate_size=width, **recipe.options(), calibration=statistics)
         if recipe.reconstruct:
-            windows = min(_RECONSTRUCTION_WINDOWS, self._settings.windows)
+            windows = min(_RECONSTRUCTION_WINDOWS, self.settings.windows)
             reconstruct(model, dense, self._batches(windows))
         for parameter in model.parameters():  # not the buffers: rotary frequencies are never stored
             parameter.data = parameter.data.to(dtype)
         return model
 
     def _batches(self, windows: int) -> list[torch.Tensor]:
-        return batches_from_text(self._tokenizer, list(self.texts.calibration.values()), windows, self._settings.length)
+        return batches_from_text(self._tokenizer, list(self.texts.calibration.values()), windows, self.settings.length)
 
     @torch.no_grad()
     def _logits(self, model: Any) -> torch.Tensor:
         """Return the logits of a model on one window."""
-        return model(self.test_ids[None, : self._settings.length].to(model.device)).logits
+        return model(self.test_ids[None, : self.settings.length].to(model.device)).logits
 
     def _load(self, folder: Path) -> tuple[Any, torch.dtype]:
         """Return a model as it is computed with, and the dtype in which it was loaded."""
-        model: Any = load(folder, dtype=self._settings.dtype, **loading_options(self._settings.device)).eval()
+        model: Any = load(folder, dtype=self.settings.dtype, **loading_options(self.settings.device)).eval()
         dtype = model.dtype
         return self._widened(model), dtype
 
     def _widened(self, model: Any) -> Any:
         """Convert a model in half precision to float32 on a CPU, unless a dtype was asked for."""
-        is_slow = self._settings.dtype == "auto" and is_half_on_cpu(next(model.parameters()))
+        is_slow = self.settings.dtype == "auto" and is_half_on_cpu(next(model.parameters()))
         return model.float() if is_slow else model

@@ -198,6 +198,14 @@ def folder(tmp_path):
     return study
 
 
+def test_settings_of_a_failed_study(tmp_path):
+    """They stay, since another process may be at work, and the error says what to do."""
+    study = Folder(tmp_path)
+    study.claim({"limits": "limit 4"}, {})
+    with pytest.raises(ValueError, match="limits 'limit 4', but this one has None: it has no results yet: delete it"):
+        study.claim({"limits": None}, {})
+
+
 def test_results_survive_the_disk(folder):
     for result in folder.results():
         assert Result.from_json(result.to_json()) == result

@@ -7,49 +7,40 @@ from typing import Annotated
 
 import typer
 
-from gluprune.cli.options import RUNNING, Fields, Json, NewFolder, Quiet, Verbose, check_model
+from gluprune.cli.options import (
+    RUNNING,
+    TEXT,
+    DenseModel,
+    Fields,
+    Json,
+    NewFolder,
+    PrunedModel,
+    Quiet,
+    TestTexts,
+    Verbose,
+)
 
 RESUMING = "to continue, run it again"
 EXAMPLES = (
     "gluprune heal llama-narrow --teacher meta-llama/Llama-3.2-1B --text notes.txt --out llama-healed",
     "gluprune heal llama-narrow --teacher meta-llama/Llama-3.2-1B --train lora --out llama-healed",
 )
-_TEXT, _TRAINING = "Text", "Training"
+_TRAINING = "Training"
 
 
 def run(
-    pruned: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRUNED", help="Pruned model: folder or Hub id.", show_default=False, callback=check_model
-        ),
-    ],
+    pruned: PrunedModel,
     *,
-    teacher: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help="The model before pruning: folder or Hub id.",
-            show_default=False,
-            callback=check_model,
-        ),
-    ],
+    teacher: DenseModel,
     out: NewFolder,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE...", help="Texts to train on, as for `calibrate --text`.", rich_help_panel=_TEXT),
+        typer.Option(metavar="FILE...", help="Texts to train on, as for `calibrate --text`.", rich_help_panel=TEXT),
     ] = None,
-    test_text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="Texts to measure perplexity on. By default the last tenth of each text, which is held apart.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
+    test_text: TestTexts = None,
     own_windows: Annotated[
         int,
-        typer.Option(metavar="N", help="Windows of text that the teacher writes; 0: none.", rich_help_panel=_TEXT),
+        typer.Option(metavar="N", help="Windows of text that the teacher writes; 0: none.", rich_help_panel=TEXT),
     ] = 64,
     field: Fields = ["text"],  # noqa: B006
     tokens: Annotated[

@@ -14,7 +14,7 @@ import typer
 
 from gluprune.io.hub import check_source
 
-OUTPUT, RUNNING, RECIPE = "Output", "How models run", "Recipe"
+OUTPUT, RUNNING, RECIPE, TEXT = "Output", "How models run", "Recipe", "Text"
 
 
 class DtypeName(StrEnum):
@@ -135,6 +135,16 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Model folder or Hub id.", show_default=False, callback=check_model),
 ]
+PrunedModel = Annotated[
+    str,
+    typer.Argument(metavar="PRUNED", help="Pruned model: folder or Hub id.", show_default=False, callback=check_model),
+]
+DenseModel = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL", help="The model before pruning: folder or Hub id.", show_default=False, callback=check_model
+    ),
+]
 NewFolder = Annotated[
     str, typer.Option("--out", metavar="FOLDER", help="Output folder; must be new or empty.", show_default=False)
 ]
@@ -153,6 +163,14 @@ Texts = Annotated[
 ]
 Fields = Annotated[
     list[str], typer.Option("--field", metavar="NAME...", help="Fields that hold the text in JSON files.")
+]
+TestTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE...",
+        help="Texts to measure perplexity on. By default the last tenth of each text, which is held apart.",
+        rich_help_panel=TEXT,
+    ),
 ]
 Length = Annotated[int, typer.Option(metavar="N", help="Tokens per window.")]
 Device = Annotated[

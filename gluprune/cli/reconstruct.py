@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gluprune.cli.options import (
+    DenseModel,
     Device,
     Dtype,
     DtypeName,
@@ -15,10 +16,10 @@ from gluprune.cli.options import (
     Json,
     Length,
     NewFolder,
+    PrunedModel,
     Quiet,
     Texts,
     Verbose,
-    check_model,
 )
 from gluprune.io.text import read_texts
 
@@ -29,22 +30,9 @@ EXAMPLES = (
 
 
 def run(
-    pruned: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRUNED", help="Pruned model: folder or Hub id.", show_default=False, callback=check_model
-        ),
-    ],
+    pruned: PrunedModel,
     *,
-    dense: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help="The model before pruning: folder or Hub id.",
-            show_default=False,
-            callback=check_model,
-        ),
-    ],
+    dense: DenseModel,
     text: Texts,
     windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 32,
     length: Length = 512,

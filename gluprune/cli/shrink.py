@@ -9,6 +9,7 @@ import typer
 
 from gluprune.cli.options import (
     RECIPE,
+    TEXT,
     Allocation,
     Deploy,
     Device,
@@ -20,6 +21,7 @@ from gluprune.cli.options import (
     MultipleOf,
     NewFolder,
     Quiet,
+    TestTexts,
     Verbose,
 )
 
@@ -28,7 +30,7 @@ EXAMPLES = (
     "gluprune shrink meta-llama/Llama-3.2-1B --ratio 0.2 --out llama-narrow",
     "gluprune shrink meta-llama/Llama-3.2-1B --max-loss 0.2 --text notes.txt --out llama-narrow",
 )
-_TARGET, _TEXT = "Target (exactly one)", "Text"
+_TARGET = "Target (exactly one)"
 
 
 def run(
@@ -55,25 +57,18 @@ def run(
         typer.Option(
             metavar="FILE...",
             help="Texts of your domain to calibrate on, as for `calibrate --text`.",
-            rich_help_panel=_TEXT,
+            rich_help_panel=TEXT,
         ),
     ] = None,
-    test_text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="Texts to measure perplexity on. By default the last tenth of each text, which is held apart.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
+    test_text: TestTexts = None,
     own_windows: Annotated[
         int,
-        typer.Option(metavar="N", help="Windows of text that the model writes itself; 0: none.", rich_help_panel=_TEXT),
+        typer.Option(metavar="N", help="Windows of text that the model writes itself; 0: none.", rich_help_panel=TEXT),
     ] = 64,
     windows: Annotated[
-        int, typer.Option(metavar="N", help="Windows of each text to calibrate on.", rich_help_panel=_TEXT)
+        int, typer.Option(metavar="N", help="Windows of each text to calibrate on.", rich_help_panel=TEXT)
     ] = 128,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.", rich_help_panel=_TEXT)] = 512,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.", rich_help_panel=TEXT)] = 512,
     field: Fields = ["text"],  # noqa: B006
     allocation: Allocation = "uniform",
     multiple_of: MultipleOf = 128,

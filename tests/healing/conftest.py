@@ -1,12 +1,3 @@
-"""One thread: small matrices gain nothing from more, and on a busy machine they become much slower."""
+"""Training runs on one thread."""
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.helpers.threads import one_thread  # noqa: F401

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 import gluprune
+from tests.helpers.threads import one_thread  # noqa: F401
 from tests.helpers.tokenizers import byte_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices gain nothing from more threads, and on a busy machine they become much slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

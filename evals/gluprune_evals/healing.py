@@ -24,13 +24,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
-from gluprune.checkpoints.load_save import load
+from gluprune.checkpoints.load_save import load, round_weights
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.healing.student import TRAINED, as_student, with_weights
 from gluprune.healing.training import Settings, arguments, last_checkpoint, train
 from gluprune.io.atomic import write_file
 from gluprune.io.text import read_text
 from gluprune.measure.records import Record, read
+from gluprune.pruning.history import loss_ends
 from gluprune_evals import quality
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
@@ -112,12 +113,10 @@ class Healing:
         if is_new:  # the time of an interrupted training is not known
             self._measurements.add("heal", HEALED, shape, "s", time.perf_counter() - wall)
             self._measurements.add("heal, processor time", HEALED, shape, "s", time.process_time() - processor)
-        part = max(1, len(losses) // 10)
-        for what, some in (("loss at first", losses[:part]), ("loss at last", losses[-part:])):
-            self._measurements.add(what, HEALED, shape, "nats per token", sum(some) / part)
+        for end, value in loss_ends(losses).items():
+            self._measurements.add(f"loss at {end}", HEALED, shape, "nats per token", value)
         healed: Any = with_weights(before.float(), state, settings.train)
-        for parameter in healed.parameters():
-            parameter.data = parameter.data.to(dtype)
+        round_weights(healed, dtype)
         return healed
 
 

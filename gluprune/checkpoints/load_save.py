@@ -86,6 +86,12 @@ def write_like(model: PreTrainedModel, folder: Path, source: Path) -> None:
         write_file(folder / name, read_chunks(source / name))
 
 
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights to those of a checkpoint. Buffers stay: rotary frequencies are never stored."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _write(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors 0.8 lets only the owner read them

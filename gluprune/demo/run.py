@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.collect import calibrate
 from gluprune.calibration.statistics import Statistics
-from gluprune.checkpoints.load_save import load, save
+from gluprune.checkpoints.load_save import load, round_weights, save
 from gluprune.demo import picture, table, timing
 from gluprune.demo.rows import PAPER, QUESTION, RECIPES, RECOMMENDED, Row
 from gluprune.demo.smollm2 import NAME, smollm2_checkpoint
@@ -165,7 +165,7 @@ def _measure_quality(
         for name, ratio in steps:
             bar.set_description(f"{name} {ratio:.0%}")
             model = _pruned(dense, Recipe.parse(name), ratio, statistics, few)
-            _round(model, dtype)
+            round_weights(model, dtype)
             if (name, ratio) == (RECOMMENDED, settings.saved_ratio):
                 saved = copy.deepcopy(model)
             _widened(model)
@@ -177,12 +177,6 @@ def _measure_quality(
                 models[row.intermediate_size] = model
             bar.update()
     return rows, models, saved
-
-
-def _round(model, dtype: torch.dtype) -> None:
-    """Round the weights to those of a checkpoint. Buffers stay: rotary frequencies are never stored."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _widened(model):

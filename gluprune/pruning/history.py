@@ -55,9 +55,14 @@ def heal_step(settings: dict, losses: Sequence[float], calibration: dict) -> dic
         losses: Of every step.
         calibration: Tokens that it was trained on, and name -> SHA-256 of the texts.
     """
+    loss = loss_ends(losses)
+    return {"step": "heal", **settings, "loss": loss, "calibration": calibration, "versions": versions()}
+
+
+def loss_ends(losses: Sequence[float]) -> dict[str, float]:
+    """Return the mean losses of the first and of the last tenth of the steps."""
     part = max(1, len(losses) // 10)
-    ends = {"first": sum(losses[:part]) / part, "last": sum(losses[-part:]) / part}
-    return {"step": "heal", **settings, "loss": ends, "calibration": calibration, "versions": versions()}
+    return {"first": sum(losses[:part]) / part, "last": sum(losses[-part:]) / part}
 
 
 def measure_step(*, perplexity: float, dense_perplexity: float, tokens: int, texts: dict[str, str]) -> dict:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.sample import sample_text
 from gluprune.checkpoints.card import read_history
-from gluprune.checkpoints.load_save import load, write_like
+from gluprune.checkpoints.load_save import load, round_weights, write_like
 from gluprune.healing.student import as_student, with_weights
 from gluprune.healing.training import Settings, train
 from gluprune.io import atomic
@@ -28,7 +27,7 @@ from gluprune.io.progress import announce
 from gluprune.measure.perplexity import cut_windows, perplexity
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import heal_step, measure_step, record
-from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, Texts
 
 _TEST_WINDOWS = 32  # to measure perplexity on, at most
 
@@ -113,10 +112,6 @@ class HealingWork:
         """Number of tokens that perplexity is measured on."""
         return sum(len(window) - 1 for window in cut_windows(self._test_ids, self.settings.length, _TEST_WINDOWS))
 
-    def _digests(self, names: Iterable[str]) -> dict[str, str]:
-        found = {**self._given.digests, OWN_TEXT: hashlib.sha256(self._own_text.encode()).hexdigest()}
-        return {name: found[name] for name in names}
-
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities of the dense and of the pruned model; in other processes than the first, nothing."""
         found: dict[str, float] = {}
@@ -151,9 +146,8 @@ class HealingWork:
         model: Any = load(self._pruned_folder, dtype="auto")
         dtype = model.dtype
         model = with_weights(model.float(), state, self.settings.train)
-        for parameter in model.parameters():  # not the buffers: rotary frequencies are never stored
-            parameter.data = parameter.data.to(dtype)
-        calibration = {"tokens": self.trained_tokens, "texts": self._digests(self.texts.calibration)}
+        round_weights(model, dtype)
+        calibration = {"tokens": self.trained_tokens, "texts": self.texts.calibration_digests}
         how = {"teacher": model_name(self._dense_folder), **asdict(self.settings)}
         record(model, heal_step(how, losses, calibration))
         shutil.rmtree(folder)  # of an interrupted run
@@ -168,7 +162,7 @@ class HealingWork:
             perplexity=healed,
             dense_perplexity=self._perplexity("dense", lambda: self._teacher),
             tokens=self.test_tokens,
-            texts=self._digests(self.texts.test),
+            texts=self.texts.test_digests,
         )
         for name, content in history.documents([step], type(model).__name__, layer_widths(model.config)).items():
             atomic.write_file(folder / name, [content])

@@ -292,7 +292,7 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
         perplexity=report.chosen.perplexity,
         dense_perplexity=report.dense.perplexity,
         tokens=report.tokens,
-        texts=work.test_digests,
+        texts=work.texts.test_digests,
     )
     shown = PICTURE if report.picture else None
     files = history.documents([step], stock_class(config).__name__, layer_widths(config), shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,12 @@ class Texts:
     Attributes:
         calibration: To calibrate and reconstruct on.
         test: To measure on; no part of the others.
+        digests: SHA-256 of the whole texts that these are of.
     """
 
     calibration: Mapping[str, str]
     test: Mapping[str, str]
+    digests: Mapping[str, str]
 
     @classmethod
     def of(cls, given: GivenTexts, own: str = "") -> Texts:
@@ -71,11 +74,22 @@ class Texts:
             own: What the model wrote, or nothing.
         """
         written = {OWN_TEXT: own} if own else {}
+        digests = {**given.digests, OWN_TEXT: hashlib.sha256(own.encode()).hexdigest()}
         if given.test:
-            return cls({**written, **given.calibration}, given.test)
+            return cls({**written, **given.calibration}, given.test, digests)
         parts = {name: _divided(text) for name, text in (given.calibration or written).items()}
         kept = {name: first for name, (first, _) in parts.items()}
-        return cls({**written, **kept}, {name: last for name, (_, last) in parts.items()})
+        return cls({**written, **kept}, {name: last for name, (_, last) in parts.items()}, digests)
+
+    @property
+    def calibration_digests(self) -> dict[str, str]:
+        """Name -> SHA-256 of the texts to calibrate on."""
+        return {name: self.digests[name] for name in self.calibration}
+
+    @property
+    def test_digests(self) -> dict[str, str]:
+        """Name -> SHA-256 of the texts to measure on."""
+        return {name: self.digests[name] for name in self.test}
 
     def test_ids(self, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
         """Return the token ids `[T]` of the texts to measure on, one after the other, without special tokens.

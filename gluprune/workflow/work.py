@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from gluprune.calibration.collect import calibrate_to_file
 from gluprune.calibration.running import is_half_on_cpu
 from gluprune.calibration.sample import sample_text
 from gluprune.calibration.statistics import Statistics
-from gluprune.checkpoints.load_save import load, save_like
+from gluprune.checkpoints.load_save import load, round_weights, save_like
 from gluprune.io import atomic
 from gluprune.io.folder import remove_partial_folders
 from gluprune.measure.perplexity import cut_windows, perplexity
@@ -35,7 +34,7 @@ from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
 from gluprune.workflow.heal import heal
 from gluprune.workflow.report import Point
-from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, Texts
 
 _TEST_WINDOWS = 32  # to measure perplexity on, at most
 _RECONSTRUCTION_WINDOWS = 16  # from each text: as in the records of evals/results/quality.md
@@ -108,15 +107,6 @@ class Work:
         """Number of tokens that perplexity is measured on."""
         return sum(len(window) - 1 for window in cut_windows(self.test_ids, self.settings.length, _TEST_WINDOWS))
 
-    @property
-    def test_digests(self) -> dict[str, str]:
-        """Name -> SHA-256 of the texts to measure on."""
-        return self._digests(self.texts.test)
-
-    def _digests(self, names: Iterable[str]) -> dict[str, str]:
-        found = {**self._given.digests, OWN_TEXT: hashlib.sha256(self._own_text.encode()).hexdigest()}
-        return {name: found[name] for name in names}
-
     def statistics(self) -> Path:
         """Return the file of the calibration statistics."""
         path = self._folder / "statistics"
@@ -126,7 +116,7 @@ class Work:
                 self._batches(self.settings.windows),
                 path,
                 sensitivity=True,
-                texts=self._digests(self.texts.calibration),
+                texts=self.texts.calibration_digests,
             )
         return path
 
@@ -208,8 +198,7 @@ class Work:
         if recipe.reconstruct:
             windows = min(_RECONSTRUCTION_WINDOWS, self.settings.windows)
             reconstruct(model, dense, self._batches(windows))
-        for parameter in model.parameters():  # not the buffers: rotary frequencies are never stored
-            parameter.data = parameter.data.to(dtype)
+        round_weights(model, dtype)
         return model
 
     def _batches(self, windows: int) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ LENGTH = 512
 
 
 def stages(dense, batches):
-    """Yield the name of each stage, its work, and the model whose memory is measured."""
+    """Yield the name of each stage and its work."""
     results = {}
     pruned = copy.deepcopy(dense)
 

@@ -80,7 +80,7 @@ def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsy
     assert "healed" in str(report) and report.to_dict()["healed"] == report.healed
 
 
-def test_it_trains_on_the_text_that_is_not_held_apart(pruned, source, tmp_path, brief, tokenizer, monkeypatch):
+def test_it_trains_on_the_text_that_is_not_held_apart(pruned, source, tmp_path, brief, tokenizer, monkeypatch, capsys):
     from gluprune.workflow import healing_work
 
     seen, real = [], healing_work.train
@@ -93,6 +93,7 @@ def test_it_trains_on_the_text_that_is_not_held_apart(pruned, source, tmp_path, 
     other = tmp_path / "other.txt"
     other.write_text("Something else to read. " * 40)
     report = gluprune.heal(pruned, source, tmp_path / "out", **{**brief, "own_windows": 0}, test_text=[other])
+    assert "1 of 4: read the text;" in capsys.readouterr().err
     assert report.texts == ["other.txt"]
     ids = tokenizer(brief["text"][0].read_text(), add_special_tokens=False).input_ids
     assert seen[0].flatten().tolist() == ids[: len(ids) // 24 * 24]

@@ -47,9 +47,12 @@ def test_what_is_written(source, text, tmp_path, short, capsys):
     ]
 
 
-def test_equals_the_public_functions(source, text, tmp_path, short, tokenizer):
+def test_equals_the_public_functions(source, text, tmp_path, short, tokenizer, capsys):
     """The same weights and perplexities as calibrate, prune, reconstruct and perplexity one after the other."""
     report = gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **{**short, "own_windows": 0})
+    stages = capsys.readouterr().err
+    assert "1 of 5: read the text;" in stages and "writes text" not in stages
+    assert "4 of 5: prune to 80 of 101 neurons (20.8%; widths are multiples of 16)" in stages
     content = text.read_text()
     start = len(content) - len(content) // 10
     start = content.index("\n", start) + 1

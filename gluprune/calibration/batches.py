@@ -6,12 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Token ids `[B, S]` and mask (bool `[B, S]`, True is a token; None if all are).
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id with which a tokenizer begins every text, as those of Llama 3 and Gemma do; None if it adds none.
+
+    Models trained with such a token are much worse without it.
+    """
+    begin: Any = getattr(tokenizer, "bos_token_id", None)
+    return None if begin is None or tokenizer("a").input_ids[:1] != [begin] else begin
 
 
 def batches_from_text(
@@ -24,17 +34,18 @@ def batches_from_text(
     """Cut windows, evenly spread over a text, into calibration batches.
 
     Args:
-        tokenizer: A Hugging Face tokenizer; no special tokens are added.
+        tokenizer: A Hugging Face tokenizer. If it begins texts with a token (BOS), so does every window.
         text: One text or several. A text that is too short for this number yields fewer windows.
         windows: Number of windows per text.
-        length: Tokens per window.
+        length: Tokens per window, with that token.
         batch_size: Windows per batch.
 
     Returns:
         int64 tensors `[batch_size, length]`; the last may have fewer rows.
 
     Raises:
-        ValueError: A text is shorter than one window, there is no text, or a number is below 1.
+        ValueError: A text is shorter than one window, there is no text, or a number is below 1 (`length` below 2, if
+            windows begin with BOS).
 
     Example:
         >>> import gluprune
@@ -47,6 +58,11 @@ def batches_from_text(
     for name, value in {"windows": windows, "length": length, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    begin = begin_token(tokenizer)
+    if begin is not None:
+        length -= 1
+        if not length:
+            raise ValueError("length must be at least 2, since windows begin with the tokenizer's BOS token; got 1")
     texts = [text] if isinstance(text, str) else text
     if not texts:
         raise ValueError("give at least one calibration text")
@@ -59,7 +75,8 @@ def batches_from_text(
             raise ValueError(f"{label} has {ids.numel()} tokens: one window needs {length}")
         chosen = torch.arange(min(windows, available)) * available // min(windows, available)
         rows.append(ids[: available * length].view(available, length)[chosen])
-    return list(torch.cat(rows).split(batch_size))
+    found = torch.cat(rows)
+    return list((found if begin is None else F.pad(found, (1, 0), value=begin)).split(batch_size))
 
 
 def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:

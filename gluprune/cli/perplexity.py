@@ -41,26 +41,29 @@ def run(
 ) -> None:
     """Measure perplexity on text.
 
-    Cuts each text into windows, without special tokens, and predicts every token from those before it in its window.
-    On a CPU, weights in half precision are converted to float32 unless --dtype is given.
+    Cuts each text into windows, which begin with BOS if the tokenizer begins texts with it, and predicts every token
+    from those before it in its window. On a CPU, weights in half precision are converted to float32 unless
+    --dtype is given.
     """
     texts = read_texts(text, field)
 
     import torch
     from transformers import AutoTokenizer
 
+    from gluprune.calibration.batches import begin_token
     from gluprune.cli.calibration import computing_dtype, load_model
     from gluprune.measure.perplexity import cut_windows, perplexity
     from gluprune.models.device import choose_device
 
     choose_device(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    begin = begin_token(tokenizer)
     ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]
-    cut = [cut_windows(tokens, length, windows) for tokens in ids]  # raises before the model is loaded
+    cut = [cut_windows(tokens, length, windows, begin) for tokens in ids]  # raises before the model is loaded
     loaded = load_model(model, device=device, dtype=computing_dtype(dtype, device))
     rows = []
     for source, tokens, chunks in zip(text, ids, cut, strict=True):
-        value = perplexity(loaded, tokens, length, windows=windows)
+        value = perplexity(loaded, tokens, length, windows=windows, begin=begin)
         predicted = sum(chunk.numel() - 1 for chunk in chunks)
         rows.append({"text": source, "perplexity": value, "windows": len(chunks), "tokens": predicted})
         if not as_json:

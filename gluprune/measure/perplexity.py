@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def cut_windows(ids: torch.Tensor, length: int, windows: int | None = None) -> list[torch.Tensor]:
+def cut_windows(
+    ids: torch.Tensor, length: int, windows: int | None = None, begin: int | None = None
+) -> list[torch.Tensor]:
     """Return consecutive windows `[length + 1]` of token ids; the last may be shorter, with at least two tokens.
 
-    The last token of a window is the first of the next, so that every token but the first is predicted once.
+    The last token of a window is the first of the next, so that every token but the first is predicted once. With
+    `begin`, every window is that token and the next `length` of the text, all of which are predicted.
 
     Args:
         ids: int64 `[T]`, T >= 2.
         length: Tokens of context, at most.
         windows: Return at most this many of them, evenly spread. None: all.
+        begin: Token id that begins every window (see `begin_token`), or None.
 
     Raises:
         ValueError: Fewer than two tokens, or a number below 1.
@@ -33,14 +37,23 @@ def cut_windows(ids: torch.Tensor, length: int, windows: int | None = None) -> l
             raise ValueError(f"{name} must be at least 1, got {value}")
     if ids.numel() < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {ids.numel()}")
-    starts = range(0, ids.numel() - 1, length)
+    starts = range(0, ids.numel() - (begin is None), length)
     count = len(starts) if windows is None else min(windows, len(starts))
     chosen = (starts[number * len(starts) // count] for number in range(count))
+    if begin is not None:
+        return [F.pad(ids[start : start + length], (1, 0), value=begin) for start in chosen]
     return [ids[start : start + length + 1] for start in chosen]
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, length: int = 512, *, windows: int | None = None) -> float:
+def perplexity(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    length: int = 512,
+    *,
+    windows: int | None = None,
+    begin: int | None = None,
+) -> float:
     """Return exp of the mean negative log-likelihood per token of a text, over consecutive windows.
 
     Args:
@@ -48,6 +61,8 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, length: int = 512, *, 
         ids: int64 `[T]`, the token ids of the text, T >= 2.
         length: Tokens of context, at most.
         windows: Measure on at most this many windows, evenly spread over the text. None: on all of it.
+        begin: Token id before every window. Give the tokenizer's BOS if it begins texts with one, and `ids` without
+            it: models such as Llama 3 and Gemma expect it.
 
     Returns:
         The perplexity.
@@ -65,7 +80,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, length: int = 512, *, 
     """
     check_head(model, "perplexity")
     total = tokens = 0
-    chunks = cut_windows(ids.to(model.device), length, windows)
+    chunks = cut_windows(ids.to(model.device), length, windows, begin)
     for chunk in progress(chunks, desc="perplexity", unit="window", delay=1):  # no bar if it takes no time
         logits = model(chunk[None, :-1]).logits[0].float()
         total += F.cross_entropy(logits, chunk[1:], reduction="sum").item()

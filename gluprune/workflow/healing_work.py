@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.batches import batches_from_text, begin_token
 from gluprune.calibration.sample import sample_text
 from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.load_save import load, round_weights, write_like
@@ -110,7 +110,8 @@ class HealingWork:
     @property
     def test_tokens(self) -> int:
         """Number of tokens that perplexity is measured on."""
-        return sum(len(window) - 1 for window in cut_windows(self._test_ids, self.settings.length, _TEST_WINDOWS))
+        cut = cut_windows(self._test_ids, self.settings.length, _TEST_WINDOWS, begin_token(self._tokenizer))
+        return sum(len(window) - 1 for window in cut)
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities of the dense and of the pruned model; in other processes than the first, nothing."""
@@ -124,9 +125,13 @@ class HealingWork:
     def _perplexity(self, name: str, model: Callable[[], PreTrainedModel]) -> float:
         known = json.loads(self._measurements.read_bytes()) if self._measurements.is_file() else {}
         if name not in known:
-            known[name] = perplexity(model(), self._test_ids, self.settings.length, windows=_TEST_WINDOWS)
+            known[name] = self._measured(model())
             atomic.write_file(self._measurements, [json.dumps(known).encode()])
         return known[name]
+
+    def _measured(self, model: PreTrainedModel) -> float:
+        begin = begin_token(self._tokenizer)
+        return perplexity(model, self._test_ids, self.settings.length, windows=_TEST_WINDOWS, begin=begin)
 
     def train(self) -> tuple[list[float], dict[str, torch.Tensor]]:
         """Return the loss of every step and the weights of the trained student; see `healing.training.train`."""
@@ -153,9 +158,7 @@ class HealingWork:
         shutil.rmtree(folder)  # of an interrupted run
         folder.mkdir()
         write_like(model, folder, self._pruned_folder)
-        healed = perplexity(
-            self._load(folder, self._teacher.dtype), self._test_ids, self.settings.length, windows=_TEST_WINDOWS
-        )
+        healed = self._measured(self._load(folder, self._teacher.dtype))
         history = read_history(folder)
         assert history is not None
         step = measure_step(

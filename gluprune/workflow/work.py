@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.batches import batches_from_text, begin_token
 from gluprune.calibration.collect import calibrate_to_file
 from gluprune.calibration.running import is_half_on_cpu
 from gluprune.calibration.sample import sample_text
@@ -105,7 +105,8 @@ class Work:
     @property
     def test_tokens(self) -> int:
         """Number of tokens that perplexity is measured on."""
-        return sum(len(window) - 1 for window in cut_windows(self.test_ids, self.settings.length, _TEST_WINDOWS))
+        cut = cut_windows(self.test_ids, self.settings.length, _TEST_WINDOWS, begin_token(self._tokenizer))
+        return sum(len(window) - 1 for window in cut)
 
     def statistics(self) -> Path:
         """Return the file of the calibration statistics."""
@@ -133,7 +134,8 @@ class Work:
         found = json.loads(self._measurements.read_bytes()) if self._measurements.is_file() else {}
         if name not in found:
             loaded = model()
-            value = perplexity(loaded, self.test_ids, self.settings.length, windows=_TEST_WINDOWS)
+            begin = begin_token(self._tokenizer)
+            value = perplexity(loaded, self.test_ids, self.settings.length, windows=_TEST_WINDOWS, begin=begin)
             widths = layer_widths(loaded.config)
             size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
             found[name] = asdict(Point(round(sum(widths) / len(widths)), value, size))

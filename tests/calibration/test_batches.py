@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.batches import batches_from_text, begin_token
+from tests.helpers.tokenizers import begins_texts, byte_tokenizer
 
 
 class Characters:
@@ -39,6 +40,20 @@ def test_several_texts_give_as_many_windows_each():
     ]:
         with pytest.raises(ValueError, match=message):
             batches_from_text(Characters(), given, windows=8, length=10)
+
+
+def test_every_window_begins_as_the_tokenizer_begins_texts():
+    """With BOS where the tokenizer adds it (Llama 3, Gemma), and only there: having one is not enough."""
+    plain, begins = byte_tokenizer(), begins_texts(byte_tokenizer())
+    assert (begin_token(plain), begin_token(begins)) == (None, begins.bos_token_id) == (None, 1)
+    text = "".join(chr(ord("a") + i % 26) for i in range(65))
+    found = torch.cat(batches_from_text(begins, text, windows=9, length=10, batch_size=3))
+    assert found.shape == (7, 10) and (found[:, 0] == 1).all()
+    assert torch.equal(found[:, 1:], torch.cat(batches_from_text(plain, text, windows=9, length=9)))
+    with pytest.raises(ValueError, match="length must be at least 2, since windows begin with .*BOS token; got 1"):
+        batches_from_text(begins, text, length=1)
+    with pytest.raises(ValueError, match="has 65 tokens: one window needs 66"):
+        batches_from_text(begins, text, length=67)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A tokenizer for tiny models."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 
@@ -14,3 +14,11 @@ def byte_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     names = dict(zip(("pad_token", "bos_token", "eos_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def begins_texts(tokenizer):
+    """Make a tokenizer begin every text with its BOS, as those of Llama 3 and Gemma do; return it."""
+    begin, number = tokenizer.bos_token, tokenizer.bos_token_id
+    single, pair = f"{begin} $A", f"{begin} $A {begin} $B"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single, pair, [(begin, number)])
+    return tokenizer

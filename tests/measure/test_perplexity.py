@@ -20,6 +20,21 @@ def test_against_the_definition(tiny_model, tokens, window):
     assert perplexity(model, ids, window) == pytest.approx(math.exp(total / (tokens - 1)), rel=1e-6)
 
 
+@pytest.mark.parametrize("tokens, window", [(2, 5), (5, 5), (6, 5), (11, 5), (40, 512)])
+def test_windows_that_begin_with_a_token(tiny_model, tokens, window):
+    """Every token of the text is predicted once, from the token that begins its window and those after it."""
+    model, begin = tiny_model(dtype=torch.float64), torch.tensor([1])
+    ids = torch.randint(3, 64, (tokens,))
+    total = 0.0
+    for position in range(tokens):
+        start = position // window * window
+        logits = model(torch.cat([begin, ids[start:position]])[None]).logits[0, -1]
+        total -= logits.log_softmax(0)[ids[position]].item()
+    assert perplexity(model, ids, window, begin=1) == pytest.approx(math.exp(total / tokens), rel=1e-6)
+    first, *_ = cut_windows(ids, window, 1, begin=1)
+    assert first.tolist() == [1, *ids[:window].tolist()]
+
+
 def test_one_token_is_too_few(tiny_model):
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
         perplexity(tiny_model(), torch.tensor([5]))

@@ -5,12 +5,13 @@ import torch
 
 import gluprune
 from tests.helpers.threads import one_thread  # noqa: F401
-from tests.helpers.tokenizers import byte_tokenizer
+from tests.helpers.tokenizers import begins_texts, byte_tokenizer
 
 
 @pytest.fixture
-def tokenizer():
-    return byte_tokenizer()
+def tokenizer(request):
+    """One that adds no tokens; with `indirect=True` and a true parameter, one that begins every text with its BOS."""
+    return begins_texts(byte_tokenizer()) if getattr(request, "param", False) else byte_tokenizer()
 
 
 @pytest.fixture

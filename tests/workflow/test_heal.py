@@ -50,6 +50,7 @@ def no_load(monkeypatch):
     monkeypatch.setattr("gluprune.workflow.healing_work.load", lambda *_, **__: pytest.fail("loaded"))
 
 
+@pytest.mark.parametrize("tokenizer", [False, True], indirect=True)
 def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsys):
     out = tmp_path / "out"
     report = gluprune.heal(pruned, source, out, **brief)
@@ -73,10 +74,11 @@ def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsy
     content = text.read_text()
     start = content.index("\n", len(content) - len(content) // 10) + 1
     ids = torch.tensor(tokenizer(content[start:], add_special_tokens=False).input_ids)
+    begin = 1 if tokenizer("a").input_ids[0] == 1 else None
     for folder, value in ((source, report.dense), (pruned, report.pruned), (out, report.healed)):
         loaded = gluprune.load(folder, dtype=torch.float32).eval()
-        assert gluprune.perplexity(loaded, ids, 24, windows=32) == value
-    assert report.test_tokens == min(len(ids) - 1, 32 * 24) and measure["perplexity"] == report.healed
+        assert gluprune.perplexity(loaded, ids, 24, windows=32, begin=begin) == value
+    assert report.test_tokens == min(len(ids) - (begin is None), 32 * 24) and measure["perplexity"] == report.healed
     assert "healed" in str(report) and report.to_dict()["healed"] == report.healed
 
 

@@ -47,6 +47,7 @@ def test_what_is_written(source, text, tmp_path, short, capsys):
     ]
 
 
+@pytest.mark.parametrize("tokenizer", [False, True], indirect=True)
 def test_equals_the_public_functions(source, text, tmp_path, short, tokenizer, capsys):
     """The same weights and perplexities as calibrate, prune, reconstruct and perplexity one after the other."""
     report = gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **{**short, "own_windows": 0})
@@ -67,10 +68,11 @@ def test_equals_the_public_functions(source, text, tmp_path, short, tokenizer, c
     for (name, expected), found in zip(model.named_parameters(), written.parameters(), strict=True):
         assert torch.equal(expected.bfloat16(), found), name
     ids = torch.tensor(tokenizer(content[start:], add_special_tokens=False).input_ids)
-    windows = {"length": LENGTH, "windows": 32}
+    begin = 1 if tokenizer("a").input_ids[0] == 1 else None
+    windows = {"length": LENGTH, "windows": 32, "begin": begin}
     assert report.dense.perplexity == gluprune.perplexity(dense, ids, **windows)
     assert report.chosen.perplexity == gluprune.perplexity(written.float(), ids, **windows)
-    assert report.tokens == min(len(ids) - 1, 32 * LENGTH)
+    assert report.tokens == min(len(ids) - (begin is None), 32 * LENGTH)
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ _ROWS = 512
 
 
 def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    # Extremes are exact in any dtype, so only the two vectors are upcast. (In bf16 on a CPU amax and amin together are
-    # three times as fast as aminmax.)
-    return weight.amax(dim).float() + weight.amin(dim).float().abs()
+    # On a CPU this is twice as fast as the extremes of bf16, and ten times as fast as aminmax of bf16.
+    weight = weight.float()
+    return weight.amax(dim) + weight.amin(dim).abs()
 
 
 def _by_rows(reduce: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class WeightStatistics:
     @cached_property
     def down_ppm(self) -> torch.Tensor:
         """Peak-to-peak magnitude of the columns of down."""
-        return _ppm(self._down, 0)
+        return torch.cat([_ppm(columns, 0) for columns in self._down.split(_ROWS, dim=1)])
 
     @cached_property
     def down_l2(self) -> torch.Tensor:

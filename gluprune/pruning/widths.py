@@ -291,4 +291,4 @@ def select(scores: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         int64 `[width]` on the CPU, ascending.
     """
-    return torch.topk(scores.cpu(), width).indices.sort().values
+    return torch.topk(scores.cpu(), width, sorted=False).indices.sort().values

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.widths import percent_hint
 
+UNCHANGED = "unchanged"
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """A recipe at a pruning ratio, or the dense model.
+    """A recipe at a pruning ratio, or the model as it was given.
 
     Attributes:
-        recipe: How the model is pruned. None: the dense model.
+        recipe: How the model is pruned. None: not at all; the model may have been pruned before.
         ratio: Share of the neurons removed.
 
     Raises:
@@ -41,12 +43,12 @@ class Configuration:
 
     def __str__(self) -> str:
         if self.recipe is None:
-            return "dense"
+            return UNCHANGED
         return f"{self.recipe}-{self.ratio:g}" + (f"-multiple-of-{self.multiple_of}" if self.multiple_of > 1 else "")
 
 
 def grid(ratios: Sequence[float], recipes: Sequence[Recipe]) -> list[Configuration]:
-    """Return the dense configuration, then every recipe at every ratio.
+    """Return the unchanged model, then every recipe at every ratio.
 
     Raises:
         ValueError: A recipe that the study does not support.

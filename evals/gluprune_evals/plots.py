@@ -161,7 +161,7 @@ def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]
 
 
 def _label(series: Series) -> str:
-    return f"{series.model}, {series.recipe}"
+    return series.title
 
 
 def _columns(figure, labels) -> int:

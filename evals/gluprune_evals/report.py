@@ -1,4 +1,4 @@
-"""The report of a study: tables, findings, correlations and plots from its results."""
+"""The report of a study in Markdown: tables, findings, correlations and plots from its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gluprune.io.atomic import write_file
 from gluprune.measure.records import Record
-from gluprune.reports.plots import number
 from gluprune_evals import plots
 from gluprune_evals.findings import CLAIMS, has_nothing_to_lose, published_verdict, shows_more_than_noise, verdict
 from gluprune_evals.folder import Folder
@@ -30,6 +29,7 @@ from gluprune_evals.series import (
     series_correlation,
 )
 from gluprune_evals.significance import Correlation
+from gluprune_evals.summary import LEGEND, score
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"
@@ -39,48 +39,6 @@ GROUPS = {
     ROBUST: "published as robust: instructions, multi-step reasoning, truthfulness",
     OTHER: "not in the published dichotomy",
 }
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Return the scores as text for a terminal. The only results of a model are its scores, pruned or not."""
-    every, lines = all_series(results), []
-    for series in every:
-        ratios = [0.0, *series.ratios]
-        first = DENSE if series.ratios else "score"
-        rows = [["task", "metric", *(first if not ratio else f"{ratio:.0%}" for ratio in ratios)]]
-        for task, found in series.results.items():
-            cells = [f"{_score(found[r])} {series.mark(task, r)}".rstrip() if r in found else "–" for r in ratios]
-            rows.append([task, TASKS[task].metric.partition(",")[0], *cells])
-        title = f"{series.model}, {series.recipe}" if series.ratios else series.model
-        lines += ["", f"{title}: {next(iter(results)).limits}", "", *aligned(rows, names=2)]
-    legend = _LEGEND if any(series.ratios for series in every) else _STANDARD_ERROR
-    return "\n".join([*lines, "", legend.replace("**", "")])
-
-
-def aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
-    """Return the rows of a table as lines: the first `names` columns on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number < names else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-_STANDARD_ERROR = "± is one standard error of the score."
-_LEGEND = (
-    f"{_STANDARD_ERROR} The marks compare with the dense model on the same documents, at 95 %:"
-    f" {BETTER} better, {WORSE} worse, {NOISE} **within the noise**."
-)
-
-
-def _score(result: Result) -> str:
-    value = number(result.value) if TASKS[result.task].lower_is_better else f"{result.value:.3f}"
-    if result.stderr is None:
-        return value
-    return f"{value} ±{number(result.stderr) if TASKS[result.task].lower_is_better else f'{result.stderr:.3f}'}"
 
 
 def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Path:
@@ -163,7 +121,7 @@ def _in_short(every: list[Series]) -> str:
             elif total:
                 hidden.append(text)
         lines += [
-            f"**{series.model}, {series.recipe}**",
+            f"**{series.title}**",
             "",
             f"- Shown, beyond the noise of these documents: {', '.join(shown) or 'nothing'}.",
             f"- Undecided, no more changes than expected by chance: {', '.join(hidden) or 'nothing'}.",
@@ -176,21 +134,21 @@ def _in_short(every: list[Series]) -> str:
 def _scores(series: Series) -> str:
     ratios = [0.0, *series.ratios]
     heads = [
-        f"{DENSE if not ratio else f'{ratio:.0%}'} ({series.expansion_ratio(ratio):.2f})"
+        f"{f'{ratio:.0%}' if ratio else DENSE if series.ratios else 'score'} ({series.expansion_ratio(ratio):.2f})"
         for ratio in ratios
         if any(ratio in found for found in series.results.values())
     ]
     lines = [
-        f"## {series.model}, {series.recipe}",
+        f"## {series.title}",
         "",
-        f"Columns: share of the neurons removed (expansion ratio). {_LEGEND} –: missing.",
+        f"Columns: share of the neurons removed (expansion ratio). {LEGEND} –: missing.",
         "",
         f"| task | metric | shots | documents | {' | '.join(heads)} |",
         "|---|---|--:|--:|" + "--:|" * len(heads),
     ]
     for task, found in series.results.items():
         any_result = next(iter(found.values()))
-        cells = [f"{_score(found[r])} {series.mark(task, r)}".strip() if r in found else "–" for r in ratios]
+        cells = [f"{score(found[r])} {series.mark(task, r)}".strip() if r in found else "–" for r in ratios]
         lines.append(
             f"| {task} | {any_result.metric.partition(',')[0]} | {any_result.shots} | {any_result.documents} of"
             f" {any_result.available} | {' | '.join(cells)} |"
@@ -336,8 +294,9 @@ def _lengths(every: list[Series]) -> str:
             for ratio, result in sorted(found.items()):
                 if result.lengths:
                     full = sum(length >= 0.95 * (result.generation_limit or math.inf) for length in result.lengths)
+                    recipe = DENSE if series.ratios and not ratio else series.recipe
                     rows.append(
-                        f"| {series.model} | {series.recipe if ratio else DENSE} | {task} | {ratio:.0%} |"
+                        f"| {series.model} | {recipe} | {task} | {ratio:.0%} |"
                         f" {statistics.mean(result.lengths):.0f} | {result.generation_limit or own} |"
                         f" {full} of {len(result.lengths)} |"
                     )

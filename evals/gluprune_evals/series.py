@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gluprune_evals.configuration import UNCHANGED
 from gluprune_evals.harness import Result
 from gluprune_evals.significance import Correlation, PairedChange, paired_change, pearson
 from gluprune_evals.tasks import TASKS
@@ -23,6 +24,11 @@ class Series:
     results: dict[str, dict[float, Result]]
 
     @property
+    def title(self) -> str:
+        """The model, and the recipe if it was pruned here."""
+        return f"{self.model}, {self.recipe}" if self.ratios else self.model
+
+    @property
     def ratios(self) -> list[float]:
         """The pruning ratios, without that of the dense model."""
         return sorted({ratio for found in self.results.values() for ratio in found} - {0.0})
@@ -37,24 +43,27 @@ class Series:
     def mark(self, task: str, ratio: float) -> str:
         """Return the mark of a score; empty for the dense model and where a result is missing."""
         change = self.change(task, ratio) if ratio else None
-        if change is None:
-            return ""
-        if change.is_noise:
-            return NOISE
-        return WORSE if (change.difference > 0) == TASKS[task].lower_is_better else BETTER
+        return mark(task, change) if change else ""
 
     def expansion_ratio(self, ratio: float) -> float:
         """Return the expansion ratio at a pruning ratio."""
         return next(found[ratio] for found in self.results.values() if ratio in found).configuration["expansion_ratio"]
 
 
+def mark(task: str, change: PairedChange) -> str:
+    """Return the mark of a change of the score of a task."""
+    if change.is_noise:
+        return NOISE
+    return WORSE if (change.difference > 0) == TASKS[task].lower_is_better else BETTER
+
+
 def all_series(results: Sequence[Result]) -> list[Series]:
-    """Return one series for each model and recipe; a model with only dense results has one named `dense`."""
+    """Return one series for each model and recipe; a model that was never pruned has one of its own."""
     series = []
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
         names = [name for result in own if (name := _recipe(result))]
-        for recipe in list(dict.fromkeys(names)) or [DENSE]:
+        for recipe in list(dict.fromkeys(names)) or [UNCHANGED]:
             chosen: dict[str, dict[float, Result]] = {}
             for result in own:
                 if _recipe(result) in (None, recipe):

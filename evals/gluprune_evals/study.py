@@ -194,7 +194,8 @@ def _evaluate_missing(
         return
     with _language_model(model, configuration, settings) as (lm, shape, dtype):
         for task in missing:
-            bar.set_description(f"{model.name} {configuration} {task}")
+            recipe = [str(configuration)] if configuration.recipe else []
+            bar.set_description(" ".join([model.name, *recipe, task]))
             path = folder.file(model.name, configuration, task)
             result = evaluate(
                 lm,

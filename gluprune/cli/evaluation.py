@@ -97,8 +97,8 @@ def evaluate(
 ) -> None:
     """Run the study on these models and configurations, with these calibration texts, and print its results."""
     from gluprune_evals.folder import Folder, StudyModel
-    from gluprune_evals.report import summary
     from gluprune_evals.study import Settings, run
+    from gluprune_evals.summary import summary
     from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, Limits
 
     calibrated = {"calibration": tuple(calibration), "windows": windows} if calibration else {}

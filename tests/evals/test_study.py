@@ -267,7 +267,7 @@ def test_samples_and_lengths(inputs, tmp_path):
     out = tmp_path / "out"
     command = ["eval", inputs / "tiny", "--data", inputs / "data", "--out", out, "--tasks", "gsm8k", "--limit", 2]
     assert main([*map(str, command), "--log-samples"]) == 0
-    place = out / "tiny" / "dense"
+    place = out / "tiny" / "unchanged"
     lines = [json.loads(line) for line in (place / "gsm8k.samples.jsonl").read_text().splitlines()]
     result = Result.from_json((place / "gsm8k.json").read_text())
     assert len(lines) == 2 and result.lengths == [line["generated_tokens"] for line in lines]
@@ -343,7 +343,7 @@ def test_without_lm_eval(inputs, tmp_path, monkeypatch, capsys):
 def test_names():
     recipes = [Recipe.parse(name, multiple_of=1) for name in ("maw", "hybrid+compensate")]
     assert [str(c) for c in grid([0.1, 0.25], recipes)] == [
-        *("dense", "maw-0.1", "maw-0.25", "hybrid+compensate-0.1", "hybrid+compensate-0.25")
+        *("unchanged", "maw-0.1", "maw-0.25", "hybrid+compensate-0.1", "hybrid+compensate-0.25")
     ]
     assert str(Configuration(Recipe("l2", multiple_of=128), 0.4)) == "l2-0.4-multiple-of-128"
     with pytest.raises(ValueError, match=r"the study takes SCORE or SCORE\+compensate, got maw\+sensitivity"):

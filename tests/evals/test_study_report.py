@@ -5,12 +5,13 @@ import dataclasses
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from gluprune_evals import findings, plots, report
+from gluprune_evals import findings, plots, report, summary
 from gluprune_evals.findings import CLAIMS, published_verdict, verdict
 from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Metric, Result
@@ -132,7 +133,7 @@ def make_result(task, ratio, values, recipe="maw", model="m", **more):
             "multiple_of": 1,
             "intermediate_size": round(1000 * (1 - ratio)),
             "expansion_ratio": 4 * (1 - ratio),
-            "parameters": 1,
+            "parameters": round(1000 * (1 - ratio)),
         },
         task=task,
         task_version="1.0",
@@ -153,20 +154,50 @@ def make_result(task, ratio, values, recipe="maw", model="m", **more):
 
 def test_the_summary_of_one_model_is_its_scores():
     """Neither "dense" for a checkpoint that may be pruned, nor marks for what is compared with nothing."""
-    text = report.summary([make_result("piqa", 0, some(0.5)), make_result("lambada_openai", 0, [-7.0] * 20)])
+    text = summary.summary([make_result("piqa", 0, some(0.5)), make_result("lambada_openai", 0, [-7.0] * 20)])
     lines = [line.split() for line in text.splitlines() if line]
     assert lines[:2] == [["m:", "budget", "small"], ["task", "metric", "score"]]
     assert sorted(lines[2:4]) == [
         ["lambada_openai", "perplexity", "1,097", "±0.05"],
         ["piqa", "acc_norm", "0.500", "±0.050"],
     ]
-    assert lines[4:] == [report._STANDARD_ERROR.split()]
+    assert lines[4:] == [summary._STANDARD_ERROR.split()]
     assert "dense" not in text
+
+
+def test_the_summary_of_several_unpruned_models_is_one_table_against_the_largest():
+    results = [make_result("piqa", 0, some(0.2), model="a small one"), make_result("piqa", 0, some(0.9), model="b")]
+    results += [
+        make_result("winogrande", 0, some(0.5), model="b"),
+        make_result("hellaswag", 0, some(0.6), model="a small one"),
+    ]
+    for result in results:
+        result.configuration["parameters"] += result.model == "b"
+    text = summary.summary(results)
+    assert [re.split("  +", line) for line in text.splitlines() if line] == [
+        ["b, a small one: budget small"],
+        ["task", "metric", "b", "a small one"],
+        *(
+            [task, TASKS[task].metric.partition(",")[0], *cells]
+            for task, *cells in sorted(
+                [
+                    ("piqa", "0.900 ±0.050", "0.200 ±0.050 ▼"),
+                    ("winogrande", "0.500 ±0.050", "–"),
+                    ("hellaswag", "–", "0.600 ±0.050"),
+                ],
+                key=lambda row: list(TASKS).index(row[0]),
+            )
+        ),
+        [
+            "± is one standard error of the score. The marks compare with b on the same documents, at 95 %: ▲ better, ▼"
+            " worse, ≈ within the noise."
+        ],
+    ]
 
 
 def test_the_columns_of_the_summary_do_not_touch():
     results = [make_result("lambada_openai", ratio, [-12.0 - 9 * ratio] * 20) for ratio in (0, 0.2, 0.4)]
-    text = report.summary([*results, *(make_result("piqa", ratio, some(0.5)) for ratio in (0, 0.4))])
+    text = summary.summary([*results, *(make_result("piqa", ratio, some(0.5)) for ratio in (0, 0.4))])
     assert "dense" in text and "m, maw: budget small" in text
     table = text.splitlines()[3:6]
     assert all(line.count("  ") >= 3 for line in table) and len({len(line.rstrip()) for line in table[:2]}) == 1

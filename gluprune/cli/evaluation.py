@@ -99,7 +99,7 @@ def evaluate(
     from gluprune_evals.folder import Folder, StudyModel
     from gluprune_evals.study import Settings, run
     from gluprune_evals.summary import summary
-    from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, Limits
+    from gluprune_evals.tasks import Limits
 
     calibrated = {"calibration": tuple(calibration), "windows": windows} if calibration else {}
     settings = Settings(
@@ -113,23 +113,35 @@ def evaluate(
         log_samples=options.log_samples,
         **calibrated,
     )
-    lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
-    tasks = [task for name in options.tasks for task in lists.get(name, (name,))]
     studied = [StudyModel.find(model) for model in models]
     with contextlib.redirect_stdout(sys.stderr):  # lm-eval and its backends print
-        results = run(Folder(options.out), studied, configurations, tasks, settings)
+        results = run(Folder(options.out), studied, configurations, task_names(options.tasks), settings)
     if options.as_json:
         print(json.dumps([json.loads(result.to_json()) for result in results]))
     else:
         print(summary(results), options.out, sep="\n")
 
 
-def require_evaluation(tasks: Sequence[str], backend: str | None) -> None:
-    """Check that the packages that these tasks and this backend need are installed.
+def task_names(given: Sequence[str]) -> list[str]:
+    """Return the names of the tasks of `--tasks`.
 
     Raises:
-        ImportError: One is missing; the message names the extra, or the package of the backend.
+        ValueError: One is unknown.
     """
+    from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, check_tasks
+
+    lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
+    return check_tasks(task for name in given for task in lists.get(name, (name,)))
+
+
+def require_evaluation(tasks: Sequence[str], backend: str | None) -> None:
+    """Check that the tasks exist and that the packages that they and this backend need are installed.
+
+    Raises:
+        ValueError: A task is unknown.
+        ImportError: A package is missing; the message names the extra, or the package of the backend.
+    """
+    task_names(tasks)
     require("eval", "lm_eval", "scipy")
     if {"ifeval", "base", "instruct"} & set(tasks):
         require("eval", "langdetect", "immutabledict", "nltk")

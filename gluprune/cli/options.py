@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from gluprune.io.folder import check_destination
 from gluprune.io.hub import check_source
 
 OUTPUT, RUNNING, RECIPE, TEXT = "Output", "How models run", "Recipe", "Text"
@@ -110,6 +111,21 @@ def new_file(path: Path) -> Path:
     return path
 
 
+def new_folder(path: str) -> str:
+    """Return the path of a folder if it can be written; see `check_destination`.
+
+    Raises:
+        typer.BadParameter: It cannot.
+    """
+    try:
+        check_destination(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}") from error
+    return path
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)]
 Verbose = Annotated[
     bool,
@@ -146,7 +162,14 @@ DenseModel = Annotated[
     ),
 ]
 NewFolder = Annotated[
-    str, typer.Option("--out", metavar="FOLDER", help="Output folder; must be new or empty.", show_default=False)
+    str,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Output folder; must be new or empty.",
+        show_default=False,
+        callback=new_folder,
+    ),
 ]
 NewFile = Annotated[
     Path, typer.Option("--out", metavar="FILE", help="Output file; must not exist.", show_default=False)

@@ -49,9 +49,6 @@ def run(
     Refits the down projections in order, so that each layer's output on the texts matches the dense model's. Loads both
     models.
     """
-    from gluprune.io.folder import check_destination
-
-    check_destination(out)
     texts = read_texts(text, field)
 
     from gluprune.checkpoints.load_save import save_like

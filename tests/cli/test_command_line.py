@@ -101,6 +101,30 @@ def test_help_imports_nothing_heavy(arguments):
     assert result.stderr.strip() == "set()", result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "prune {0} --pruning-ratio 0.2 --out {0}",
+        "shrink {0} --ratio 0.2 --out {0}",
+        "heal {0} --teacher {0} --out {0}",
+        "reconstruct {0} --dense {0} --text {0}/config.json --out {0}",
+        "export {0} --format hf --out {0}",
+        "eval {0} --tasks base nosuch",
+        "study {0} --tasks nosuch",
+    ],
+)
+def test_an_output_folder_in_use_or_an_unknown_task_is_found_at_once(tmp_path, arguments):
+    """Before PyTorch is imported, which takes seconds."""
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        "import sys\nfrom gluprune.cli import main\ncode = main(sys.argv[1:])\n"
+        "print(code, {'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    error, rest = run(*arguments.format(tmp_path).split(), code=code).stderr.splitlines()
+    assert rest == "2 set()"
+    assert f"output folder {tmp_path} exists and is not empty" in error or "unknown task 'nosuch'" in error
+
+
 def test_help_is_fast():
     """0.3 s beyond an empty Python; processor time, which other processes change little."""
     seconds = []

@@ -141,7 +141,10 @@ def _step_lines(step: dict) -> list[str]:
                 "perplexity",
                 f"{step['perplexity']:.2f}, {times:.2f} times the dense model's {step['dense_perplexity']:.2f}",
             ),
-            ("measured on", f"{step['tokens']:,} tokens held apart from the calibration text"),
+            (
+                "measured on",
+                f"{step['tokens']:,} tokens held apart from the calibration text, in windows of {step['length']}",
+            ),
             *(("text", f"{name}, SHA-256 `{digest}`") for name, digest in step["texts"].items()),
         ]
     if step["step"] == "heal":

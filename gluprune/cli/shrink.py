@@ -66,7 +66,12 @@ def run(
         typer.Option(metavar="N", help="Windows of text that the model writes itself; 0: none.", rich_help_panel=TEXT),
     ] = 64,
     windows: Annotated[
-        int, typer.Option(metavar="N", help="Windows of each text to calibrate on.", rich_help_panel=TEXT)
+        int,
+        typer.Option(
+            metavar="N",
+            help="Windows of each text to calibrate on, the model's own included.",
+            rich_help_panel=TEXT,
+        ),
     ] = 128,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens per window.", rich_help_panel=TEXT)] = 512,
     field: Fields = ["text"],  # noqa: B006

@@ -66,13 +66,16 @@ def loss_ends(losses: Sequence[float]) -> dict[str, float]:
     return {"first": sum(losses[:part]) / part, "last": sum(losses[-part:]) / part}
 
 
-def measure_step(*, perplexity: float, dense_perplexity: float, tokens: int, texts: dict[str, str]) -> dict:
+def measure_step(
+    *, perplexity: float, dense_perplexity: float, tokens: int, length: int, texts: dict[str, str]
+) -> dict:
     """Return the description of a measurement, ready for JSON.
 
     Args:
         perplexity: That of the pruned model.
         dense_perplexity: That of the dense model.
         tokens: Number of tokens that they were measured on.
+        length: Tokens per window.
         texts: Name -> SHA-256 of the texts.
     """
     return {
@@ -80,6 +83,7 @@ def measure_step(*, perplexity: float, dense_perplexity: float, tokens: int, tex
         "perplexity": perplexity,
         "dense_perplexity": dense_perplexity,
         "tokens": tokens,
+        "length": length,
         "texts": texts,
         "versions": versions(),
     }

@@ -163,6 +163,7 @@ def _run(work: HealingWork, output: Path, destination: str, memory: int) -> Heal
         healed=healed,
         texts=list(texts.test),
         test_tokens=work.test_tokens,
+        length=work.settings.length,
         memory=memory,
     )
 

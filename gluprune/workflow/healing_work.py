@@ -165,6 +165,7 @@ class HealingWork:
             perplexity=healed,
             dense_perplexity=self._perplexity("dense", lambda: self._teacher),
             tokens=self.test_tokens,
+            length=self.settings.length,
             texts=self.texts.test_digests,
         )
         for name, content in history.documents([step], type(model).__name__, layer_widths(model.config)).items():

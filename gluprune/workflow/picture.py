@@ -59,7 +59,7 @@ def draw(report: ShrinkReport, name: str) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
         f"{name} pruned without training ({report.recipe})\ndense perplexity {dense.perplexity:.2f} on"
-        f" {report.tokens:,} tokens held apart",
+        f" {report.tokens:,} tokens held apart, in windows of {report.length}",
         fontsize="medium",
     )
     stream = BytesIO()

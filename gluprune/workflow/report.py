@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from gluprune.pruning.history import loss_ends
+
+
+def _measured(tokens: int, length: int, texts: Sequence[str]) -> str:
+    return f"perplexity on {tokens:,} tokens held apart, in windows of {length}: {', '.join(texts)}"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -34,6 +40,7 @@ class ShrinkReport:
         max_loss: The allowed rise of perplexity, if one was given.
         texts: Names of the texts that perplexity was measured on.
         tokens: Number of tokens that it was measured on.
+        length: Tokens per window.
         picture: The picture; None without matplotlib.
         heal_tokens: On about how many tokens it was healed. 0: it was not.
     """
@@ -46,6 +53,7 @@ class ShrinkReport:
     max_loss: float | None
     texts: list[str]
     tokens: int
+    length: int
     picture: str | None
     heal_tokens: int = 0
 
@@ -72,8 +80,7 @@ class ShrinkReport:
                 f"{point.width:>7}{removed:>9}{point.bytes / 1e6:>9.1f}{point.perplexity:>12.2f}{times:>10}"
                 + (("  <- healed, written" if self.heal_tokens else "  <- written") if point == self.chosen else "")
             )
-        names = ", ".join(self.texts)
-        lines += ["", f"perplexity on {self.tokens:,} tokens held apart: {names}", f"{self.folder}: {self.recipe}"]
+        lines += ["", _measured(self.tokens, self.length, self.texts), f"{self.folder}: {self.recipe}"]
         return "\n".join(lines + ([f"{self.picture}: the picture"] if self.picture else []))
 
 
@@ -91,6 +98,7 @@ class HealReport:
         healed: That of the model that was written.
         texts: Names of the texts that perplexity was measured on.
         test_tokens: Number of tokens that it was measured on.
+        length: Tokens per window.
         memory: Bytes per process that the training takes, estimated.
     """
 
@@ -103,6 +111,7 @@ class HealReport:
     healed: float
     texts: list[str]
     test_tokens: int
+    length: int
     memory: int
 
     def to_dict(self) -> dict:
@@ -115,10 +124,12 @@ class HealReport:
             value = getattr(self, name)
             times = f"{value / self.dense:.3f}×"
             lines.append(f"{name:>7}{value:>12.2f}{times:>10}")
+        loss = loss_ends(self.losses)
         lines += [
             "",
-            f"loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f} in {len(self.losses)} steps, {self.tokens:,} tokens",
-            f"perplexity on {self.test_tokens:,} tokens held apart: {', '.join(self.texts)}",
+            f"trained on {self.tokens:,} tokens in {len(self.losses)} steps; mean loss {loss['first']:.4f} in the first"
+            f" tenth, {loss['last']:.4f} in the last",
+            _measured(self.test_tokens, self.length, self.texts),
             f"{self.folder}: healed ({self.train})",
         ]
         return "\n".join(lines)

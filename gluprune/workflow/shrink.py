@@ -274,6 +274,7 @@ def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkRep
         max_loss=goal.max_loss,
         texts=list(texts.test),
         tokens=work.test_tokens,
+        length=work.settings.length,
         picture=str(Path(destination) / PICTURE) if has_picture else None,
     )
 
@@ -292,6 +293,7 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
         perplexity=report.chosen.perplexity,
         dense_perplexity=report.dense.perplexity,
         tokens=report.tokens,
+        length=report.length,
         texts=work.texts.test_digests,
     )
     shown = PICTURE if report.picture else None

@@ -310,7 +310,7 @@ def test_perplexity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     assert main([*command, "--windows", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].startswith(f"{files[1]}: perplexity ")
-    assert lines[1].endswith("on 2 windows, 64 tokens")
+    assert lines[1].endswith("on 64 tokens, in 2 windows of 32")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`heal` on a tiny random model: what it writes, what it measures, what it rejects."""
 
+import dataclasses
 import json
 
 import pytest
@@ -79,6 +80,10 @@ def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsy
         loaded = gluprune.load(folder, dtype=torch.float32).eval()
         assert gluprune.perplexity(loaded, ids, 24, windows=32, begin=begin) == value
     assert report.test_tokens == min(len(ids) - (begin is None), 32 * 24) and measure["perplexity"] == report.healed
+    assert (report.length, measure["length"]) == (24, 24) and ", in windows of 24" in card
+    assert f"on {report.test_tokens:,} tokens held apart, in windows of 24: notes.txt" in str(report)
+    long = dataclasses.replace(report, losses=[4.0, 2.0, *[9.0] * 16, 1.0, 2.0])
+    assert "480 tokens in 20 steps; mean loss 3.0000 in the first tenth, 1.5000 in the last" in str(long)
     assert "healed" in str(report) and report.to_dict()["healed"] == report.healed
 
 

@@ -139,6 +139,8 @@ def _to_nemotron_nas(folder: Path, tensors: list[StoredTensor]) -> tuple[dict, l
         raise ValueError(
             f"{folder} does not fit the format nemotron-nas, which holds {held}: it is {config.model_type}; {reason}"
         )
+    if len(set(config.widths)) == 1:
+        logger.warning("all layers have one width: servers and transformers read the checkpoint as it was, too")
     if not nemotron_nas.fits_ffn_mult(config.widths):
         logger.warning("not every width is a multiple of 256: vLLM reads them, other servers do not")
     return nemotron_nas.to_nemotron_nas(config.raw, loaded), config.widths

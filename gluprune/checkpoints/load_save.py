@@ -134,6 +134,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     family_of(config)
     is_remote = _is_remote(config, kwargs)
+    if not is_remote:
+        build_empty(config)  # a config that fails is found before the weights are read
     found: Any = _auto_class(config) if is_remote else _model_class(config)
     # Shapes are checked below, with a message that names the tensors.
     model, loading = found.from_pretrained(
@@ -185,11 +187,17 @@ def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
         ValueError: There is no readable model config at `path`, or it is in the format of an export.
     """
     try:
-        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+        text: Any = config.get_text_config()
+        if not isinstance(text, PreTrainedConfig):
+            raise TypeError(f"text_config is {text!r}, not a config")
+        return config
     except (OSError, ValueError) as error:
         if _is_export(path):
             family_of_type(MODEL_TYPE)
         raise ValueError(f"{path} is neither a model folder nor a reachable Hub id: {first_line(error)}") from error
+    except Exception as error:  # transformers raises errors of many types for values that it does not expect
+        raise ValueError(f"transformers rejects the config of {path}: {_one_line(error)}") from error
 
 
 def _is_export(path: str | Path) -> bool:
@@ -201,6 +209,10 @@ def _is_export(path: str | Path) -> bool:
     return raw.get("model_type") == MODEL_TYPE
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def build_empty(config: PreTrainedConfig, device: str = "meta") -> PreTrainedModel:
     """Return the model of a config on the meta device: shapes and dtypes without memory.
 
@@ -209,11 +221,16 @@ def build_empty(config: PreTrainedConfig, device: str = "meta") -> PreTrainedMod
         device: Another device, under a mode in which tensors take no memory.
 
     Raises:
-        ValueError: The model type is not supported.
+        ValueError: The model type is not supported, or no model can be built from the config.
     """
     family_of(config)
-    with torch.device(device):
-        return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+    try:
+        with torch.device(device):
+            return _model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+    except ValueError:
+        raise
+    except Exception as error:  # as in `read_config`
+        raise ValueError(f"transformers builds no model from the config: {_one_line(error)}") from error
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

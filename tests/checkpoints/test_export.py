@@ -263,13 +263,14 @@ def test_other_commands_point_to_the_way_back(tmp_path):
             command(tmp_path / "served")
 
 
-@pytest.mark.parametrize("widths, warned", [((101, 64, 101), True), ((512, 256, 512), False)])
+@pytest.mark.parametrize("widths, warned", [((101, 64, 101), True), ((512, 256, 512), False), ((256,) * 3, False)])
 def test_command_line(widths, warned, tmp_path, capsys, caplog):
     narrow(tmp_path / "narrow", widths=widths)
     arguments = ["export", str(tmp_path / "narrow"), "--out", str(tmp_path / "served"), "--format", "nemotron-nas"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'served'}: nemotron-nas\n"
     assert ("vLLM reads them, other servers do not" in caplog.text) == warned
+    assert ("all layers have one width" in caplog.text) == (len(set(widths)) == 1)
     arguments = ["export", str(tmp_path / "served"), "--out", str(tmp_path / "back"), "--format", "hf", "--json"]
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == {"format": "hf", "folder": str(tmp_path / "back")}

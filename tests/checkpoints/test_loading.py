@@ -1,6 +1,7 @@
 """Loading looks at what it loaded: every tensor, and the class of the checkpoint."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -114,3 +115,41 @@ def test_statistics_of_other_classes(folder, tmp_path, name):
         gluprune.calibrate(model, [IDS], sensitivity=True)
     with pytest.raises(ValueError, match="sampling text needs a model with a language-model head"):
         gluprune.sample_text(model, None)
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"num_attention_heads": "four"}, "rejects the config of .*model: .*'num_attention_heads'.* got str"),
+        ({"dtype": "bfloat61"}, "rejects the config of .*model: AttributeError: .*bfloat61"),
+        ({"text_config": "none"}, "rejects the config of .*model: TypeError: text_config is 'none', not a config"),
+        ({"hidden_act": "swish2"}, "builds no model from the config: KeyError: 'swish2'"),
+        ({"architectures": 3}, "builds no model from the config: TypeError"),
+        ({"head_dim": -1}, "builds no model from the config: RuntimeError"),
+    ],
+)
+def test_values_that_transformers_does_not_expect(folder, entries, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    for command in (info, gluprune.load):
+        with pytest.raises(ValueError, match=message):
+            command(folder)
+
+
+def test_random_values_in_the_config(folder):
+    """Whatever a value is replaced by, bad input is a ValueError."""
+    rng = random.Random()
+    config = json.loads((folder / "config.json").read_text())
+    values = ["x", "", -1, 0, 3, None, [], {}, [1], [None], {"a": 1}, 1.5, True, 10**30]
+    names = [*config, "text_config", "quantization_config", "per_layer_config", "layer_types", "head_dim"]
+    rejected = 0
+    for _ in range(200):
+        changed = config | {rng.choice(names): rng.choice(values)}
+        (folder / "config.json").write_text(json.dumps(changed))
+        try:
+            info(folder)
+        except ValueError:
+            rejected += 1
+        except Exception as error:
+            pytest.fail(f"{changed}: {error!r}")
+    assert rejected > 20

@@ -160,6 +160,7 @@ def rehearsal() -> list[Step]:
         ),
         _benchmarks("mlp-tiny-M0001", "benchmarks/test_mlp.py", "forward and M0001 and I153", minutes=5),
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=3),
+        _benchmarks("recipe", "benchmarks/test_recipe.py", "smollm2", minutes=8),
         _benchmarks("backward-tiny-M0016", "benchmarks/test_mlp.py", "backward and I153", minutes=5),
         _benchmarks("model-tiny", "benchmarks/test_model.py", "smollm2", minutes=8),
     ]

@@ -67,6 +67,7 @@ def run(
         predicted = sum(chunk.numel() - 1 for chunk in chunks)
         rows.append({"text": source, "perplexity": value, "windows": len(chunks), "tokens": predicted})
         if not as_json:
-            print(f"{source}: perplexity {value:.2f} on {predicted:,} tokens, in {len(chunks):,} window{'s' if len(chunks) > 1 else ''} of {length}")
+            count = f"{len(chunks):,} window" + ("s" if len(chunks) > 1 else "")
+            print(f"{source}: perplexity {value:.2f} on {predicted:,} tokens, in {count} of {length}")
     if as_json:
         print(json.dumps({"model": model, "length": length, "texts": rows}))

@@ -26,7 +26,8 @@ class Family:
             is the gate and whose second half is up.
         down: Attribute name of the down projection.
         activation: Attribute name of the activation module.
-        normalized: Whether a norm comes between the down projection and the residual stream.
+        output_norm: Attribute name, in the decoder layer, of the norm between the down projection and the residual
+            stream. Empty: there is none.
         rounding: How the family's RMSNorm rounds; see `csrc_triton.norm`.
     """
 
@@ -35,7 +36,7 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
-    normalized: bool = False
+    output_norm: str = ""
     rounding: str = "scaled"
 
     @property
@@ -60,14 +61,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3MLP"),
     "ministral3": Family("Ministral3MLP"),
     "smollm3": Family("SmolLM3MLP"),
-    "olmo2": Family("Olmo2MLP", normalized=True, rounding="product"),
+    "olmo2": Family("Olmo2MLP", output_norm="post_feedforward_layernorm", rounding="product"),
     "granite": Family("GraniteMLP"),
     "gemma": Family("GemmaMLP", rounding="offset"),
-    "gemma2": Family("Gemma2MLP", normalized=True, rounding="offset"),
-    "gemma3_text": Family("Gemma3MLP", normalized=True, rounding="offset"),
+    "gemma2": Family("Gemma2MLP", output_norm="post_feedforward_layernorm", rounding="offset"),
+    "gemma3_text": Family("Gemma3MLP", output_norm="post_feedforward_layernorm", rounding="offset"),
     "phi3": _packed("Phi3MLP"),
     "glm": _packed("GlmMLP"),
-    "glm4": _packed("Glm4MLP", normalized=True),
+    "glm4": _packed("Glm4MLP", output_norm="post_mlp_layernorm"),
 }
 
 # Text parts that occur only in vision-language models; those of other models have one of the types above.

@@ -9,7 +9,8 @@ H]` of the projection changes by
 
 so a layer corrects all errors up to it, as in *Channel Pruning for Accelerating Very Deep Neural Networks* (He et al.,
 arXiv 1707.06168): section 3.2, where layers are pruned in order, and 3.3, where the last layer of a residual branch
-also corrects the error of the shortcut. No gradient step is taken.
+also corrects the error of the shortcut. No gradient step is taken. Where a constant or a norm comes between the
+projection and the residual stream, it is taken into account (`gluprune.pruning.residual`).
 
 X explains little of h - h', and D has many entries: fitted on few tokens it makes the model worse. So D is shrunk by a
 factor per layer, which is estimated by cross-fitting. Let D_a be fitted on one half of the rows of text and D_b on the
@@ -31,18 +32,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gluprune.calibration.batches import Batch, read_batches, token_count
 from gluprune.calibration.least_squares import RIDGE, solve
 from gluprune.calibration.running import evaluating, in_float32, run_decoder
 from gluprune.calibration.statistics import LayerStatistics
 from gluprune.io.progress import progress
-from gluprune.models.families import family_of
 from gluprune.models.glu import GLU, decoder_layers, model_glus
 from gluprune.models.wrappers import check_weights, unwrapped
 from gluprune.pruning.checks import check_prunable
 from gluprune.pruning.compensate import replace_down
 from gluprune.pruning.history import reconstruct_step, record
+from gluprune.pruning.residual import path_of
 from gluprune.runtime.patching import realign
 
 if TYPE_CHECKING:
@@ -69,8 +71,7 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
     precision run in float32 on a CPU.
 
     Args:
-        pruned: A causal LM of a family whose MLPs write into the residual stream directly: not olmo2, gemma2,
-            gemma3_text and glm4, which normalise. Patched or not.
+        pruned: A causal LM, patched or not.
         dense: The model before pruning, fully loaded, on any device. It is not changed.
         calibration: Batches as `calibrate` takes them, with at least two rows. Padding is left out.
 
@@ -112,32 +113,41 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
 def _refit_layer(index: int, glu: GLU, target: _Stream, stream: _Stream, undo: ExitStack) -> None:
     """Advance both streams by one layer, and refit the down projection of that layer."""
     label, weight = f"layer {index}", glu.down.weight.data
-    # Granite scales the outputs of its MLPs.
-    scale = getattr(stream.layers[index], "residual_multiplier", 1.0)
+    path = path_of(stream.layers[index], glu)
     halves, rows = (_Sums(glu), _Sums(glu)), 0
     inputs: list[torch.Tensor] = []  # of every batch x [B, S, width]
-    with glu.down.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])):
+    outputs: list[torch.Tensor] = []  # of the latest batch y [B, S, H]
+
+    def keep(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+        inputs.append(arguments[0])
+        outputs[:] = [output]
+
+    with glu.down.register_forward_hook(keep):
         for number, (ids, mask) in enumerate(stream.batches):
             wanted, found = target.advance(number, index), stream.advance(number, index)
-            error = (wanted.to(found.device).float() - found.float()) / scale  # [B, S, H]
+            error = wanted.to(found.device).float() - found.float()  # [B, S, H]
+            data = path.problem(inputs[-1], outputs[0], error)
             for parity, half in enumerate(halves):  # rows take turns
                 chosen = slice((parity - rows) % 2, None, 2)
                 tokens = slice(None) if mask is None else mask[chosen].to(found.device)
-                x, e = inputs[-1][chosen][tokens], error[chosen][tokens]
+                x, e = (values[chosen][tokens] for values in data)
                 half.add(x.reshape(-1, x.shape[-1]), e.reshape(-1, e.shape[-1]))
             rows += len(ids)
     for half in halves:
         half.complete()
     if not all(half.gram.isfinite().all() and half.cross.isfinite().all() for half in halves):
         raise ValueError(f"{label} of pruned or dense has NaN or Inf in its activations on the text")
-    change, factor = _shrunk_fit(*halves, label)
+    change, factor = _shrunk_fit(*halves, label, path.squares)
     logger.info("%s: correction multiplied by %.2f", label, factor)
     if factor == 0:
         return
     replace_down(glu.down, (weight + change.T).to(weight.dtype), undo)
-    moved = scale * (glu.down.weight.data.float() - weight.float()).T  # [width, H], as rounded
+    bias = None if glu.down.bias is None else glu.down.bias.float()
     for number, x in enumerate(inputs):
-        stream.hidden[number] += (x.float() @ moved).to(stream.hidden[number].dtype)
+        before, after = (
+            path.added(F.linear(x.float(), matrix.float(), bias)) for matrix in (weight, glu.down.weight.data)
+        )
+        stream.hidden[number] += (after - before).to(stream.hidden[number].dtype)
 
 
 def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
@@ -151,11 +161,6 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
     )
     if found != expected:
         raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}; dense is {expected}")
-    if family_of(config).normalized:
-        raise ValueError(
-            f"model type {config.model_type!r} cannot be reconstructed: a norm comes between its down projections"
-            " and the residual stream"
-        )
     check_prunable(pruned, glus, range(len(glus)))
     check_weights(pruned)
     if any(parameter.is_meta for parameter in dense.parameters()):
@@ -252,8 +257,15 @@ class _Sums:
         self._statistics.complete()
 
 
-def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
-    """Return D `[width, H]` times its factor, and the factor, computed from the sums of both halves of the text."""
+def _shrunk_fit(a: _Sums, b: _Sums, label: str, squares: torch.Tensor | float = 1.0) -> tuple[torch.Tensor, float]:
+    """Return D `[width, H]` times its factor, and the factor, computed from the sums of both halves of the text.
+
+    Args:
+        a: The sums of one half.
+        b: The sums of the other.
+        label: Names the layer in the log.
+        squares: Weights of the channels' squared errors for the factor, `[H]` or one number.
+    """
 
     def fit(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
         return solve(gram, cross, RIDGE * gram.diagonal().mean(), label)
@@ -261,8 +273,8 @@ def _shrunk_fit(a: _Sums, b: _Sums, label: str) -> tuple[torch.Tensor, float]:
     on_all, on_a, on_b = fit(a.gram + b.gram, a.cross + b.cross), fit(a.gram, a.cross), fit(b.gram, b.cross)
     if on_all is None or on_a is None or on_b is None:
         return torch.zeros_like(a.cross), 0.0
-    explained = (on_a * b.cross).sum(dtype=torch.float64) + (on_b * a.cross).sum(dtype=torch.float64)
-    power = (on_a * (b.gram @ on_a)).sum(dtype=torch.float64) + (on_b * (a.gram @ on_b)).sum(dtype=torch.float64)
+    explained = (squares * (on_a * b.cross + on_b * a.cross)).sum(dtype=torch.float64)
+    power = (squares * (on_a * (b.gram @ on_a) + on_b * (a.gram @ on_b))).sum(dtype=torch.float64)
     share = float((explained / power).clamp(0, 1)) if power > 0 else 0.0
     factor = 2 * share / (1 + share)
     return factor * on_all, factor

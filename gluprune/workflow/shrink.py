@@ -29,7 +29,6 @@ from gluprune.io.folder import complete_folder, folder_state
 from gluprune.io.hub import local_folder, model_name
 from gluprune.io.progress import announce
 from gluprune.models.device import choose_device
-from gluprune.models.families import family_of
 from gluprune.models.glu import check_head
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.checks import check_deploy
@@ -85,9 +84,9 @@ def shrink(
     """Prune a checkpoint by the recommended recipe, measure what it costs, and write the result.
 
     The model writes text, which is added to the given text. It is calibrated once, pruned by `surgeon+compensate`,
-    reconstructed (except for families that `reconstruct` does not support), written, loaded again and compared with
-    the model in memory. Perplexity before and after is measured on text that is held apart, and written to
-    `gluprune.json` and the model card, with a picture where matplotlib is installed.
+    reconstructed, written, loaded again and compared with the model in memory. Perplexity before and after is measured
+    on text that is held apart, and written to `gluprune.json` and the model card, with a picture where matplotlib is
+    installed.
 
     After an interruption, the same call continues: results of finished stages lie in a hidden folder next to the
     destination, and the files written are the same, byte for byte. Memory: the dense model twice, in float32 on a CPU,
@@ -132,7 +131,9 @@ def shrink(
         >>> report.chosen.width
         384
     """
-    recipe = Recipe("surgeon", compensate=True, allocation=allocation, multiple_of=multiple_of, deploy=deploy)
+    recipe = Recipe(
+        "surgeon", compensate=True, reconstruct=True, allocation=allocation, multiple_of=multiple_of, deploy=deploy
+    )
     _check_target(pruning_ratio, max_loss)
     check_own_windows(text, test_text, own_windows)
     _check_windows(windows, length)
@@ -142,7 +143,6 @@ def shrink(
     folder = local_folder(source)
     config = read_config(folder)
     check_head(build_empty(config), "shrink")
-    recipe = replace(recipe, reconstruct=not family_of(config).normalized)
     goal = _goal(folder, config, destination, recipe, pruning_ratio=pruning_ratio, max_loss=max_loss)
     settings = Settings(recipe, own_windows, windows, length, device, dtype)
     _check_lengths(folder, texts, settings)

@@ -15,7 +15,14 @@ from gluprune.pruning.reconstruct import _shrunk_fit, reconstruct
 from gluprune.runtime import aligned
 from gluprune.runtime.patching import patch
 from tests.helpers.marks import each_family, slow
-from tests.helpers.reconstructions import DIRECT, narrowed, padded_batches, random_batches
+from tests.helpers.reconstructions import (
+    NORMS,
+    narrowed,
+    output_norms,
+    padded_batches,
+    random_batches,
+    spread_norms,
+)
 from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
 
 
@@ -29,19 +36,20 @@ def masked_rows(batches):
 
 @torch.no_grad()
 def seen(model, index, rows):
-    """Inputs of a layer's down projection and outputs of the layer, for each row, from forwards of the whole model."""
+    """Inputs and outputs of a layer's down projection and outputs of the layer, for each row, from whole forwards."""
     found = []
     glu, layer = model_glus(model)[index], decoder_layers(model)[index]
     for ids, mask in rows:
-        x, y = [], []
+        x, y, h = [], [], []
         handles = [
             glu.down.register_forward_pre_hook(lambda module, arguments, x=x: x.append(arguments[0][0])),
-            layer.register_forward_hook(lambda module, arguments, output, y=y: y.append(output[0])),
+            glu.down.register_forward_hook(lambda module, arguments, output, y=y: y.append(output[0])),
+            layer.register_forward_hook(lambda module, arguments, output, h=h: h.append(output[0])),
         ]
         model(ids, attention_mask=mask)
         for handle in handles:
             handle.remove()
-        found.append((x[0][mask[0] != 0], y[0][mask[0] != 0]))
+        found.append([one[0][mask[0] != 0] for one in (x, y, h)])
     return found
 
 
@@ -56,28 +64,37 @@ def expected(pruned, dense, batches, scale=1.0):
     """Expected down projections (float64) and factors; each layer is solved after the layers before it are replaced."""
     pruned, dense = copy.deepcopy(pruned).double(), copy.deepcopy(dense).double()
     rows = list(masked_rows(batches))
+    offset = NORMS.get(dense.config.model_type, ("", 0))[1]
     weights, factors = [], []
-    for index, glu in enumerate(model_glus(pruned)):
+    for index, (glu, norm) in enumerate(zip(model_glus(pruned), output_norms(pruned))):
         both = zip(seen(pruned, index, rows), seen(dense, index, rows))
-        data = [(x, (aim - found) / scale) for (x, found), (_, aim) in both]
+        data = [(x, y, (aim - found) / scale) for (x, y, found), (_, _, aim) in both]
+        w = torch.ones((), dtype=torch.float64) if norm is None else norm.weight.data + offset
+        if norm is not None:  # what the norm makes of an output of size 1, per token, and the errors before it
+            sizes = [(y.square().mean(1, keepdim=True) + 1e-6).sqrt() for _, y, _ in data]
+            e_of = [e * w / (w**2 + 0.01 * (w**2).mean()) for _, _, e in data]
+            data = [(x / r, y, e) for (x, y, _), r, e in zip(data, sizes, e_of)]
+        data = [(x, e) for x, _, e in data]
         halves = [[torch.cat(of) for of in zip(*data[parity::2])] for parity in (0, 1)]
         (x_a, e_a), (x_b, e_b) = halves
         on_b, on_a = x_b @ ridge(x_a, e_a), x_a @ ridge(x_b, e_b)
+        on_b, on_a, e_b, e_a = (w * values for values in (on_b, on_a, e_b, e_a))  # in the residual stream
         share = ((on_b * e_b).sum() + (on_a * e_a).sum()) / (on_b.square().sum() + on_a.square().sum())
         share = share.clamp(0, 1).item()
         factors.append(2 * share / (1 + share))
-        change = factors[-1] * ridge(torch.cat([x_a, x_b]), torch.cat([e_a, e_b]))
+        change = factors[-1] * ridge(*(torch.cat([half[part] for half in halves]) for part in (0, 1)))
         glu.down.weight.data += change.T
         weights.append(glu.down.weight.data)
     return weights, factors
 
 
 @pytest.mark.parametrize("make_batches", [padded_batches, *slow(random_batches)])
-@pytest.mark.parametrize("family", each_family(DIRECT))
+@pytest.mark.parametrize("family", each_family())
 def test_every_layer_is_the_least_squares_solution(family, make_batches):
     granite = {"residual_multiplier": 0.3} if family == "granite" else {}
-    dense = make_tiny_model(family, seed=3, initializer_range=0.15, attention_dropout=0.5, **granite)
-    batches = make_batches()
+    dense = spread_norms(make_tiny_model(family, seed=3, initializer_range=0.15, attention_dropout=0.5, **granite))
+    # In float64, which the reference runs in, the eager attention of gemma2 has NaN at padding.
+    batches = random_batches() if family == "gemma2" else make_batches()
     pruned = narrowed(dense)
     before, dense_before = snapshot(pruned), snapshot(dense)
     wanted, factors = expected(pruned, dense, batches, scale=granite.get("residual_multiplier", 1.0))
@@ -99,15 +116,16 @@ def test_every_layer_is_the_least_squares_solution(family, make_batches):
     assert all(after[part] == value for part, value in before.items() if not part.endswith("down_proj.weight"))
 
 
-def test_outputs_match_the_dense_model_better():
+@pytest.mark.parametrize("family", ["llama", *NORMS])
+def test_outputs_match_the_dense_model_better(family):
     """On held-out text of the same kind, where the last layers of the pruned and the dense model differed a lot."""
-    dense = make_tiny_model(seed=3, initializer_range=0.15)
+    dense = make_tiny_model(family, seed=3, initializer_range=0.15)
     pruned = narrowed(dense, intermediate_size=80)
     rows = list(masked_rows(random_batches(seed=1)))
-    aims = seen(dense, 2, rows)
+    aims = [h for _, _, h in seen(dense, 2, rows)]
 
     def distance():
-        return sum((y - aim).square().sum().item() for (_, y), (_, aim) in zip(seen(pruned, 2, rows), aims))
+        return sum((h - aim).square().sum().item() for (_, _, h), aim in zip(seen(pruned, 2, rows), aims))
 
     far = distance()
     reconstruct(pruned, dense, random_batches(((16, 60),)))
@@ -115,7 +133,7 @@ def test_outputs_match_the_dense_model_better():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("family", each_family(DIRECT))
+@pytest.mark.parametrize("family", each_family())
 def test_an_unpruned_model_does_not_change(family, dtype):
     dense = make_tiny_model(family, seed=3, dtype=dtype)
     pruned = copy.deepcopy(dense)

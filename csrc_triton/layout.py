@@ -9,6 +9,8 @@ weights are therefore views of two buffers, padded with zeros to `IP`, the inter
 Zero rows and columns do not change the result. A packed gate_up weight `[2 * I, H]` must stay contiguous, so its buffer
 is `[I + IP, H]`: the up rows follow the gate rows directly, and kernels do not compute neurons from I on.
 
+fp8 weights have the same layout, in single bytes.
+
 The layout is recognised from the weights only, by strides, offsets and the size of the storage. A storage ends in
 IP - I more elements: its size then determines the I that its padding is zero for, and a weight that was sliced narrower
 within the buffer is not mistaken for one followed by zeros.
@@ -19,6 +21,8 @@ from __future__ import annotations
 import torch
 
 PAD = 128  # the intermediate size is padded to a multiple of this
+FP8 = torch.float8_e4m3fn  # 1 sign, 4 exponent and 3 mantissa bits, no infinity
+FP8_SM = 89  # the lowest compute capability, times ten, that converts FP8
 MOST_NORM_COLUMNS = 1 << 16  # a program of the norm holds a whole row
 ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}

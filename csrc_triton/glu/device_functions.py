@@ -83,3 +83,15 @@ def biased_glu(gate, up, gate_bias, up_bias, neurons, I, ACTIVATION: tl.constexp
     if up_bias is not None:
         up += along(load_bias(up_bias, neurons, I), TOKEN_AXIS)
     return tl.where(along(neurons, TOKEN_AXIS) < I, glu(gate, up, ACTIVATION), 0.0)
+
+
+@triton.jit
+def scaled(values, scale, rows, count, TOKEN_AXIS: tl.constexpr):
+    """`values` times the scales of their weight rows, which fp8 weights have; unchanged if `scale` is None.
+
+    `rows` `[BLOCK_N]` are those of `values`, which have a token axis at TOKEN_AXIS unless it is None; `count` exist.
+    """
+    if scale is None:
+        return values
+    else:
+        return values * along(load_bias(scale, rows, count), TOKEN_AXIS)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.glu.device_functions import wait_for_previous_kernel
+from csrc_triton.glu.device_functions import scaled, wait_for_previous_kernel
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.call import KernelCall, Plan
 from csrc_triton.launch.configs import DownConfig, Problem, buffers
@@ -28,6 +28,7 @@ def down_gemv_kernel(
     down,
     y,
     bias,
+    scale,
     H,
     IP,
     BLOCK_N: tl.constexpr,
@@ -48,7 +49,7 @@ def down_gemv_kernel(
         inside = columns + k < IP
         w = tl.load(w_ptrs + k, mask=inside, other=0.0, eviction_policy="evict_first")
         acc += w.to(tl.float32) * tl.load(a_ptrs + k, mask=inside, other=0.0).to(tl.float32)
-    out = tl.sum(acc, 1)  # [BLOCK_N]
+    out = scaled(tl.sum(acc, 1), scale, rows, H, TOKEN_AXIS=None)  # [BLOCK_N]
     if bias is not None:
         out += tl.load(bias + rows, mask=rows < H, other=0.0).to(tl.float32)
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < H)
@@ -76,7 +77,9 @@ class DownGemv(DownConfig):
         call = KernelCall(
             down_gemv_kernel,
             (cdiv(H, self.block_n),),
-            dict(a=a, down=weights.down, y=y, bias=weights.down_bias, H=H, IP=problem.I_padded),
+            dict(
+                a=a, down=weights.down, y=y, bias=weights.down_bias, scale=weights.down_scale, H=H, IP=problem.I_padded
+            ),
             dict(BLOCK_N=self.block_n, BLOCK_K=self.block_k, PDL=self.uses_pdl),
             num_warps=self.num_warps,
             num_stages=1,
@@ -114,7 +117,8 @@ def down_splitk_kernel(
     for step in range(split * steps // SPLIT_K, (split + 1) * steps // SPLIT_K):
         k = step * BLOCK_K
         w = tl.load(w_ptrs + k, eviction_policy="evict_first")
-        acc = tl.dot(w, tl.load(a_ptrs + k).T, acc, input_precision=INPUT_PRECISION)
+        a_tile = tl.load(a_ptrs + k)
+        acc = tl.dot(w.to(a_tile.dtype), a_tile.T, acc, input_precision=INPUT_PRECISION)  # fp8 weights become a's dtype
     row_of_partials = split.to(tl.int64) * M + tokens  # [BLOCK_M]
     tl.store(
         partials + row_of_partials[None, :] * H + rows[:, None],
@@ -124,7 +128,9 @@ def down_splitk_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def sum_partials_kernel(partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+def sum_partials_kernel(
+    partials, y, bias, scale, M, H, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
     """Map partials `[SPLIT_K, M, H]` to y `[M, H]`; one token and BLOCK_N outputs per program."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -133,6 +139,7 @@ def sum_partials_kernel(partials, y, bias, M, H, SPLIT_K: tl.constexpr, BLOCK_N:
     wait_for_previous_kernel(PDL)
     for split in tl.static_range(SPLIT_K):  # always in this order: the same input gives the same bits
         out += tl.load(partials + (split * M + token) * H + columns, mask=inside, other=0.0)
+    out = scaled(out, scale, columns, H, TOKEN_AXIS=None)
     if bias is not None:
         out += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + token * H + columns, out.to(y.dtype.element_ty), mask=inside)
@@ -155,8 +162,8 @@ class DownSplitK(DownConfig):
 
     def shared_memory(self, problem: Problem) -> int:
         """Return the bytes of shared memory that a program takes."""
-        tile = (self.block_m + self.block_n) * self.block_k
-        return buffers(self.num_stages, problem.sm) * tile * problem.dtype.itemsize
+        row = self.block_m * problem.dtype.itemsize + self.block_n * problem.weight_itemsize
+        return buffers(self.num_stages, problem.sm) * row * self.block_k
 
     def _suits(self, problem: Problem) -> bool:
         if min(self.block_m, self.block_n, self.block_k) < 16:
@@ -188,7 +195,7 @@ class DownSplitK(DownConfig):
         total = KernelCall(
             sum_partials_kernel,
             (M, cdiv(H, SUM_BLOCK)),
-            dict(partials=partials, y=y, bias=weights.down_bias, M=M, H=H),
+            dict(partials=partials, y=y, bias=weights.down_bias, scale=weights.down_scale, M=M, H=H),
             dict(SPLIT_K=self.split_k, BLOCK_N=SUM_BLOCK, PDL=self.uses_pdl),
             num_warps=4,
             num_stages=1,

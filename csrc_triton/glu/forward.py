@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from csrc_triton.glu.act_mul import plan_act_mul
+from csrc_triton.glu.dequantize import plan_dequantize
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.call import KernelCall, MatmulCall, Plan
 from csrc_triton.launch.chooser import choose, choose_path, heuristic, triton_path
 from csrc_triton.launch.configs import Launch, Problem
-from csrc_triton.launch.paths import check_path
+from csrc_triton.launch.paths import FP8_PATHS, check_path
 from csrc_triton.launch.tables import device_table
-from csrc_triton.layout import padded_width, rows_aligned
+from csrc_triton.layout import FP8, padded_width, rows_aligned
 
 
 def glu_mlp(x: torch.Tensor, weights: GluWeights, *, path: str | None = None) -> torch.Tensor:
@@ -26,7 +27,8 @@ def glu_mlp(x: torch.Tensor, weights: GluWeights, *, path: str | None = None) ->
     the weights: they are requested before it ends.
 
     Args:
-        x: `[M, H]`, with any strides; bfloat16, float16 or float32, like the weights and on their device.
+        x: `[M, H]`, with any strides; bfloat16, float16 or float32, like the weights (unless those are fp8) and on
+            their device.
         weights: the weights in the padded layout.
         path: forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by problem.
 
@@ -71,6 +73,10 @@ def plan(x: torch.Tensor, weights: GluWeights, launch: Launch, problem: Problem 
     """
     problem = problem or weights.problem(x)
     x = _aligned(x)
+    if weights.is_fp8 and launch.path not in FP8_PATHS:
+        weights, calls = plan_dequantize(weights)
+        following = plan(x, weights, launch, problem._replace(fp8=False))
+        return Plan(following.output, calls + following.calls)
     gate_up, down = launch.gate_up, launch.down
     hidden = plan_gate_up_cublas(x, weights) if gate_up is None else gate_up.plan(x, weights, problem)
     a = hidden.output
@@ -103,7 +109,9 @@ def plan_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return Plan(out, [MatmulCall(x, weight, bias, out)])
 
 
-def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str, int, KernelCall]]:
+def shipped_plans(
+    sm: int, dtype: torch.dtype, H: int, I: int, *, fp8: bool = False
+) -> list[tuple[str, int, KernelCall]]:
     """Return the kernel calls `(label, M, call)` of the heuristics on a chip, for one or two M of each regime.
 
     Planned on meta tensors: no device, no memory. Forced paths are included where the chooser prefers cuBLAS.
@@ -113,13 +121,16 @@ def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str
         dtype: of weights and tokens.
         H: hidden size.
         I: intermediate size.
+        fp8: whether the weights are fp8; then only the launches that read fp8 weights are returned.
     """
-    weights = meta_weights(H, I, dtype)
+    weights = meta_weights(H, I, dtype, fp8=fp8)
     plans = []
-    for M in (1, 2, 16, 32, 64, 128, 256, 2048):
+    if fp8:
+        plans = [("dequantize/dequantize_kernel", 2048, call) for call in plan_dequantize(weights)[1]]
+    for M in (1, 2, 16, 32, 64, 128) if fp8 else (1, 2, 16, 32, 64, 128, 256, 2048):
         x = torch.empty((M, H), dtype=dtype, device="meta")
         problem = weights.problem(x, sm)
-        paths = dict.fromkeys((choose_path(problem), triton_path(M), "cublas"))
+        paths = dict.fromkeys((choose_path(problem), triton_path(M), *(() if fp8 else ("cublas",))))
         for path in paths if sm >= 80 else ("cublas",):
             calls = plan(x, weights, heuristic(path, problem), problem).calls
             kernels = [call for call in calls if isinstance(call, KernelCall)]
@@ -127,12 +138,15 @@ def shipped_plans(sm: int, dtype: torch.dtype, H: int, I: int) -> list[tuple[str
     return plans
 
 
-def meta_weights(H: int, I: int, dtype: torch.dtype) -> GluWeights:
-    """Return weights without memory, to plan with."""
+def meta_weights(H: int, I: int, dtype: torch.dtype, *, fp8: bool = False) -> GluWeights:
+    """Return weights without memory, to plan with: of `dtype`, or fp8 for tokens of `dtype`."""
     IP = padded_width(I)
-    gate_up = torch.empty((2, IP, H), dtype=dtype, device="meta")
-    down = torch.empty((H, IP), dtype=dtype, device="meta")
-    return GluWeights(gate_up, down, I)
+    gate_up = torch.empty((2, IP, H), dtype=FP8 if fp8 else dtype, device="meta")
+    down = torch.empty((H, IP), dtype=FP8 if fp8 else dtype, device="meta")
+    if not fp8:
+        return GluWeights(gate_up, down, I)
+    gate, up, of_down = (torch.empty(rows, dtype=dtype, device="meta") for rows in (I, I, H))
+    return GluWeights(gate_up, down, I, gate_scale=gate, up_scale=up, down_scale=of_down)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

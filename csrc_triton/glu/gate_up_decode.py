@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.glu.device_functions import biased_glu, wait_for_previous_kernel
+from csrc_triton.glu.device_functions import biased_glu, scaled, wait_for_previous_kernel
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.launch.call import KernelCall, Plan
 from csrc_triton.launch.configs import GateUpConfig, Problem, TiledGateUpConfig, pointer_arguments
@@ -27,6 +27,8 @@ def gate_up_gemv_kernel(
     a,
     gate_bias,
     up_bias,
+    gate_scale,
+    up_scale,
     I,
     UP,
     H: tl.constexpr,
@@ -55,8 +57,8 @@ def gate_up_gemv_kernel(
         up_w = tl.load(up_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
         wait_for_previous_kernel(PDL)
         x_row = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.sum(gate_w.to(tl.float32) * x_row, 1)  # [BLOCK_N]
-    up = tl.sum(up_w.to(tl.float32) * x_row, 1)
+    gate = scaled(tl.sum(gate_w.to(tl.float32) * x_row, 1), gate_scale, neurons, I, TOKEN_AXIS=None)  # [BLOCK_N]
+    up = scaled(tl.sum(up_w.to(tl.float32) * x_row, 1), up_scale, neurons, I, TOKEN_AXIS=None)
     out = biased_glu(gate, up, gate_bias, up_bias, neurons, I, ACTIVATION, TOKEN_AXIS=None)
     tl.store(a + neurons, out.to(a.dtype.element_ty))
 
@@ -88,6 +90,8 @@ class GateUpGemv(GateUpConfig):
                 a=a,
                 gate_bias=weights.gate_bias,
                 up_bias=weights.up_bias,
+                gate_scale=weights.gate_scale,
+                up_scale=weights.up_scale,
                 I=weights.intermediate_size,
                 UP=weights.up_row,
             ),
@@ -112,6 +116,8 @@ def gate_up_swap_kernel(
     a,
     gate_bias,
     up_bias,
+    gate_scale,
+    up_scale,
     M,
     I,
     IP,
@@ -148,13 +154,14 @@ def gate_up_swap_kernel(
             inside = columns + k < H
             w = tl.load(w_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
             x_tile = tl.load(x_ptrs, mask=inside, other=0.0)
+        w = w.to(x_tile.dtype)  # of fp8 weights; others have that dtype
         acc = tl.dot(w, x_tile.T, acc, input_precision=INPUT_PRECISION)  # [2 * BLOCK_N, BLOCK_M]
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 8, 2, 8, BLOCK_M)), (0, 2, 3, 1))
     gate, up = tl.split(pairs)  # [BLOCK_N // 8, 8, BLOCK_M]
-    gate = tl.reshape(gate, (BLOCK_N, BLOCK_M))
-    up = tl.reshape(up, (BLOCK_N, BLOCK_M))
+    gate = scaled(tl.reshape(gate, (BLOCK_N, BLOCK_M)), gate_scale, neurons, I, TOKEN_AXIS=1)
+    up = scaled(tl.reshape(up, (BLOCK_N, BLOCK_M)), up_scale, neurons, I, TOKEN_AXIS=1)
     out = biased_glu(gate, up, gate_bias, up_bias, neurons, I, ACTIVATION, TOKEN_AXIS=1)
     a_ptrs = a + tokens.to(tl.int64)[None, :] * IP + neurons[:, None]  # [BLOCK_N, BLOCK_M]
     tl.store(a_ptrs, out.to(a.dtype.element_ty), mask=tokens[None, :] < M)
@@ -173,7 +180,7 @@ class GateUpSwap(TiledGateUpConfig):
         call = KernelCall(
             gate_up_swap_kernel,
             (cdiv(M, self.block_m), IP // self.block_n),
-            pointer_arguments(x, a, weights, problem),
+            pointer_arguments(x, a, weights, problem) | dict(gate_scale=weights.gate_scale, up_scale=weights.up_scale),
             dict(
                 BLOCK_M=self.block_m,
                 BLOCK_N=self.block_n,

@@ -8,7 +8,7 @@ import torch
 
 from csrc_triton.launch.configs import Problem
 from csrc_triton.launch.device import compute_capability
-from csrc_triton.layout import ACTIVATIONS, DTYPES, padded_width
+from csrc_triton.layout import ACTIVATIONS, DTYPES, FP8, FP8_SM, padded_width
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,10 @@ class GluWeights:
         gate_bias: `[I]` or None.
         up_bias: `[I]` or None.
         down_bias: `[H]` or None.
+        gate_scale: `[I]`, factors of the rows of gate, of the dtype of the tokens; None unless gate_up and down are
+            float8_e4m3fn, which needs all three scales.
+        up_scale: `[I]` or None.
+        down_scale: `[H]` or None.
     """
 
     gate_up: torch.Tensor
@@ -35,6 +39,14 @@ class GluWeights:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    gate_scale: torch.Tensor | None = None
+    up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the weights are float8_e4m3fn with scales."""
+        return self.down_scale is not None
 
     @property
     def up_row(self) -> int:
@@ -44,13 +56,15 @@ class GluWeights:
     def problem(self, x: torch.Tensor, sm: int | None = None) -> Problem:
         """Return the problem of running these weights on `x` `[M, H]`, by default on the device of `x`."""
         M, H = x.shape
-        return Problem(M, H, self.down.shape[1], x.dtype, compute_capability(x.device) if sm is None else sm)
+        sm = compute_capability(x.device) if sm is None else sm
+        return Problem(M, H, self.down.shape[1], x.dtype, sm, self.is_fp8)
 
     def check(self, x: torch.Tensor) -> None:
         """Check that these weights can run on `x`.
 
         Raises:
-            ValueError: wrong shapes or strides, an unknown activation, an intermediate size below 1.
+            ValueError: wrong shapes or strides, an unknown activation, an intermediate size below 1, some scales
+                without the others, or fp8 weights on a GPU that is too old.
             TypeError: an unsupported dtype, or tensors of different dtypes or devices.
         """
         if x.dim() != 2 or x.shape[1] < 1:
@@ -61,6 +75,11 @@ class GluWeights:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if x.dtype not in DTYPES.values():
             raise TypeError(f"x must be one of {', '.join(DTYPES)}, got {x.dtype}")
+        if len({scale is None for scale in (self.gate_scale, self.up_scale, self.down_scale)}) > 1:
+            raise ValueError("gate_scale, up_scale and down_scale must be given together")
+        if self.is_fp8 and compute_capability(x.device) < FP8_SM:
+            capability = compute_capability(x.device)
+            raise ValueError(f"fp8 weights need compute capability {FP8_SM / 10}, {x.device} has {capability / 10}")
         I, H, IP = self.intermediate_size, x.shape[1], padded_width(self.intermediate_size)
         shapes = {
             "gate_up": (2, IP, H),
@@ -68,6 +87,9 @@ class GluWeights:
             "gate_bias": (I,),
             "up_bias": (I,),
             "down_bias": (H,),
+            "gate_scale": (I,),
+            "up_scale": (I,),
+            "down_scale": (H,),
         }
         for name, shape in shapes.items():
             tensor: torch.Tensor | None = getattr(self, name)
@@ -76,8 +98,9 @@ class GluWeights:
             if tuple(tensor.shape) != shape:
                 sizes = f"H {H}, intermediate size {I}"
                 raise ValueError(f"{name} must be {list(shape)} ({sizes}), got {list(tensor.shape)}")
-            if tensor.dtype != x.dtype or tensor.device != x.device:
-                raise TypeError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
+            dtype, like = (FP8, "") if self.is_fp8 and name in ("gate_up", "down") else (x.dtype, " like x")
+            if tensor.dtype != dtype or tensor.device != x.device:
+                raise TypeError(f"{name} must be {dtype} on {x.device}{like}, got {tensor.dtype} on {tensor.device}")
             plain = self._has_halves() if name == "gate_up" else tensor.is_contiguous()
             if not plain or (name in ("gate_up", "down") and tensor.data_ptr() % 16):
                 raise ValueError(f"{name} must be contiguous from a 16-byte boundary, got strides {tensor.stride()}")

@@ -14,9 +14,9 @@ from csrc_triton.glu.gate_up_decode import GateUpGemv, GateUpSwap
 from csrc_triton.glu.gate_up_prefill import GateUpTile, GateUpTma
 from csrc_triton.launch.configs import GateUpConfig, Launch, Problem
 from csrc_triton.launch.device import usual_sm_count
-from csrc_triton.launch.paths import check_path
+from csrc_triton.launch.paths import FP8_PATHS, check_path
 from csrc_triton.launch.tables import Table, m_bucket
-from csrc_triton.layout import cdiv, next_power_of_2, rows_aligned
+from csrc_triton.layout import FP8, cdiv, next_power_of_2, rows_aligned
 
 
 def choose(problem: Problem, path: str | None = None, table: Table | None = None) -> Launch:
@@ -33,6 +33,10 @@ def choose(problem: Problem, path: str | None = None, table: Table | None = None
     check_path(path)
     if path == "gemv" and problem.M != 1:
         raise ValueError(f"path 'gemv' takes exactly one token, got {problem.M}")
+    if problem.fp8:
+        path = path or choose_path(problem)
+        if path not in FP8_PATHS:
+            problem = problem._replace(fp8=False)  # weights are dequantized first, then the others' launch
     entry = table.get(problem._replace(M=m_bucket(problem.M))) if table else None
     if entry is not None and (path is None or entry.path == path):
         return entry
@@ -46,7 +50,7 @@ def choose_path(problem: Problem) -> str:
         return "cublas"  # the kernels use asynchronous copies and bfloat16 matrix instructions
     if M == 1:
         return "gemv"
-    if problem.dtype == torch.float32 or not rows_aligned(problem.H, problem.dtype):
+    if problem.dtype == torch.float32 or not rows_aligned(problem.H, FP8 if problem.fp8 else problem.dtype):
         return "cublas"  # float32 has no fast exact dot in Triton; unaligned rows cannot be copied 16 bytes at a time
     if M <= 128:
         # One short side of the matrix unit holds up to 16 tokens. One row of tiles holds 128, which by arithmetic is
@@ -81,13 +85,13 @@ def token_block(path: str, M: int) -> int:
 
 def _gate_up_gemv(problem: Problem) -> GateUpGemv:
     # Two neurons, gate and up, are four rows: with one warp per 2 KB of a row every thread has 256 bytes (16 loads) in
-    # flight and keeps them in 64 registers.
+    # flight and keeps them in 64 registers. fp8 weights are half as long, but need registers to be converted.
     row_bytes = next_power_of_2(problem.H) * problem.dtype.itemsize
     return GateUpGemv(block_n=2, num_warps=min(max(row_bytes >> 11, 1), 16), pdl=problem.sm >= 90)
 
 
 def _down_gemv(problem: Problem) -> DownGemv:
-    return DownGemv(block_n=1, block_k=2048 // problem.dtype.itemsize, num_warps=4, pdl=problem.sm >= 90)
+    return DownGemv(block_n=1, block_k=2048 // problem.weight_itemsize, num_warps=4, pdl=problem.sm >= 90)
 
 
 def _few_tokens(path: str, problem: Problem) -> Launch:
@@ -95,6 +99,8 @@ def _few_tokens(path: str, problem: Problem) -> Launch:
     M, sm, itemsize = problem.M, problem.sm, problem.dtype.itemsize
     pdl = sm >= 90
     block_m = token_block(path, M)
+    if problem.fp8:
+        block_m = min(block_m, 64)  # for sm_120, Triton spills with 128
     # Rows of 256 bytes while the tokens' side is short; then of 128, so that four stages of the tallest tile fit 99 KB.
     block_k = (256 if block_m == 16 else 128) // itemsize
     # 32 gate and 32 up rows fill the long side of the matrix unit (64 rows of wgmma). Twice as many were faster on an
@@ -107,13 +113,19 @@ def _few_tokens(path: str, problem: Problem) -> Launch:
         num_stages=4,
         pdl=pdl,
     )
-    if block_m == 128 or not gate_up.valid(problem):
+    rows = 64
+    if problem.fp8:
+        # Converted weights are in registers, from where wgmma must not take them (ptxas 12 corrupts it). Below 64 rows
+        # Triton uses the older matrix instructions, at half the rate: enough to read the weights at up to 64 tokens.
+        rows = 32
+        gate_up = GateUpSwap(block_m=block_m, block_n=16, block_k=block_k, num_warps=4, num_stages=4, pdl=pdl)
+    elif block_m == 128 or not gate_up.valid(problem):
         gate_up = GateUpSwap(block_m=block_m, block_n=32, block_k=block_k, num_warps=4, num_stages=4, pdl=pdl)
-    # 64 rows of down. Splits for two programs on each multiprocessor; above eight, the partial results cost too much.
-    tiles = cdiv(M, block_m) * cdiv(problem.H, 64)
+    # As many rows of down. Splits for two programs on each multiprocessor; above eight, partial results cost too much.
+    tiles = cdiv(M, block_m) * cdiv(problem.H, rows)
     down = DownSplitK(
         block_m=block_m,
-        block_n=64,
+        block_n=rows,
         block_k=block_k,
         split_k=max(1, min(8, 2 * usual_sm_count(sm) // tiles, problem.I_padded // block_k)),
         num_warps=4,

@@ -14,7 +14,7 @@ from triton import knobs
 
 from csrc_triton.launch.call import Plan
 from csrc_triton.launch.device import shared_memory_limit
-from csrc_triton.layout import PAD
+from csrc_triton.layout import FP8, PAD
 
 if TYPE_CHECKING:
     from csrc_triton.glu.weights import GluWeights
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Problem(NamedTuple):
     """The problem that a launch is chosen for: a GLU MLP of hidden size H and padded intermediate size on M tokens.
 
-    `sm` is the compute capability times ten.
+    `dtype` is that of the tokens, and of the weights unless those are `fp8`. `sm` is the compute capability times ten.
     """
 
     M: int
@@ -31,6 +31,12 @@ class Problem(NamedTuple):
     I_padded: int
     dtype: torch.dtype
     sm: int
+    fp8: bool = False
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Return the bytes of a weight."""
+        return FP8.itemsize if self.fp8 else self.dtype.itemsize
 
 
 class Config(ABC):
@@ -87,8 +93,8 @@ class TiledGateUpConfig(GateUpConfig):
 
     def shared_memory(self, problem: Problem) -> int:
         """Return the bytes of shared memory that a program takes."""
-        tile = (self.block_m + 2 * self.block_n) * self.block_k
-        return buffers(self.num_stages, problem.sm) * tile * problem.dtype.itemsize
+        row = self.block_m * problem.dtype.itemsize + 2 * self.block_n * problem.weight_itemsize
+        return buffers(self.num_stages, problem.sm) * row * self.block_k
 
     def _suits(self, problem: Problem) -> bool:
         return min(self.block_m, self.block_n, self.block_k) >= 16 and PAD % self.block_n == 0

@@ -18,6 +18,7 @@ PATH_KINDS = {
     "cublas": ((NoneType,), NoneType),
 }
 PATHS = tuple(PATH_KINDS)
+FP8_PATHS = ("gemv", "decode", "small")  # whose kernels read fp8 weights; the other paths dequantize them first
 
 
 def check_path(path: str | None) -> None:

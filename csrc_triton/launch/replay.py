@@ -22,11 +22,11 @@ from csrc_triton.launch.call import MatmulCall, Plan
 logger = logging.getLogger(__name__)
 
 # A plan works on numbered tensors: the tokens, the weights and the biases, the output, and then its temporaries.
-X, GATE_UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, OUTPUT, TEMPORARY = range(8)
+X, GATE_UP, DOWN, *_, OUTPUT, TEMPORARY = range(11)
 
-# gate_up `[2, IP, H]`, down `[H, IP]`, and the biases of gate, up and down or None
-Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-Addresses = tuple[int, int, int | None, int | None, int | None]
+# gate_up `[2, IP, H]`, down `[H, IP]`, then the biases and the scales of gate, up and down or None: eight in all
+Weights = Sequence[torch.Tensor | None]
+Addresses = Sequence[int | None]
 
 
 def make_replay(plan: Plan, x: torch.Tensor, weights: Weights) -> Replay | None:
@@ -83,7 +83,7 @@ class BoundReplay:
     """The launches of a replay for weights at fixed addresses, which take the host the least time."""
 
     def __init__(self, kernels: Sequence[_Kernel], numbers: _Numbers, addresses: Addresses, device: torch.device):
-        fixed = dict(zip((GATE_UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS), addresses, strict=True))
+        fixed = dict(zip(range(GATE_UP, OUTPUT), addresses, strict=True))
         self._index = device.index or 0
         size, starts = 0, {}  # bytes of one tensor that holds all temporaries, and where each begins
         for number in range(TEMPORARY, len(numbers.new) + OUTPUT):

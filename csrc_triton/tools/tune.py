@@ -165,7 +165,7 @@ class Point(NamedTuple):
 
     def compilations(self) -> list[Compilation]:
         """Return the compilations of its kernels, planned on meta tensors: no device, no memory."""
-        M, H, _, dtype, sm = self.problem
+        M, H, _, dtype, sm, _ = self.problem
         x = torch.empty((M, H), dtype=dtype, device="meta")
         calls = plan(x, meta_weights(H, self.I, dtype), self.launch, self.problem).calls
         return [Compilation.of(call, sm) for call in calls if isinstance(call, KernelCall)]
@@ -207,7 +207,7 @@ class Bench:
     """
 
     def __init__(self, problem: Problem, I: int, device: torch.device):
-        M, H, IP, dtype, _ = self.problem = problem
+        M, H, IP, dtype, *_ = self.problem = problem
         layer_bytes = 3 * H * IP * dtype.itemsize
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         generator = torch.Generator(device).manual_seed(0)

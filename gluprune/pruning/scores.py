@@ -49,7 +49,9 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
     """
     wanted, formula = STATIC_SCORES[name]
     if operator.uses_kernels("auto", gate.device) and gate.dtype in operator.KERNEL_DTYPES:
-        statistics = operator.neuron_statistics(gate, up, down, wanted)
+        from csrc_triton.scores.kernel import neuron_scores  # imports Triton
+
+        statistics = neuron_scores(gate, up, down, wanted)
     else:
         statistics = WeightStatistics(gate, up, down)
     return formula(*(getattr(statistics, field) for field in wanted))

@@ -20,13 +20,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 
-from gluprune.models.families import FAMILIES, TEXT_PARTS
-from gluprune.runtime import aligned, operator, sharding
-
-# Weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
-Operands: TypeAlias = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
+from gluprune.models.families import FAMILIES, TEXT_PARTS, Family
+from gluprune.runtime import aligned, fp8, operator, sharding
+from gluprune.runtime.gradients import Operands
 
 # An MLP whose class `patch` has set: a module with the class attributes `family` and `backend`.
 PatchedMLP: TypeAlias = Any
@@ -107,6 +103,13 @@ def glu_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def family_of(mlp: nn.Module) -> Family:
+    """Return the entry of the table of families for an MLP that `find_glus` finds."""
+    owner = glu_class(mlp)
+    assert owner is not None
+    return FAMILY_OF_CLASS[owner.__name__]
+
+
 def has_fused_forward(mlp: nn.Module) -> bool:
     """Whether the class of an MLP is the one that `patch` set, or a subclass of it."""
     return hasattr(type(mlp), "original_class")
@@ -128,10 +131,15 @@ def _current_obstacle(mlp: PatchedMLP) -> str | None:
     gate, up, down, *_ = operands(mlp)
     if not operator.uses_kernels(mlp.backend, down.device):
         return f"backend {mlp.backend!r} runs PyTorch's operators on {down.device.type}"
-    unaligned = mlp.training and down.shape[1] % aligned.ALIGNMENT  # then the operator pads a copy of down
+    unaligned = trains(mlp) and down.shape[1] % aligned.ALIGNMENT  # then the operator pads a copy of down
     if aligned.is_aligned(gate, up, None if unaligned else down):
         return None
     return "its weights are not in aligned storage: patch again"
+
+
+def trains(mlp: PatchedMLP) -> bool:
+    """Whether optimizers may work on the weights of a patched MLP."""
+    return mlp.training and not fp8.is_rounded(mlp)
 
 
 def class_obstacle(mlp: nn.Module) -> str | None:
@@ -168,29 +176,42 @@ def module_obstacle(mlp: PatchedMLP) -> str | None:
     is_split = sharding.group_of(mlp) is not None
     for name in (family.gate, family.up, family.down):
         projection = mlp._modules[name]
-        if type(projection) is not nn.Linear:
+        if type(projection) not in (nn.Linear, fp8.Fp8Linear):
             return f"{name} is {type(projection).__module__.partition('.')[0]}'s {type(projection).__name__}"
-        if has_hooks(projection.__dict__) or not (is_split or runs_forward_of(projection, nn.Linear)):
+        if has_hooks(projection.__dict__) or not (is_split or runs_forward_of(projection, type(projection))):
             return f"{name} has a hook"
         weight = projection._parameters.get("weight")
         if weight is None:
             return f"{name}.weight is no parameter (sharded, or a replica of nn.DataParallel)"
         if type(weight) not in _PLAIN and not is_split:
             return f"{name}.weight is {type(weight).__name__}"
-        if operator.INTERPRETED and weight.dtype == torch.bfloat16 and mlp.backend == "triton" and not weight.is_cuda:
+        if (
+            operator.INTERPRETED
+            and dtype_of(projection) == torch.bfloat16
+            and mlp.backend == "triton"
+            and not weight.is_cuda
+        ):
             return "Triton's interpreter computes products of bfloat16 wrongly"
     return _operand_obstacle(operands(mlp))
 
 
 def _operand_obstacle(tensors: Operands) -> str | None:
-    gate, up, down, *biases = tensors
+    gate, up, down, *others = tensors
+    biases, scales = others[:3], others[3:]
     dtype, device = down.dtype, down.device
+    if any(scale is not None for scale in scales):
+        dtype = scales[-1].dtype if scales[-1] is not None else dtype
+        if any(scale is None for scale in scales):
+            return "only some of the weights are fp8"
+        if too_old := fp8.too_old(device):
+            return too_old
     if dtype not in operator.KERNEL_DTYPES:
         return f"the weights are {str(dtype).removeprefix('torch.')}"
     if device.type == "meta":
         return "the weights are on the meta device (offloaded, or not loaded)"
-    for other in (gate, up, *biases):
-        if other is not None and (type(other) not in _PLAIN or other.dtype != dtype or other.device != device):
+    for other in (gate, up, *others):
+        expected = down.dtype if other is gate or other is up else dtype
+        if other is not None and (type(other) not in _PLAIN or other.dtype != expected or other.device != device):
             return "the weights differ in dtype, device or kind"
     for bias, size in zip(biases, (*gate.shape[:1], *up.shape[:1], *down.shape[:1]), strict=False):
         if bias is not None and (bias.shape != (size,) or not bias.is_contiguous()):
@@ -208,8 +229,9 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
         return False
     if type(x) not in _PLAIN or x.layout is not torch.strided or module_obstacle(mlp) is not None:
         return False
-    down = mlp._modules[mlp.family.down]._parameters["weight"]
-    if x.dtype != down.dtype or x.device != down.device or x.shape[-1] != down.shape[0]:
+    projection = mlp._modules[mlp.family.down]
+    down = projection._parameters["weight"]
+    if x.dtype != dtype_of(projection) or x.device != down.device or x.shape[-1] != down.shape[0]:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
@@ -282,8 +304,14 @@ def activation_name(mlp: PatchedMLP) -> str:
     return ACTIVATION_OF_CLASS[type(activation_of(mlp))]
 
 
+def dtype_of(projection: Any) -> torch.dtype:
+    """Return the dtype that a projection computes in."""
+    parameters = projection._parameters
+    return parameters.get("scale", parameters["weight"]).dtype
+
+
 def operands(mlp: PatchedMLP) -> Operands:
-    """Return the weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases.
+    """Return the weights of gate `[I, H]`, up `[I, H]` and down `[H, I]`, then their biases and scales.
 
     Where the neurons are split over ranks: this rank's shards, without the bias of down, which is added to the sum.
     """
@@ -291,12 +319,14 @@ def operands(mlp: PatchedMLP) -> Operands:
     gate, up, down = (modules[name]._parameters for name in (family.gate, family.up, family.down))
     if type(down["weight"]) not in _PLAIN:
         shards = gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"]
-        return *map(sharding.local, shards), None  # pyright: ignore[reportReturnType]
+        return *map(sharding.local, shards), None, None, None, None  # pyright: ignore[reportReturnType]
+    scales = gate.get("scale"), up.get("scale"), down.get("scale")
     if not family.packed:
-        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"]
+        return gate["weight"], up["weight"], down["weight"], gate["bias"], up["bias"], down["bias"], *scales
     gate_weight, up_weight = gate["weight"].chunk(2)
     gate_bias, up_bias = (None, None) if gate["bias"] is None else gate["bias"].chunk(2)
-    return gate_weight, up_weight, down["weight"], gate_bias, up_bias, down["bias"]
+    halves = (None, None) if scales[0] is None else scales[0].chunk(2)
+    return gate_weight, up_weight, down["weight"], gate_bias, up_bias, down["bias"], *halves, scales[-1]
 
 
 def _is_modified(module: nn.Module) -> bool:

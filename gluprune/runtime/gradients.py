@@ -1,4 +1,4 @@
-"""The gradients of a GLU MLP by PyTorch's operations: wherever kernels cannot run, and for gradients of gradients."""
+"""A GLU MLP and its gradients by PyTorch's operations: wherever kernels cannot run, and for gradients of gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,27 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from gluprune.runtime.rounding import dequantize
+
+# Weights of gate [I, H], up [I, H] and down [H, I]; their biases [I], [I], [H] or None; their scales, of the shapes of
+# the biases, or None: only fp8 weights have scales, and are uint8.
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]]
 Gradients = tuple[torch.Tensor | None, ...]
+
+
+def eager_forward(x: torch.Tensor, operands: Operands, activation: str) -> torch.Tensor:
+    """Return `down(act(gate(x)) * up(x))` for x `[..., H]`.
+
+    Args:
+        x: `[..., H]`.
+        operands: Weights, biases and scales.
+        activation: "silu" or "gelu_tanh".
+    """
+    gate, up, down, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale = operands
+    if gate_scale is not None and up_scale is not None and down_scale is not None:
+        gate, up, down = dequantize(gate, gate_scale), dequantize(up, up_scale), dequantize(down, down_scale)
+    hidden = activate(activation, F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
+    return F.linear(hidden, down, down_bias)
 
 
 def activate(name: str, gate: torch.Tensor) -> torch.Tensor:

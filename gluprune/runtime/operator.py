@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,19 +18,16 @@ import torch.nn.functional as F
 
 from csrc_triton import layout
 from csrc_triton.layout import ACTIVATIONS
-from gluprune.runtime.gradients import activate, bias_gradient, eager_gradients
+from gluprune.runtime.gradients import Operands, bias_gradient, eager_forward, eager_gradients
+from gluprune.runtime.rounding import FP8, NO_GRADIENT
 
 if TYPE_CHECKING:
     from csrc_triton.glu.weights import GluWeights
     from csrc_triton.launch.replay import Replay
-    from csrc_triton.scores.kernel import NeuronStatistics
 
 BACKENDS = ("auto", "triton", "cublas", "torch")
 KERNEL_DTYPES = tuple(layout.DTYPES.values())
 Buffers = tuple[torch.Tensor, torch.Tensor]  # gate_up [2, IP, H], down [H, IP]
-Operands = tuple[  # weights of gate [I, H], up [I, H] and down [H, I], then their biases [I], [I], [H]
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -70,7 +67,7 @@ def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     Args:
         x: `[..., H]`.
         up_row: the result of `csrc_triton.layout.first_up_row` for the weights.
-        operands: weights of gate and up `[I, H]` and of down `[H, I]`, then their biases or None.
+        operands: weights, biases and scales.
         activation: "silu" or "gelu_tanh".
         backend: "auto", "triton" or "cublas".
 
@@ -80,8 +77,7 @@ def run_kernels(x: torch.Tensor, up_row: int, operands: Operands, activation: st
     with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
         replay = find_replay(x, up_row, operands, activation, backend)
         if replay is not None:
-            gate, _, down, gate_bias, up_bias, down_bias = operands
-            return replay.run(x, (gate, down, gate_bias, up_bias, down_bias))
+            return replay.run(x, replayed(operands))
         H = x.shape[-1]
         weights = _weights(layout.padded_buffers(*operands[:3]), operands, activation)
         forward, *_ = _kernels()
@@ -100,18 +96,26 @@ def find_replay(x: torch.Tensor, up_row: int, operands: Operands, activation: st
         return None
     forward, _, device, replay = _kernels()
     path = _path(M, backend)
-    gate, _, down, *biases = operands
-    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, gate, down, *biases)]
-    shapes = M, H, down.shape[1], up_row
+    given = replayed(operands)
+    alignments = [None if tensor is None else tensor.data_ptr() % 16 for tensor in (x, *given)]
+    shapes = M, H, given[1].shape[1], up_row
     key = (*shapes, *alignments, x.dtype, x.device, activation, path, device.input_precision(x.dtype))
 
     def record() -> Replay | None:
         rows, weights = x.view(M, H), _weights(layout.padded_buffers(*operands[:3]), operands, activation)
         plan = forward.plan_checked(rows, weights, path=path)
         plan.run()
-        return replay.make_replay(plan, rows, (weights.gate_up, weights.down, *biases))
+        return replay.make_replay(plan, rows, (weights.gate_up, weights.down, *given[2:]))
 
     return _kept(key, x, record)
+
+
+def replayed(operands: Operands) -> tuple[torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]]:
+    """Return what a replay of a GLU MLP takes: gate (in whose buffer up is, too) and down, then biases and scales."""
+    gate, _, down, *others = operands
+    if others[-1] is not None:
+        gate, down = gate.view(FP8), down.view(FP8)
+    return gate, down, *others
 
 
 def _kept(key: tuple[object, ...], x: torch.Tensor, record: Callable[[], Replay | None]) -> Replay | None:
@@ -150,7 +154,7 @@ def find_norm_replay(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding
         rows = x.view(-1, H)
         plan = _norm().plan_rms_norm(rows, weight, eps, rounding)
         plan.run()
-        return replay.make_replay(plan, rows, (weight, None, None, None, None))
+        return replay.make_replay(plan, rows, (weight, *[None] * 7))
 
     return _kept(key, x, record)
 
@@ -193,14 +197,19 @@ def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> Gl
     if buffers is None:
         raise ValueError("the weights are not in the layout of csrc_triton.layout")
     forward, *_ = _kernels()
-    gate, _, _, gate_bias, up_bias, down_bias = operands
+    gate, _, _, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale = operands
+    gate_up, down = buffers if down_scale is None else (buffer.view(FP8) for buffer in buffers)
     return forward.GluWeights(
-        *buffers,
+        gate_up,
+        down,
         intermediate_size=gate.shape[0],
         activation=activation,
         gate_bias=gate_bias,
         up_bias=up_bias,
         down_bias=down_bias,
+        gate_scale=gate_scale,
+        up_scale=up_scale,
+        down_scale=down_scale,
     )
 
 
@@ -244,13 +253,16 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
     down_bias: torch.Tensor | None,
     activation: str,
     backend: str,
+    gate_scale: torch.Tensor | None = None,
+    up_scale: torch.Tensor | None = None,
+    down_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute a GLU MLP: `down(act(gate(x)) * up(x))` (Shazeer, "GLU Variants Improve Transformer", 2020, equation 6).
 
     Kernels run for bf16, fp16 and fp32 weights in the layout of `csrc_triton.layout`, PyTorch's operations otherwise.
 
     Args:
-        x: `[..., H]`, of a floating dtype; all other tensors have its dtype and device.
+        x: `[..., H]`, of a floating dtype; all other tensors have its dtype and device, but fp8 weights are uint8.
         gate_weight: `[I, H]`.
         up_weight: `[I, H]`.
         down_weight: `[H, I]`.
@@ -259,6 +271,9 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
         down_bias: `[H]` or None.
         activation: "silu" or "gelu_tanh".
         backend: "auto" (on CUDA the faster one), "triton", "cublas" or "torch".
+        gate_scale: `[I]`, the scales of the rows of fp8 weights, which have no gradient; or None.
+        up_scale: `[I]` or None.
+        down_scale: `[H]` or None.
 
     Returns:
         A new `[..., H]` tensor of x's dtype.
@@ -277,13 +292,11 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
         raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
-    buffers = None
-    if _runs_kernels(backend, x):
-        buffers = _buffers(gate_weight, up_weight, down_weight)
+    scales = gate_scale, up_scale, down_scale
+    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, *scales
+    buffers = _buffers(gate_weight, up_weight, down_weight) if _runs_kernels(backend, x) else None
     if buffers is None:
-        hidden = activate(activation, F.linear(x, gate_weight, gate_bias)) * F.linear(x, up_weight, up_bias)
-        return F.linear(hidden, down_weight, down_bias)
-    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
+        return eager_forward(x, operands, activation)
     weights = _weights(buffers, operands, activation)
     rows = x.reshape(-1, x.shape[-1])
     weights.check(rows)
@@ -299,7 +312,8 @@ def _(x, gate_weight, up_weight, down_weight, *others):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, ctx.backend = inputs
+    *tensors, ctx.activation, ctx.backend, _, _, scale = inputs
+    ctx.is_fp8 = scale is not None
     ctx.save_for_backward(*tensors)
 
 
@@ -341,7 +355,8 @@ def glu_mlp_backward(  # noqa: PLR0917 - the schema of an operator is flat
         biases = None if gate_bias is None or up_bias is None else torch.stack((gate_bias, up_bias))
         return [gradient for gradient in (of_x, pair, down, biases) if gradient is not None]
     buffers = layout.padded_buffers(gate_weight, up_weight, down_weight) or (gate_up, down_weight)
-    weights = _weights(buffers, (gate_weight, up_weight, down_weight, gate_bias, up_bias, None), activation)
+    operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, None, None, None, None
+    weights = _weights(buffers, operands, activation)
     backward, H = _glu_backward(), x.shape[-1]
     names = [name for name, is_wanted in zip(backward.GluGradients._fields, wanted, strict=True) if is_wanted]
     found = backward.glu_mlp_backward(grad.reshape(-1, H), x.reshape(-1, H), weights, names)
@@ -359,6 +374,8 @@ def _(grad, x, gate_weight, up_weight, down_weight, *others):
 
 def _backward(ctx, grad):
     """Return the gradients by kernels, or by PyTorch's operations: where kernels cannot run, and to differentiate."""
+    if ctx.is_fp8:
+        raise RuntimeError(NO_GRADIENT)
     *tensors, _ = ctx.saved_tensors
     x, needs = tensors[0], ctx.needs_input_grad
     if torch.is_grad_enabled() or not _runs_kernels(ctx.backend, x):
@@ -371,26 +388,7 @@ def _backward(ctx, grad):
         gate_bias, up_bias = (None, None) if biases is None else biases.unbind()
         every = of_x, gate, up, down, gate_bias, up_bias
         found = [gradient if is_needed else None for gradient, is_needed in zip(every, needs, strict=False)]
-    return *found, bias_gradient(grad) if needs[6] else None, None, None
+    return *found, bias_gradient(grad) if needs[6] else None, *[None] * 5
 
 
 glu_mlp.register_autograd(_backward, setup_context=_setup_context)
-
-
-def neuron_statistics(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, wanted: Collection[str]
-) -> NeuronStatistics:
-    """Compute statistics of every neuron of one layer in one kernel launch, which reads each weight at most once.
-
-    Args:
-        gate: `[I, H]`; bf16, fp16 or fp32, on CUDA (in Triton's interpreter: on the CPU).
-        up: `[I, H]`.
-        down: `[H, I]`.
-        wanted: Names of the statistics to compute.
-
-    Returns:
-        `csrc_triton.NeuronStatistics`, float32 `[I]` tensors.
-    """
-    from csrc_triton.scores.kernel import neuron_scores
-
-    return neuron_scores(gate, up, down, wanted)

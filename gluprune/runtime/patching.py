@@ -19,7 +19,7 @@ from torch import nn
 
 from gluprune.models.families import Family
 from gluprune.models.glu import GLU
-from gluprune.runtime import aligned, fusion, operator, sharding
+from gluprune.runtime import aligned, fp8, fusion, operator, sharding
 from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
 from gluprune.runtime.norms import FusedNorm, patch_norms, unpatch_norms
 from gluprune.runtime.operator import layout
@@ -43,27 +43,29 @@ class FusedGLU(Swapped):
         if torch.compiler.is_compiling():
             if not fusion.is_fusible(self, x):
                 return super().forward(x)
-            # The operator looks at the storages at run time.
-            return operator.glu_mlp(x, *fusion.operands(self), fusion.activation_name(self), self.backend)
+            return self._operator(x, fusion.operands(self))  # which looks at the storages at run time
         y = run_prepared(self, x)
         if y is not None:
             return y
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
-        options = fusion.activation_name(self), self.backend
         if operator.is_observed(x, *operands):
             if layout.first_up_row(*operands[:2]) is None:  # the operator pads down where necessary
                 return super().forward(x)
-            y = operator.glu_mlp(x, *operands, *options)
+            y = self._operator(x, operands)
         else:
             up_row = layout.first_up_row(*operands[:3])
             if up_row is None:
                 return super().forward(x)
             keep_prepared(self, lambda: PreparedMLP.of(self, up_row))
-            y = operator.run_kernels(x, up_row, operands, *options)
+            y = operator.run_kernels(x, up_row, operands, fusion.activation_name(self), self.backend)
         group = sharding.group_of(self)
         return y if group is None else sharding.sum_over_ranks(y, self, group)
+
+    def _operator(self, x: torch.Tensor, operands: fusion.Operands) -> torch.Tensor:
+        options = fusion.activation_name(self), self.backend
+        return operator.glu_mlp(x, *operands[:6], *options, *operands[6:])
 
     # Four events replace the weights, or move them to where aligned storage starts or stops helping.
 
@@ -90,13 +92,16 @@ class FusedGLU(Swapped):
         destination = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if not keep_vars:
             for name, parameter in self.named_parameters():
-                if aligned.is_view(parameter) and prefix + name in destination:
+                saved = destination.get(prefix + name)
+                if aligned.is_view(parameter) and saved is not None and saved.data_ptr() == parameter.data_ptr():
                     own = aligned.with_own_storage(parameter)
                     destination[prefix + name] = own if own.is_contiguous() else own.contiguous()
         return destination
 
 
-def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None) -> nn.Module:
+def patch(
+    model: nn.Module, backend: str = "auto", *, norms: bool | None = None, weights: str | None = None
+) -> nn.Module:
     """Make the GLU MLPs and RMSNorms of a model run as fused kernels, in place. All or nothing, idempotent.
 
     Works on any module that contains MLP classes of `gluprune.models.families.FAMILIES` (a causal LM, its bare decoder,
@@ -114,6 +119,8 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
         backend: "auto" (kernels on CUDA, Triton or cuBLAS by shape; PyTorch elsewhere), "triton", "cublas" (either
             only where kernels can run) or "torch" (PyTorch everywhere).
         norms: Whether norms run fused, too. None: those on CUDA do.
+        weights: "fp8" rounds the weights of gate, up and down to 8 bits, for good: `unpatch` restores the modules with
+            the rounded weights (`gluprune.runtime.fp8`). None leaves the weights as they are.
 
     Returns:
         The model.
@@ -121,7 +128,7 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
     Raises:
         TypeError: `model` is not a module.
         ValueError: No MLP of a supported family or none with a supported activation, an unknown backend or one that
-            cannot run here, or a compiled module. The model is unchanged.
+            cannot run here, a compiled module, or weights that cannot be rounded. The model is unchanged.
 
     Example:
         >>> import gluprune
@@ -132,6 +139,8 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
         'FusedLlamaMLP'
     """
     operator.check_backend(backend)
+    if weights not in (None, "fp8"):
+        raise ValueError(f"unknown weights {weights!r}; allowed: None, 'fp8'")
     _check_model(model)
     mlps = [mlp for _, mlp in fusion.find_glus(model)]
     if not mlps:
@@ -140,6 +149,8 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
     obstacles = [fusion.class_obstacle(mlp) for mlp in mlps]
     if all(obstacles) and not any(map(fusion.has_fused_forward, mlps)):
         raise ValueError(f"no MLP of {type(model).__name__} can be patched: {fusion.summary(obstacles)}")
+
+    rounded = [] if weights is None else _to_round(model)
 
     before = [type(mlp) for mlp in mlps]
     with ExitStack() as undo:
@@ -153,7 +164,10 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
             _patch(mlp, backend)
         patch_norms(model, backend, norms, undo)
         undo.pop_all()
-    if before != [type(mlp) for mlp in mlps]:
+    for mlp in rounded:
+        fp8.round_weights(mlp)
+        _settle(mlp)
+    if rounded or before != [type(mlp) for mlp in mlps]:
         _forget_compiled()
     status = fusion.fusion_status(model)
     reasons = [entry.reason for entry in status if not entry.fused]
@@ -161,6 +175,8 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
     fused_norms = sum(isinstance(norm, FusedNorm) for norm in norms_found)
     line = f"{len(status) - len(reasons)} of {len(status)} MLPs and {fused_norms} of {len(norms_found)} norms are fused"
     line += f" (backend {backend})"
+    if eight_bit := sum(fp8.is_rounded(mlp) for mlp in mlps):
+        line += f", {eight_bit} MLPs with fp8 weights"
     has_effect = len(reasons) < len(status) or fused_norms
     level = logging.INFO if has_effect else logging.WARNING
     logger.log(level, line + (f"; not fused: {fusion.summary(reasons)}" if reasons else ""))
@@ -169,6 +185,8 @@ def patch(model: nn.Module, backend: str = "auto", *, norms: bool | None = None)
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`: MLPs and norms get their original classes back, and every weight gets unshared contiguous memory.
+
+    fp8 weights become weights of the dtype that the model has now, with the rounded values.
 
     Args:
         model: Any module; changed in place.
@@ -235,7 +253,17 @@ def _patch(mlp: nn.Module, backend: str) -> None:
     _settle(mlp)
 
 
+def _to_round(model: nn.Module) -> list[nn.Module]:
+    """Return the MLPs that can be patched and have no fp8 weights yet; raise ValueError if any cannot have them."""
+    found = {name: mlp for name, mlp in fusion.find_glus(model) if fusion.class_obstacle(mlp) is None}
+    found = {name: mlp for name, mlp in found.items() if not fp8.is_rounded(mlp)}
+    for name, mlp in found.items():
+        fp8.check(name, mlp, fusion.family_of(mlp))
+    return list(found.values())
+
+
 def _unpatch(mlp: fusion.PatchedMLP) -> None:
+    fp8.restore_linears(mlp)
     parameters = sharding.local_parameters(mlp)
     set_class(mlp, mlp.original_class)
     hooks = mlp._load_state_dict_post_hooks
@@ -252,10 +280,11 @@ def _after_load(mlp: fusion.PatchedMLP, incompatible_keys) -> None:
 def _settle(mlp: fusion.PatchedMLP) -> None:
     """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
     mlp.__dict__.pop(PREPARED, None)
+    trains = fusion.trains(mlp)
     for parameter in sharding.local_parameters(mlp):
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so in training it is contiguous, and the operator pads a copy.
-        if not operator.uses_kernels(mlp.backend, parameter.device) or (mlp.training and not parameter.is_contiguous()):
+        if not operator.uses_kernels(mlp.backend, parameter.device) or (trains and not parameter.is_contiguous()):
             aligned.separate(parameter)
     if fusion.module_obstacle(mlp) is not None:
         return
@@ -266,7 +295,7 @@ def _settle(mlp: fusion.PatchedMLP) -> None:
         return
     # On the CPU, transformers leaves the shards of gate and up in the memory of the whole weights, which it dropped.
     if sharding.group_of(mlp) is not None or all(map(aligned.is_alone, weights)):
-        if mlp.training and down.shape[1] % aligned.ALIGNMENT:
+        if trains and down.shape[1] % aligned.ALIGNMENT:
             weights[-1] = None
         align = aligned.align_packed if mlp.family.packed else aligned.align
         align(*weights)

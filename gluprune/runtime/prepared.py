@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch._C._dynamo.guards import TensorGuards
 
 from gluprune.runtime import fusion, operator, sharding
 from gluprune.runtime.classes import PREPARED
 
+_PARAMETERS = ("weight", "bias", "scale")  # of a projection
 MOST_LENGTHS = 64  # numbers of tokens that one module keeps launches for
 
 
@@ -25,17 +25,18 @@ class Prepared:
     """The guards and the launches of one patched module, for the parameters that it has now.
 
     Args:
-        parameters: All that the launches read, on one device, of one dtype.
+        parameters: All that the launches read, on one device.
         hidden: Size of the last dimension of input and output.
+        dtype: Of input and output.
     """
 
-    def __init__(self, parameters: list[torch.Tensor], hidden: int):
+    def __init__(self, parameters: list[torch.Tensor], hidden: int, dtype: torch.dtype):
         shapes: Any = [list(tensor.shape) for tensor in parameters]
         strides: Any = [list(tensor.stride()) for tensor in parameters]
         self._guards = TensorGuards(*parameters, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
         self._is_trainable = any(tensor.requires_grad for tensor in parameters)
         self._data = [tensor.data_ptr() for tensor in parameters]
-        self._dtype, self._device, self._hidden = parameters[0].dtype, parameters[0].device, hidden
+        self._dtype, self._device, self._hidden = dtype, parameters[0].device, hidden
         self._launches: dict[object, Any] = {}
 
     def takes(self, x: torch.Tensor) -> bool:
@@ -95,7 +96,7 @@ class Prepared:
         raise NotImplementedError
 
     def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
-        """Return the five weights that a replay takes."""
+        """Return the weights, biases and scales that a replay takes."""
         raise NotImplementedError
 
 
@@ -135,11 +136,12 @@ class PreparedMLP(Prepared):
         self._options = up_row, fusion.activation_name(mlp), mlp.backend
         self._projections, tensors = [], []
         for name in dict.fromkeys((family.gate, family.up, family.down)):
-            parameters = modules[name]._parameters
-            self._projections.append((name, vars(modules[name]).get("forward"), parameters["bias"] is not None))
-            tensors += [sharding.local(tensor) for tensor in parameters.values() if tensor is not None]
+            module, parameters = modules[name], modules[name]._parameters
+            present = [key for key in _PARAMETERS if parameters.get(key) is not None]
+            self._projections.append((name, type(module), vars(module).get("forward"), present))
+            tensors += [sharding.local(parameters[key]) for key in present]
         gate, _, down, *_ = fusion.operands(mlp)
-        super().__init__(tensors, hidden=down.shape[0])
+        super().__init__(tensors, hidden=down.shape[0], dtype=fusion.dtype_of(modules[family.down]))
         self._group = sharding.group_of(mlp)
         self._is_trainable = self._is_trainable or self._group is not None
         self._down = next(number for number, tensor in enumerate(tensors) if tensor is down)
@@ -148,18 +150,16 @@ class PreparedMLP(Prepared):
     def holds(self, mlp: fusion.PatchedMLP) -> bool:
         """Return whether the MLP, its parameters and PyTorch's global state are as they were."""
         modules, tensors = mlp._modules, []
-        for name, forward, has_bias in self._projections:
+        for name, kind, forward, present in self._projections:
             module = modules[name]
-            if type(module) is not nn.Linear:
+            if type(module) is not kind:
                 return False
             attributes = module.__dict__
             if fusion.has_hooks(attributes) or attributes.get("forward") is not forward:
                 return False
             parameters = attributes["_parameters"]
-            tensors.append(parameters.get("weight"))
-            if has_bias:
-                tensors.append(parameters.get("bias"))
-            elif parameters.get("bias") is not None:
+            tensors += [parameters.get(key) for key in present]
+            if "bias" not in present and parameters.get("bias") is not None:
                 return False
         activation = modules[self._activation_name]
         attributes = activation.__dict__
@@ -182,8 +182,7 @@ class PreparedMLP(Prepared):
         return operator.find_replay(x, up_row, fusion.operands(module), activation, backend)
 
     def _weights(self, module: fusion.PatchedMLP) -> tuple[torch.Tensor | None, ...]:
-        gate, _, down, *biases = fusion.operands(module)
-        return gate, down, *biases
+        return operator.replayed(fusion.operands(module))
 
 
 class PreparedNorm(Prepared):
@@ -194,7 +193,8 @@ class PreparedNorm(Prepared):
     """
 
     def __init__(self, norm: Any):
-        super().__init__([norm._parameters["weight"]], hidden=norm._parameters["weight"].shape[0])
+        weight = norm._parameters["weight"]
+        super().__init__([weight], hidden=weight.shape[0], dtype=weight.dtype)
         self._eps = fusion.epsilon(norm)
 
     def holds(self, norm: Any) -> bool:
@@ -205,4 +205,4 @@ class PreparedNorm(Prepared):
         return operator.find_norm_replay(x, module._parameters["weight"], self._eps, module.rounding)
 
     def _weights(self, module: Any) -> tuple[torch.Tensor | None, ...]:
-        return module._parameters["weight"], None, None, None, None
+        return module._parameters["weight"], *[None] * 7

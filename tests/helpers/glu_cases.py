@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from csrc_triton.glu.weights import GluWeights
-from csrc_triton.layout import padded_width
+from csrc_triton.layout import FP8, padded_width
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LAYOUTS = ("contiguous", "aligned rows", "unaligned rows", "unaligned start", "transposed", "apart", "expanded")
@@ -55,10 +55,12 @@ def make_case(
     layout="contiguous",
     device="cpu",
     packed=False,
+    fp8=False,
 ) -> Case:
     """`biases` holds any of the letters g, u, d. Padded columns of down are zero, as the kernels require.
 
     Padded rows of gate_up are NaN: nothing may depend on them. If `packed`, the up rows directly follow the gate rows.
+    If `fp8`, the weights are float8_e4m3fn, with a random scale for each row.
     """
     generator = torch.Generator().manual_seed(seed)
     IP = padded_width(I)
@@ -76,15 +78,34 @@ def make_case(
     sizes = {"g": I, "u": I, "d": H}
     gate_bias, up_bias, down_bias = (normal(sizes[name]) if name in biases else None for name in "gud")
     weights = GluWeights(gate_up, down, I, activation, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
-    return Case(x, weights)
+    return Case(x, with_fp8(weights, generator) if fp8 else weights)
+
+
+def with_fp8(weights: GluWeights, generator: torch.Generator) -> GluWeights:
+    """The weights rounded to fp8: each row becomes a random power of two, and what is left after dividing by it."""
+    I, distance = weights.intermediate_size, weights.up_row
+    H, IP = weights.down.shape
+    dtype, device = weights.down.dtype, weights.down.device
+    scales = [(2.0 ** torch.randint(-8, -2, (n,), generator=generator)).to(dtype).to(device) for n in (I, I, H)]
+    rows = torch.full((distance + IP, H), 127, dtype=torch.uint8, device=device).view(FP8)  # NaN
+    gate_up = rows.as_strided((2, IP, H), (distance * H, H, 1))
+    for half, old, scale in zip(gate_up.view(torch.uint8), weights.gate_up, scales):
+        half[:I] = (old[:I].float() / scale[:, None]).to(FP8).view(torch.uint8)
+    down = (weights.down.float() / scales[2][:, None]).to(FP8)
+    names = ("gate_scale", "up_scale", "down_scale")
+    return dataclasses.replace(weights, gate_up=gate_up, down=down, **dict(zip(names, scales)))
 
 
 def _doubles(case: Case):
     weights, I = case.weights, case.weights.intermediate_size
     zero = torch.zeros((), dtype=torch.float64, device=case.x.device)
     biases = [zero if b is None else b.double() for b in (weights.gate_bias, weights.up_bias, weights.down_bias)]
-    gate, up = weights.gate_up[:, :I].double()
-    return case.x.double(), gate, up, weights.down[:, :I].double(), biases
+    gate, up, down = (w[:I].double() for w in (*weights.gate_up, weights.down.t()))
+    if weights.is_fp8:
+        scales = weights.gate_scale, weights.up_scale, weights.down_scale
+        gate, up = (w * scale.double()[:, None] for w, scale in zip((gate, up), scales))
+        down = down * scales[2].double()
+    return case.x.double(), gate, up, down.t(), biases
 
 
 def hidden_truth(case: Case) -> torch.Tensor:

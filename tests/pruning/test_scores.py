@@ -92,7 +92,7 @@ def test_kernel_on_the_real_model(smollm2, monkeypatch):
         monkeypatch.setattr(kernel, "BLOCK_COLUMN_ROWS", 512)
     for glu in model_glus(smollm2):
         weights = glu.weights()
-        found = operator.neuron_statistics(*weights, kernel.NeuronStatistics._fields)
+        found = kernel.neuron_scores(*weights, kernel.NeuronStatistics._fields)
         expected = WeightStatistics(*weights)
         for field in ("gate_ppm", "up_ppm", "down_ppm"):
             assert torch.equal(getattr(found, field), getattr(expected, field)), field
@@ -114,11 +114,11 @@ def test_same_neurons_on_cuda_as_on_the_cpu(smollm2, name):
 def test_prune_uses_the_kernel_where_it_runs(tiny_model, monkeypatch):
     """If the kernel is allowed on this device, as on CUDA, `prune` calls it and keeps the same neurons."""
     calls = []
-    original = operator.neuron_statistics
+    original = kernel.neuron_scores
     device = "cpu" if operator.INTERPRETED else "cuda"
     expected = gluprune.prune(tiny_model(seed=5), pruning_ratio=0.4, multiple_of=1)
     monkeypatch.setattr(operator, "uses_kernels", lambda backend, device: True)
-    monkeypatch.setattr(operator, "neuron_statistics", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(kernel, "neuron_scores", lambda *args: calls.append(1) or original(*args))
     found = gluprune.prune(tiny_model(seed=5).to(device), pruning_ratio=0.4, multiple_of=1)
     assert len(calls) == 3
     for index, kept in expected.kept.items():

@@ -209,17 +209,6 @@ def test_bad_names_are_rejected():
         operator.glu_mlp(x, *operands, "silu", "cuda")
 
 
-def test_neuron_statistics():
-    gate, up, down, *_ = make_operands(37, 48, device=DEVICE)
-    statistics = operator.neuron_statistics(
-        gate.detach(), up.detach(), down.detach(), ("gate_ppm", "down_ppm", "up_l2")
-    )
-    assert torch.equal(statistics.gate_ppm, gate.amax(1) + gate.amin(1).abs())
-    assert torch.equal(statistics.down_ppm, down.amax(0) + down.amin(0).abs())
-    torch.testing.assert_close(statistics.up_l2, up.double().norm(dim=1).float())
-    assert statistics.up_ppm is None and statistics.gate_variance is None
-
-
 @pytest.fixture
 def warm(monkeypatch):
     """Operands of 37 neurons and hidden size 48, with a replay for 3 tokens."""

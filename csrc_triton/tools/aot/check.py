@@ -17,6 +17,7 @@ from csrc_triton.glu.backward import glu_gradient_call
 from csrc_triton.glu.forward import meta_weights, shipped_plans
 from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.device import SHARED_MEMORY, SM_COUNT
+from csrc_triton.layout import FP8, FP8_SM
 from csrc_triton.norm import ROUNDINGS, plan_rms_norm
 from csrc_triton.scores.kernel import plan_neuron_scores
 from csrc_triton.tools.aot.compile import Compilation, KernelFacts, require_tools
@@ -36,8 +37,14 @@ SCORE_STATISTICS = (
 )
 
 
-def failures(compiled: KernelFacts, weights: Iterable[str]) -> list[str]:
-    """Return why a compiled kernel must not be shipped; empty if it may be. `weights` names the weight arguments."""
+def failures(compiled: KernelFacts, weights: Iterable[str], *, fp8: bool = False) -> list[str]:
+    """Return why a compiled kernel must not be shipped; empty if it may be.
+
+    Args:
+        compiled: the facts.
+        weights: names of the weight arguments.
+        fp8: whether they are fp8, and thus converted in registers: then HMMA is right on sm_90, too.
+    """
     reasons = []
     if compiled.stack or compiled.local_accesses:
         reasons.append(f"spill: {compiled.stack} bytes of stack, {compiled.local_accesses} local loads and stores")
@@ -51,6 +58,7 @@ def failures(compiled: KernelFacts, weights: Iterable[str]) -> list[str]:
     for weight in sorted(names - {access.argument for access in compiled.accesses}):
         reasons.append(f"no access to {weight} found")
     wanted = {90: ("HGMMA",), 100: ("UTCMMA", "HMMA"), 120: ("UTCMMA", "HMMA")}.get(compiled.sm, ("HMMA",))
+    wanted = ("HMMA",) if fp8 else wanted
     if compiled.uses_dot and not any(compiled.matrix_instructions.get(name) for name in wanted):
         reasons.append(f"a dot without {' or '.join(wanted)}")
     if compiled.wgmma_a_in_registers:
@@ -62,6 +70,11 @@ def weight_arguments(call: KernelCall, elements: int) -> set[str]:
     """Return the arguments of at least `elements` elements: weights, and activations as large as a weight."""
     tensors = {name: value.base if isinstance(value, TensorDescriptor) else value for name, value in call.args.items()}
     return {name for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel() >= elements}
+
+
+def reads_fp8(call: KernelCall) -> bool:
+    """Return whether an argument of a call is fp8."""
+    return any(isinstance(value, torch.Tensor) and value.dtype == FP8 for value in call.args.values())
 
 
 def resident_programs(compiled: KernelFacts) -> int:
@@ -124,7 +137,7 @@ def check(calls: Iterable[tuple[Shape, KernelCall]], sm: int, *, progress: bool 
             at_once = resident_programs(compiled) * SM_COUNT[sm]
             row |= dataclasses.asdict(compiled)
             row["waves"] = [round(programs / at_once, 2) for *_, programs in row["plans"]]
-            row["failures"] = failures(compiled, row["weights"])
+            row["failures"] = failures(compiled, row["weights"], fp8=reads_fp8(call))
             if sm == PREDICTED_SM:
                 row["predicted"] = [predict(used, compiled.accesses, shape.M) for shape, used in users]
         rows.append(row)
@@ -137,6 +150,8 @@ def shipped_calls(sm: int, dtype: torch.dtype, H: int, I: int) -> Iterator[tuple
     """Yield every kernel call that the package launches on a chip for a model: MLPs, norms and statistics."""
     for label, M, call in shipped_plans(sm, dtype, H, I):
         yield Shape(label.split("/")[0], M, H, I), call
+    for label, M, call in shipped_plans(sm, dtype, H, I, fp8=True) if sm >= FP8_SM else ():
+        yield Shape(f"fp8 {label.split('/')[0]}", M, H, I), call
     weights = meta_weights(H, I, dtype)
     IP = weights.down.shape[1]
     for M, hidden in itertools.product((256, 2048), (True, False)):  # with and without the gradient of down

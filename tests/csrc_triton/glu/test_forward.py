@@ -39,6 +39,7 @@ CASES = dict(
     biases=st.sampled_from(("", "", "g", "u", "d", "gu", "gud")),
     layout=st.sampled_from(LAYOUTS),
     packed=st.booleans(),
+    fp8=st.booleans(),
 )
 RANDOM = settings(
     deadline=None,
@@ -101,6 +102,7 @@ def test_small_blocks(data, M, **shape):
     case = make_case(M=M, device=DEVICE, **shape)
     problem = case.weights.problem(case.x)
     decision = data.draw(decisions(M, problem.I_padded))
+    problem = problem._replace(fp8=False)
     if isinstance(decision.gate_up, GateUpTma) and not decision.gate_up.valid(problem):
         decision = dataclasses.replace(decision, gate_up=GateUpTile(**vars(decision.gate_up)))
     y = plan(case.x, case.weights, decision).run()

@@ -92,6 +92,18 @@ def test_sufficient_matrix_instructions(sm, name):
     assert failures(dataclasses.replace(GOOD, sm=sm, shared=0, matrix_instructions={name: 1}), {"down"}) == []
 
 
+def test_converted_weights_use_the_older_matrix_instructions():
+    older = dataclasses.replace(GOOD, matrix_instructions={"HMMA": 8})
+    assert failures(older, {"down"}, fp8=True) == []
+    (reason,) = failures(dataclasses.replace(GOOD, matrix_instructions={}), {"down"}, fp8=True)
+    assert reason == "a dot without HMMA"
+
+
+def test_shipped_calls_hold_fp8_weights_where_the_gpu_converts_them():
+    found = {sm: [call for _, call in check.shipped_calls(sm, torch.bfloat16, 256, 300)] for sm in (86, 89)}
+    assert [any(map(check.reads_fp8, calls)) for calls in found.values()] == [False, True]
+
+
 def test_weights_are_recognised_by_size():
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -109,7 +109,7 @@ def steps() -> list[Step]:
         done = f"(graph and {_any(exact[name])}) or (({early}) and {_any(few[name])})"
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
-    runtime = ("ops", "gradients", "prepared", "norms", "graphs", "patch_changes")
+    runtime = ("ops", "gradients", "fp8", "prepared", "norms", "graphs", "patch_changes")
     kernels = ("csrc_triton/glu", "csrc_triton/scores", "csrc_triton/test_norm.py")
     called, static = ([user(plan, width) for width in few[small]] for plan in ("called", "static"))
     return [

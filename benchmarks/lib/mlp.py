@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.lib import timing
+from benchmarks.lib.providers import ROUNDED
 from csrc_triton.layout import PAD
 from gluprune.measure.records import Record
+from gluprune.runtime.rounding import dequantize, quantize
 
 FORWARD, BACKWARD = "mlp: forward", "mlp: forward and backward"
 
@@ -91,19 +93,23 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
     model, H, I, M = case
     dtype, method = shapes.dtype, timing.method(device)
     torch.compiler.reset()  # beyond the limit of recompilations nothing would be compiled
-    layer_bytes = 3 * H * I * dtype.itemsize
-    count = shapes.layers or timing.layers_past_the_cache(layer_bytes, timing.last_level_cache(device))
+    is_rounded = {name: name in ROUNDED for name in providers}
+    layer_bytes = {False: 3 * H * I * dtype.itemsize, True: 3 * H * I}
+    smallest = layer_bytes[any(is_rounded.values())]
+    count = shapes.layers or timing.layers_past_the_cache(smallest, timing.last_level_cache(device))
     layers = random_layers(count, H, I, dtype, device)
     training = what == BACKWARD
     x = torch.randn(1, M, H, device=device).to(dtype).requires_grad_(training)
     grad = torch.randn_like(x) if training else None
-    expected = reference(layers[0], x, grad)
+    expected = {False: reference(layers[0], x, grad)}
+    if any(is_rounded.values()):
+        expected[True] = reference([dequantize(*quantize(weight)) for weight in layers[0]], x, grad)
 
     passes, exceptions = {}, {}
     for name, build in providers.items():
         try:
             modules = [build(weights).train(training).requires_grad_(training) for weights in layers]
-            if (wrong := error(run(modules[0], x, grad), expected)) > TOLERANCE[dtype]:
+            if (wrong := error(run(modules[0], x, grad), expected[is_rounded[name]])) > TOLERANCE[dtype]:
                 raise ArithmeticError(f"wrong by {wrong:.1e} of the largest value, allowed are {TOLERANCE[dtype]:.0e}")
             passes[name] = timing.prepare([partial(run, module, x, grad) for module in modules], device)
         except torch.AcceleratorError:
@@ -113,11 +119,13 @@ def measure(what, case, device, *, shapes, ceilings, providers, keep):
     times = timing.in_turns(passes, shapes.repeats)
 
     # Weights once, x and y once; with backward the weights twice and their gradients once, and dx and dy.
-    nbytes = (3 if training else 1) * layer_bytes + (4 if training else 2) * M * H * dtype.itemsize
     flops = (18 if training else 6) * M * H * I
-    details = {"nbytes": nbytes, "flops": flops, "floor": ceilings.floor(nbytes, flops), "method": method}
     shape = {"model": model, "H": H, "I": I, "M": M}
     for name in providers:
+        nbytes = (3 if training else 1) * layer_bytes[is_rounded[name]] + (
+            4 if training else 2
+        ) * M * H * dtype.itemsize
+        details = {"nbytes": nbytes, "flops": flops, "floor": ceilings.floor(nbytes, flops), "method": method}
         if name in times:
             keep(Record.of(what, name, shape, dtype, unit="s", values=times[name], **details))
         elif name != "eager, padded" or I % PAD:

@@ -98,6 +98,11 @@ def gluprune(weights: Weights, backend: str) -> nn.Module:
     return patch(eager(weights), backend)
 
 
+def gluprune_fp8(weights: Weights) -> nn.Module:
+    return patch(eager(weights), weights="fp8")
+
+
+ROUNDED = ("gluprune, fp8",)  # compared with float64 of the rounded weights, which are one byte each
 PROVIDERS: dict[str, Callable[[Weights], nn.Module]] = {
     "eager": eager,
     "eager, padded": eager_padded,
@@ -108,4 +113,5 @@ PROVIDERS: dict[str, Callable[[Weights], nn.Module]] = {
     "gluprune": functools.partial(gluprune, backend="auto"),
     "gluprune, cublas": functools.partial(gluprune, backend="cublas"),
     "gluprune, triton": functools.partial(gluprune, backend="triton"),
+    "gluprune, fp8": gluprune_fp8,
 }

@@ -1,4 +1,4 @@
-"""Quality with fp8 weights: perplexity of a model whose MLPs `patch(weights="fp8")` has rounded, dense and pruned.
+"""Quality with fp8 weights: perplexity of a model whose MLPs `patch(weights="fp8")` has rounded.
 
     python -m gluprune_evals.fp8 --text wikitext2=FILE --text lambada=FILE
 
@@ -22,58 +22,47 @@ from gluprune.demo.smollm2 import smollm2_checkpoint
 from gluprune.io.atomic import write_file
 from gluprune.io.text import read_text
 from gluprune.measure.records import Record
-from gluprune.pruning.prune import prune
 from gluprune.runtime.patching import patch
 from gluprune_evals import quality
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
-
-RATIOS = (0.0, 0.2)
-SCORE = "maw"  # needs no calibration text
 
 
 def measure(source: StudyModel, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
     """Measure every figure that is not in `out / "fp8.jsonl"` yet; return all of them."""
     model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
     measurements = quality.Measurements(out / "fp8.jsonl", model.dtype)
-    held_out = {
-        name: batches_from_text(tokenizer, content, windows, quality.WINDOW + 1, batch_size=1)
-        for name, content in texts.items()
-    }
-    for ratio in RATIOS:
-        pruned = copy.deepcopy(model)
-        if ratio:
-            prune(pruned, pruning_ratio=ratio, score=SCORE, multiple_of=1)
-        for weights in ("checkpoint", "fp8"):
-            if weights == "fp8":
-                patch(pruned, weights="fp8")
-            for name, held in held_out.items():
-                shape = {"model": source.name, "window": quality.WINDOW, "ratio": ratio, "text": name}
-                shape |= {"windows": len(held), "text_digest": digest(held)} | ({"score": SCORE} if ratio else {})
-                if not measurements.take("perplexity", weights, shape):
-                    value = quality.windows_perplexity(copy.deepcopy(pruned).float(), held)
-                    measurements.add("perplexity", weights, shape, "perplexity", value)
+    for weights in ("checkpoint", "fp8"):
+        if weights == "fp8":
+            patch(model, weights="fp8")
+        for name, content in texts.items():
+            held = batches_from_text(tokenizer, content, windows, quality.WINDOW + 1, batch_size=1)
+            shape = {"model": source.name, "window": quality.WINDOW, "ratio": 0.0, "text": name}
+            shape |= {"windows": len(held), "text_digest": digest(held)}
+            if not measurements.take("perplexity", weights, shape):
+                value = quality.windows_perplexity(copy.deepcopy(model).float(), held)
+                measurements.add("perplexity", weights, shape, "perplexity", value)
     return measurements.records
 
 
 def table(records: Sequence[Record]) -> str:
     """Return Markdown: perplexity with the weights of the checkpoint and with fp8 weights, and the change."""
-    found = {(r.provider, r.shape["ratio"], r.shape["text"]): r.p50 for r in records}
+    found = {(r.provider, r.shape["text"]): r.p50 for r in records}
     first = records[0]
     lines = [
         f"# {first.shape['model']}: perplexity with fp8 weights",
         "",
         f'Gate, up and down rounded by `patch(weights="fp8")`; {first.shape["windows"]} windows of'
-        f" {quality.WINDOW} tokens of each text, float32, {first.hardware}. Pruned by `{SCORE}`, without healing.",
+        f" {quality.WINDOW} tokens of each text, float32, {first.hardware}.",
         "",
-        f"| neurons removed | text | {first.dtype} | fp8 | change |",
-        "|--:|---|--:|--:|--:|",
+        f"| text | {first.dtype} | fp8 | change |",
+        "|---|--:|--:|--:|",
     ]
-    for provider, ratio, text in found:
+    for provider, text in found:
         if provider == "fp8":
-            before, after = found["checkpoint", ratio, text], found["fp8", ratio, text]
+            before, after = found["checkpoint", text], found["fp8", text]
             assert before is not None and after is not None
-            lines.append(f"| {ratio:.0%} | {text} | {before:.3f} | {after:.3f} | {after / before - 1:+.2%} |")
+            lines.append(f"| {text} | {before:.3f} | {after:.3f} | {after / before - 1:+.2%} |")
     return "\n".join(lines) + "\n"
 
 

@@ -158,7 +158,7 @@ class PreparedMLP(Prepared):
             if fusion.has_hooks(attributes) or attributes.get("forward") is not forward:
                 return False
             parameters = attributes["_parameters"]
-            tensors += [parameters.get(key) for key in present]
+            tensors += map(parameters.get, present)
             if "bias" not in present and parameters.get("bias") is not None:
                 return False
         activation = modules[self._activation_name]

@@ -117,6 +117,17 @@ def test_providers_that_run_here_are_correct(what):
         eager_padded(random_layers(1, 64, 128, torch.float32, CPU)[0])
 
 
+def test_fp8_weights_are_compared_with_the_rounded_weights_and_are_bytes(kept):
+    records, unexpected = kept(FORWARD, eager=eager, **{"gluprune, fp8": PROVIDERS["gluprune, fp8"]})
+    assert unexpected == {} and all(record.p50 for record in records.values())
+    assert records["gluprune, fp8"].nbytes == 3 * 64 * 153 + 4 * 2 * 5 * 64
+    assert records["eager"].nbytes == 4 * (3 * 64 * 153 + 2 * 5 * 64)
+    wrong, _ = kept(FORWARD, eager=PROVIDERS["gluprune, fp8"])
+    assert "ArithmeticError: wrong by" in wrong["eager"].refusal  # rounded far beyond the tolerance of float32
+    records, unexpected = kept(BACKWARD, eager=eager, **{"gluprune, fp8": PROVIDERS["gluprune, fp8"]})
+    assert unexpected == {} and records["gluprune, fp8"].p50 is None and records["eager"].p50
+
+
 @pytest.mark.skipif(not operator.INTERPRETED, reason="runs in the interpreter")
 @pytest.mark.parametrize("name", ["gluprune, triton", "gluprune, cublas"])
 def test_forced_paths_run_kernels(name, monkeypatch):
@@ -148,6 +159,7 @@ def test_every_provider_of_the_benchmark_is_named():
         "gluprune",
         "gluprune, cublas",
         "gluprune, triton",
+        "gluprune, fp8",
     }
 
 

@@ -20,7 +20,7 @@ H = 48
 def case():
     """Tokens, the row of up, and operands."""
     operands = tuple(tensor if tensor is None else tensor.detach() for tensor in make_operands(37, H, bias=False))
-    return torch.randn(3, H), layout.first_up_row(*operands[:3]), operands
+    return torch.randn(3, H), layout.first_up_row(*operands[:3]), (*operands, None, None, None)
 
 
 def test_a_launch_belongs_to_one_device(case, monkeypatch):
@@ -62,7 +62,7 @@ class Kept(Prepared):
     """Prepared launches that note the device they run on."""
 
     def __init__(self, tensors, entered):
-        super().__init__(tensors, hidden=H)
+        super().__init__(tensors, hidden=H, dtype=tensors[0].dtype)
         self.seen, self._entered = [], entered
 
     def _note(self, *args):

@@ -122,7 +122,7 @@ for M, biases in itertools.product((1, 7, 128), (False, True)):
     assert all(isinstance(value, int | str | None) for _, _, _, values in other for value in values), "addresses"
     # Bound to the weights of the second call, for other tokens.
     bound = list(operator._replays.values())[-1].bind(
-        tuple(None if t is None else t.data_ptr() for t in (second[1], *second[3:])), second[0].device
+        [None if t is None else t.data_ptr() for t in (second[1], *second[3:], None, None, None)], second[0].device
     )
     launched.clear()
     x = torch.randn(1, M, 64).to(torch.bfloat16)
@@ -186,7 +186,7 @@ for tensors, backend in ((inputs(129, False), "triton"), (some, "cublas"), (bias
     z, replayed = call(tensors, backend)
     assert [entry[:3] for entry in replayed] == [entry[:3] for entry in planned[: len(planned) // 2]] != []
     replay_of_it = list(operator._replays.values())[-1]
-    assert replay_of_it.bind((0, 0, None, None, None), y.device) is None
+    assert replay_of_it.bind((0, 0, *[None] * 6), y.device) is None
 assert count() == before + 6
 print("replays:", count())
 '''

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 ROOT = Path(__file__).parent.parent
+_print_now = functools.partial(print, flush=True)
 LEAST_SECONDS = 30  # no step is started with less time left
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 REQUIRED = (
@@ -208,10 +210,6 @@ def execute(command: Sequence[str], log: Path, seconds: float, environment: dict
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     status = "stopped" if code is None else "failed" if code else "done"
     return Outcome(status, code, round(time.monotonic() - start, 1), lines[-1][:200])
-
-
-def _print_now(line: str) -> None:
-    print(line, flush=True)
 
 
 class State:

@@ -38,7 +38,9 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 # Pruned models in vLLM and llama.cpp, and quantized (docs/deploying.md), in an environment of its own: vLLM pins versions.
+# Where llama.cpp cannot be compiled, its tests are skipped.
 test-serving: $(SERVING)/installed
+	$(MAKE) $(SERVING)/llama-cpp || echo 'llama.cpp is missing: its tests are skipped' >&2
 	$(SERVING)/bin/python -m pytest serving $(ARGS)
 
 # vLLM's requirements bring builds for CUDA of three packages that serving text does not need.
@@ -47,6 +49,16 @@ $(SERVING)/installed: serving/requirements.txt setup.py pyproject.toml
 	$(SERVING)/bin/python -m pip install --requirement serving/requirements.txt --editable .
 	$(SERVING)/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
 	touch $@
+
+# The source of llama-cpp-python contains llama.cpp with its converter. Compiled for no processor in particular, and
+# without llama.cpp's programs.
+$(SERVING)/llama-cpp: serving/llama-cpp.txt | $(SERVING)/installed
+	rm -rf $@ $@.part && mkdir $@.part
+	$(SERVING)/bin/python -m pip download --no-deps --no-binary :all: --dest $@.part --requirement serving/llama-cpp.txt
+	tar -xzf $@.part/*.tar.gz -C $@.part --strip-components 1 && rm $@.part/*.tar.gz
+	CMAKE_ARGS='-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF' $(SERVING)/bin/python -m pip install $@.part
+	mv $@.part $@ && touch $@
 
 $(VENV)/installed-%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,16 +1,20 @@
 """Options of the tests of other programs: `make test-serving`, or `pytest serving`."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CONVERTER = Path(sys.prefix) / "llama-cpp" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"  # of `make test-serving`
 
 
 def pytest_addoption(parser):
     parser.addoption("--records", type=Path, help="folder to which records are appended (default: none are written)")
-    parser.addoption("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.addoption(
+        "--converter", type=Path, default=CONVERTER, help="llama.cpp's convert_hf_to_gguf.py (default: %(default)s)"
+    )
 
 
 @pytest.fixture(scope="session")

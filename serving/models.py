@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gluprune
 from gluprune.demo.run import calibration_text
@@ -73,6 +73,42 @@ def served(name: str, work: Path) -> Path:
     if not exported.is_dir():
         gluprune.export(source, exported, format="nemotron-nas")
     return exported
+
+
+def random_model(folder: Path, model_type: str, widths: tuple[int, ...], **options: Any) -> Path:
+    """Write a small random model with a layer for each width, in float32; returns its folder.
+
+    Its weights are large, so that its greedy tokens are many different ones.
+
+    Args:
+        folder: Where it is written.
+        model_type: As in the configs of transformers.
+        widths: The width of each layer, at most 300.
+        options: Further entries of the config.
+    """
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints()["dense"])
+    config = AutoConfig.for_model(
+        model_type,
+        hidden_size=64,
+        intermediate_size=300,
+        num_hidden_layers=len(widths),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **options,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    for layer, width in enumerate(widths):
+        gluprune.prune(model, intermediate_size=width, layers=[layer], multiple_of=1)
+    gluprune.save(model, folder, tokenizer)
+    return folder
 
 
 if __name__ == "__main__":

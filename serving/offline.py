@@ -1,6 +1,6 @@
 """Greedy decoding with vLLM's `LLM`, in a process of its own: reads token ids, prints what it generated.
 
-`python -m serving.offline FOLDER TOKENS < prompts.json`
+`python -m serving.offline FOLDER TOKENS [OPTIONS] < prompts.json`, with options of `LLM` as JSON.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 from typing import Any
 
 
-def generate(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
+def generate(folder: str, prompts: list[list[int]], tokens: int, **options: Any) -> list[dict[str, Any]]:
     """Return `ids` and `logprobs` of the tokens that follow each prompt."""
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    llm = LLM(folder, dtype="float32", trust_remote_code=True, max_model_len=512, max_num_seqs=8, enforce_eager=True)
+    llm = LLM(folder, dtype="float32", max_model_len=512, max_num_seqs=8, **options)
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1)
     outputs = [output.outputs[0] for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)]
     return [
@@ -27,5 +27,6 @@ def generate(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[st
 
 
 if __name__ == "__main__":
-    found = generate(sys.argv[1], json.load(sys.stdin), int(sys.argv[2]))
+    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    found = generate(sys.argv[1], json.load(sys.stdin), int(sys.argv[2]), **options)
     print("\n" + json.dumps(found))

@@ -1,6 +1,6 @@
 """Pruned models in llama.cpp: negative log likelihood as in transformers, sizes of files, speed.
 
-The library comes from the wheel of `llama-cpp-py-sync`, the converter from a clone of llama.cpp: `--converter FILE`.
+The library and the converter come from the source of llama-cpp-python, which contains a copy of llama.cpp.
 """
 
 import json
@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gluprune
 from gluprune.measure.perplexity import cut_windows
 from gluprune.measure.records import Record
-from serving.libllama import FORMATS
 from serving.models import checkpoints
 
-pytestmark = pytest.mark.skipif(find_spec("llama_cpp_py_sync") is None, reason="needs llama-cpp-py-sync")
+pytestmark = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 
 LENGTH, WINDOWS, STEPS, THREADS = 256, 8, 64, 1
 MODELS = ("dense", "1024", "922", "896", "by layer, multiples of 256", "by layer, unaligned")
@@ -71,14 +70,14 @@ def mlp_types(file):
 @pytest.mark.parametrize("name", MODELS)
 def test_likelihood_size_and_speed(name, request, tmp_path, keep):
     converter = request.config.getoption("--converter")
-    if converter is None:
-        pytest.skip("needs llama.cpp's converter: --converter FILE")
+    if not converter.is_file():
+        pytest.skip(f"needs llama.cpp's converter: {converter} is missing")
     source = checkpoints()[name]
     gluprune.export(source, tmp_path / "gguf", format="gguf", converter=converter)
-    windows, build = windows_of(source), f"llama.cpp {version('llama-cpp-py-sync').removeprefix('0.')}"
+    windows, build = windows_of(source), f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}"
     expected = stock_nll(gluprune.load(source, dtype=torch.float32).eval(), windows)
     failures = {}
-    for form in FORMATS:
+    for form, tolerance in ROUNDING.items():
         file = tmp_path / f"{form}.gguf"
         ask(source=str(tmp_path / "gguf" / "model.gguf"), output=str(file), form=form, threads=THREADS)
         found = ask(file=str(file), threads=THREADS, steps=STEPS, windows=windows)
@@ -106,6 +105,6 @@ def test_likelihood_size_and_speed(name, request, tmp_path, keep):
                     **options,
                 )
             )
-            if not abs(found["nll"] - stock) < ROUNDING[form]:
+            if not abs(found["nll"] - stock) < tolerance:
                 failures[form] = found["nll"], stock
     assert not failures

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+import gluprune
 
 PROMPTS = (
     "The capital of France is",
@@ -49,17 +51,17 @@ def prompt_ids(folder: Path) -> list[list[int]]:
 
 @torch.no_grad()
 def compare(folder: Path, prompts: list[list[int]], generated: list[dict[str, Any]]) -> Agreement:
-    """Compare generated tokens with transformers, which reads the same checkpoint.
+    """Compare generated tokens with transformers.
 
     At each position transformers sees the tokens that the program generated. So if all tokens are equal, both programs
     generate the same text; where they are not, the rest is still compared.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint, as gluprune saved it.
         prompts: Token ids of each prompt.
         generated: For each prompt, `ids` and `logprobs` of the tokens that follow.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    model: Any = gluprune.load(folder, dtype=torch.float32).eval()
     equal, gaps, differences = 0, [], []
     for prompt, output in zip(prompts, generated, strict=True):
         ids, found = torch.tensor(output["ids"]), torch.tensor(output["logprobs"])

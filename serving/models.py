@@ -90,7 +90,7 @@ def random_model(folder: Path, model_type: str, widths: tuple[int, ...], **optio
     tokenizer = AutoTokenizer.from_pretrained(checkpoints()["dense"])
     config = AutoConfig.for_model(
         model_type,
-        hidden_size=64,
+        hidden_size=128,
         intermediate_size=300,
         num_hidden_layers=len(widths),
         num_attention_heads=4,

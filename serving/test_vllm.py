@@ -24,7 +24,7 @@ def test_greedy_tokens_are_those_of_transformers(name, through, work, tmp_path, 
         generated, _ = offline(folder, prompts, {**EAGER, "trust_remote_code": True})
     else:
         generated = through_server(folder, prompts, tmp_path / "log", ["--trust-remote-code"])
-    found = compare(folder, prompts, generated)
+    found = compare(checkpoints()[name], prompts, generated)
     shape = {"model": name, "through": through, "prompts": len(prompts), "tokens": found.tokens}
     for what, unit, value in (
         ("greedy tokens equal", "tokens", found.equal),

@@ -55,7 +55,7 @@ def test_greedy_tokens_are_those_without_the_plugin(name, work, tmp_path, keep):
             log = (tmp_path / "log").read_text()
         assert len(line(log)) == 1 and line(log)[0].startswith("30 of 30 MLPs are fused (backend torch)"), log[-3000:]
         assert ("padding" in line(log)[0]) == (name != "1024")
-        found = compare(exported, prompts, generated)
+        found = compare(folder, prompts, generated)
         keep_tokens(keep, {"model": name, "through": through}, generated, expected, found)
         assert tokens(generated) == tokens(expected)
         assert found.gap < TIE and found.difference < TIE, found

@@ -42,8 +42,8 @@ def _install(value: str) -> None:
 
     from gluprune.models.decilm.configuration_decilm import DeciLMConfig
 
-    # vLLM keeps compiled models under a key of its settings. Without this one, a model that was compiled without the
-    # plugin would be taken for one with it.
+    # vLLM keeps compiled models under a key of the variables it knows. Without this one, a model that was compiled
+    # without the plugin would be taken for one with it. vLLM also copies the variables it knows to Ray's workers.
     envs.environment_variables[VARIABLE] = lambda: value
     AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
     for layer in (llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer, qwen3.Qwen3DecoderLayer):

@@ -72,7 +72,7 @@ def test_other_families_with_layers_that_differ(model_type, tmp_path):
 
 
 def test_two_ranks_run_their_shards(tmp_path, keep):
-    folder = random_model(tmp_path / "model", "llama", (200, 256, 200))  # shards of 100, which are padded, and of 128
+    folder = random_model(tmp_path / "model", "llama", (200, 200, 200))  # shards of 100, which are padded
     prompts = prompt_ids(folder)
     expected, _ = offline(folder, prompts, TP, {**ONE_CORE, VARIABLE: "0"})
     generated, log = offline(folder, prompts, TP, {**ONE_CORE, **ON})
@@ -84,7 +84,7 @@ def test_two_ranks_run_their_shards(tmp_path, keep):
 
 
 def test_compiled_models_with_and_without_the_plugin_are_kept_apart(tmp_path, keep):
-    folder = random_model(tmp_path / "model", "llama", (200, 256))
+    folder = random_model(tmp_path / "model", "llama", (200, 200))
     prompts = prompt_ids(folder)
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
 

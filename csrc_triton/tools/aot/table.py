@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from csrc_triton.tools.aot.bounds import worst
 from csrc_triton.tools.aot.check import Shape
 from csrc_triton.tools.aot.predict import BANDWIDTH, LATENCY, RATE
 from csrc_triton.tools.aot.ptx import Access
@@ -80,6 +81,21 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return f"{head}: {plans} kernel calls, {len(rows)} distinct compilations, {failed} failed"
 
 
+def _worst(rows: list[dict[str, Any]]) -> list[str]:
+    """Return lines about the calls furthest above their bound; none if no row has a prediction."""
+    found = worst(rows)
+    if not found:
+        return []
+    lines = [
+        f"| {cell.path} | {cell.tokens} | {cell.hidden} | {cell.neurons} | {cell.microseconds:.1f} | {cell.bound:.1f} |"
+        f" {cell.ratio:.2f} |"
+        for cell in found
+    ]
+    head = ["| path | tokens | hidden | neurons | H100 µs | bound | ratio |", "|---|--:|--:|--:|--:|--:|--:|"]
+    intro = "Furthest above the bound, which is each byte of weights and tokens moved once, or the operations:"
+    return [intro, "", *head, *lines, ""]
+
+
 def record(rows: list[dict[str, Any]], path: Path) -> None:
     """Write `rows` as JSON lines to `path`, and as a Markdown table to the file of the same name with suffix .md."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,5 +103,5 @@ def record(rows: list[dict[str, Any]], path: Path) -> None:
     text = ["# Kernels compiled ahead of time", "", NOTE, ""]
     for version in dict.fromkeys(row["triton"] for row in rows):
         of_version = [row for row in rows if row["triton"] == version]
-        text += [f"## {summary(of_version)}", "", table(of_version, markdown=True), ""]
+        text += [f"## {summary(of_version)}", "", *_worst(of_version), table(of_version, markdown=True), ""]
     path.with_suffix(".md").write_text("\n".join(text))

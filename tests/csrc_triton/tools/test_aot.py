@@ -13,6 +13,7 @@ from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.chooser import heuristic
 from csrc_triton.tools.aot import __main__ as command
 from csrc_triton.tools.aot import check, compile, ptx, table
+from csrc_triton.tools.aot.bounds import worst
 from csrc_triton.tools.aot.check import failures
 from csrc_triton.tools.aot.compile import KernelFacts
 from csrc_triton.tools.aot.predict import predict
@@ -172,6 +173,36 @@ def test_predicted_time_of_a_prompt(M, block_n, tiles):
     rounds = -(-tiles // 132) * 132 / tiles
     memory, products = found.bytes / 3e6, found.operations / 790e6 * rounds
     assert found.microseconds == pytest.approx(2.2 + max(memory, products)) and products > memory
+
+
+def test_calls_furthest_above_their_bound():
+    """Sums over launches, as by hand; the second fp8 call and rows without a prediction are left out."""
+
+    def row(kernel, plans, *times):
+        return {
+            "kernel": kernel,
+            "plans": [[*plan, 1] for plan in plans],
+            "predicted": [[0, 0, time] for time in times],
+        }
+
+    small, wide, prompt = ("small", 64, 2048, 3000), ("small", 64, 2048, 6000), ("prefill", 4096, 2048, 4096)
+    fp8 = [("fp8 small", 16, 2048, width) for width in (3000, 4000)]
+    rows = [
+        row("gate_up_swap_kernel", [small, wide, *fp8], 11.0, 20.0, 9.0, 8.0),
+        row("down_splitk_kernel", [small, wide, *fp8], 8.0, 11.0, 7.0, 7.0),
+        row("sum_partials_kernel", [small, *fp8], 3.0, 2.0, 2.0),
+        row("gate_up_tma_kernel", [prompt], 400.0),
+        row("neuron_scores_kernel", [("scores", 0, 2048, 3000)], 1e6),
+        {"kernel": "gate_up_gemv_kernel", "plans": [["gemv", 1, 2048, 3000, 1]]},
+    ]
+    first, second, eight_bit = worst(rows, 2)[0], worst(rows, 2)[1], worst(rows, 1)[1]
+    assert (first[:4], first.microseconds) == (prompt, 400.0)
+    assert first.bound == pytest.approx(2 * 4096 * 2 * 2048 * 4096 / 790e6)
+    assert (second[:4], second.microseconds) == (small, 22.0)
+    assert second.bound == pytest.approx((3 * 2048 * 3000 * 2 + 2 * 64 * 2048 * 2) / 3e6)
+    assert (eight_bit[:4], eight_bit.microseconds) == (fp8[0], 18.0)
+    assert eight_bit.bound == pytest.approx((3 * 2048 * 3000 + 2 * 16 * 2048 * 2) / 3e6)
+    assert [len(worst(rows, count)) for count in (1, 2, 9)] == [2, 4, 5]
 
 
 def test_predicted_time_without_products():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import gluprune
 from gluprune.runtime import fp8, operator
+from gluprune.runtime.classes import PREPARED
 from gluprune.runtime.fp8 import Fp8Linear
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.graphs import _fingerprint
@@ -88,16 +89,18 @@ def test_no_gradient(family, backend):
 
 
 @pytest.mark.parametrize("family", ["llama", *slow("phi3")])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
-def test_a_checkpoint_has_the_rounded_weights(family, backend, tmp_path):
-    model, ids = tiny_model(family, dtype=torch.bfloat16), token_ids()
+@pytest.mark.parametrize(
+    "backend, dtype", [("torch", torch.bfloat16), pytest.param("triton", torch.float32, marks=interpreted)], ids=str
+)
+def test_a_checkpoint_has_the_rounded_weights(family, backend, dtype, tmp_path):
+    model, ids = tiny_model(family, dtype=dtype), token_ids()
     expected = rounded(model)
     patch(model, backend, weights="fp8")
     for keep_vars in (False, True):
         state = model.state_dict(keep_vars=keep_vars)
         assert list(state) == list(expected.state_dict())
         assert all(torch.equal(state[name], weight) for name, weight in expected.state_dict().items())
-        assert all(state[name].dtype == torch.bfloat16 and state[name].is_contiguous() for name in state)
+        assert all(state[name].dtype == dtype and state[name].is_contiguous() for name in state)
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() <= expected.state_dict().keys()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -303,7 +306,10 @@ def test_kept_launches_notice_changes(kernel_calls):
     assert torch.equal(output(), first) and len(kernel_calls) == 2
     mlp.down_proj.scale.mul_(2)
     torch.testing.assert_close(output(), 2 * first)
+    kept = vars(mlp)[PREPARED]  # a launch bound to addresses must not outlive the scale
+    assert kept.holds(mlp)
     mlp.down_proj.scale = nn.Parameter(mlp.down_proj.scale / 2, requires_grad=False)
+    assert not kept.holds(mlp)
     torch.testing.assert_close(output(), first)
     mlp.down_proj.weight.zero_()
     assert output().eq(0).all()

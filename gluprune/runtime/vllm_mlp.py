@@ -89,7 +89,7 @@ def obstacle(mlp: Any, backend: str) -> str | None:
         if weight.is_meta or getattr(weight, "_vllm_is_uva_offloaded", False):
             return f"{name} is offloaded"
         if not (weight.is_contiguous() and layout.storage_elements(weight) == weight.numel()):
-            return f"{name} shares its memory"
+            return f"{name} shares its memory, or is not contiguous"
         if backend != "torch" and not operator.uses_kernels(backend, weight.device):
             return f"no kernels run on {weight.device.type}"
     return None

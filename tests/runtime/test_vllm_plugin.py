@@ -176,20 +176,25 @@ def share(mlp):
     mlp.down_proj.weight.data = torch.randn(2 * HIDDEN, 100)[:HIDDEN]
 
 
-OBSTACLES = {
-    "down_proj is quantized (Fp8LinearMethod)": quantize,
-    "activation GeluAndMul is not supported (allowed: SiluAndMul)": lambda mlp: setattr(mlp, "act_fn", GeluAndMul()),
-    "gate_up_proj is offloaded": offload,
-    "gate_up_proj is float64": lambda mlp: mlp.double(),
-    "down_proj shares its memory": share,
-    "down_proj has a bias": lambda mlp: setattr(mlp.down_proj, "bias", nn.Parameter(torch.randn(HIDDEN))),
-}
+def transpose(mlp):
+    mlp.down_proj.weight.data = torch.randn(100, HIDDEN).t()
 
 
-@pytest.mark.parametrize("reason", OBSTACLES)
-def test_what_cannot_be_fused_stays_and_the_line_says_why(reason, log):
+OBSTACLES = [
+    ("down_proj is quantized (Fp8LinearMethod)", quantize),
+    ("activation GeluAndMul is not supported (allowed: SiluAndMul)", lambda mlp: setattr(mlp, "act_fn", GeluAndMul())),
+    ("gate_up_proj is offloaded", offload),
+    ("gate_up_proj is float64", lambda mlp: mlp.double()),
+    ("down_proj shares its memory, or is not contiguous", share),
+    ("down_proj shares its memory, or is not contiguous", transpose),
+    ("down_proj has a bias", lambda mlp: setattr(mlp.down_proj, "bias", nn.Parameter(torch.randn(HIDDEN)))),
+]
+
+
+@pytest.mark.parametrize("reason, change", OBSTACLES)
+def test_what_cannot_be_fused_stays_and_the_line_says_why(reason, change, log):
     model = nn.ModuleList([LlamaMLP(100), LlamaMLP(100)])
-    OBSTACLES[reason](model[1])
+    change(model[1])
     before = [weight.data_ptr() for weight in model[1].parameters()]
     vllm_mlp.fuse_mlps(model, "torch")
     assert type(model[1]) is LlamaMLP and isinstance(model[0], vllm_mlp.FusedVllmMLP)

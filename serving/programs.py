@@ -50,7 +50,9 @@ def offline(
     """
     done = start_offline(folder, prompts, options, variables or {})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+    # With several ranks, vLLM logs after the result, when it stops their processes.
+    [result] = [line for line in done.stdout.splitlines() if line.startswith('[{"ids"')]
+    return json.loads(result), done.stdout + done.stderr
 
 
 def through_server(

@@ -236,7 +236,8 @@ class QwenDecoderLayer:
 def vllm(monkeypatch):
     """A stand-in for vLLM, as far as the plugin knows it."""
     state = SimpleNamespace(environment_variables={}, VLLM_BATCH_INVARIANT=False, lora=None, processed=[])
-    Layer, QwenLayer = (type(each.__name__, (), dict(vars(each))) for each in (DecoderLayer, QwenDecoderLayer))
+    originals = DecoderLayer, QwenDecoderLayer, QwenDecoderLayer
+    Layer, *QwenLayers = (type(each.__name__, (), dict(vars(each))) for each in originals)
     contents = {
         "vllm": {"envs": state},
         "vllm.config": {"get_current_vllm_config_or_none": lambda: SimpleNamespace(lora_config=state.lora)},
@@ -247,8 +248,8 @@ def vllm(monkeypatch):
         },
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.llama": {"LlamaDecoderLayer": Layer},
-        "vllm.model_executor.models.qwen2": {"Qwen2DecoderLayer": QwenLayer},
-        "vllm.model_executor.models.qwen3": {"Qwen3DecoderLayer": QwenLayer},
+        "vllm.model_executor.models.qwen2": {"Qwen2DecoderLayer": QwenLayers[0]},
+        "vllm.model_executor.models.qwen3": {"Qwen3DecoderLayer": QwenLayers[1]},
         "vllm.model_executor.models.utils": {"extract_layer_index": lambda prefix: int(prefix.split(".")[-1])},
     }
     for name, members in contents.items():
@@ -259,7 +260,7 @@ def vllm(monkeypatch):
         if parent:
             monkeypatch.setattr(sys.modules[parent], last, module, raising=False)
     state.loader = sys.modules["vllm.model_executor.model_loader.base_loader"]
-    state.Layer, state.QwenLayer = Layer, QwenLayer
+    state.Layer, state.QwenLayers = Layer, QwenLayers
     vllm_plugin._install.cache_clear()
     yield state
     vllm_plugin._install.cache_clear()
@@ -317,9 +318,10 @@ def test_each_layer_gets_its_own_config_if_layers_differ(vllm, monkeypatch):
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
     assert [vllm.Layer(vllm_config, prefix=f"layers.{index}").width for index in (0, 1)] == [100, 200]
     assert [vllm.Layer(vllm_config, f"layers.{index}", config).width for index in (0, 1)] == [100, 200]
-    assert [vllm.QwenLayer(config, prefix=f"layers.{index}").width for index in (0, 1)] == [100, 200]
     uniform = SimpleNamespace(intermediate_size=300)
-    assert vllm.QwenLayer(uniform, prefix="layers.0").width == 300
+    for layer in vllm.QwenLayers:
+        assert [layer(config, prefix=f"layers.{index}").width for index in (0, 1)] == [100, 200]
+        assert layer(uniform, prefix="layers.0").width == 300
     assert vllm.Layer(SimpleNamespace(model_config=SimpleNamespace(hf_config=uniform))).width == 300
 
 

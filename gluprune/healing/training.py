@@ -144,7 +144,7 @@ def arguments(folder: Path, settings: Settings, *, processes: int, device: str, 
         gradient_accumulation_steps=times,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(_WARMUP * settings.steps)),
+        warmup_steps=round(_WARMUP * settings.steps),  # the first of them has a learning rate of 0
         weight_decay=0.0,
         adam_beta2=0.95,
         max_grad_norm=1.0,

@@ -125,9 +125,10 @@ class HealReport:
             times = f"{value / self.dense:.3f}×"
             lines.append(f"{name:>7}{value:>12.2f}{times:>10}")
         loss = loss_ends(self.losses)
+        count = f"{len(self.losses)} step" + ("s" if len(self.losses) > 1 else "")
         lines += [
             "",
-            f"trained on {self.tokens:,} tokens in {len(self.losses)} steps; mean loss {loss['first']:.4f} in the first"
+            f"trained on {self.tokens:,} tokens in {count}; mean loss {loss['first']:.4f} in the first"
             f" tenth, {loss['last']:.4f} in the last",
             _measured(self.test_tokens, self.length, self.texts),
             f"{self.folder}: healed ({self.train})",

@@ -71,8 +71,7 @@ def plain_loop(student, teacher, chosen):
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        # One step of warm-up, whose rate is 0, then a cosine down to 0.
-        rate = 0.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1)))
+        rate = 0.5 * (1 + math.cos(math.pi * step / STEPS))  # so few steps have no warm-up
         optimizer.param_groups[0]["lr"] = chosen.learning_rate * rate
         optimizer.step()
         losses.append(loss.item())
@@ -150,6 +149,19 @@ def test_a_patched_student_trains_through_the_fused_forward(tmp_path, monkeypatc
     found, _ = trained(student, teacher, tmp_path / "b", settings(tokens=2 * BATCH * LENGTH))
     assert found == pytest.approx(expected, rel=1e-4)
     assert len(calls) == 2 * 2 * 2  # layers, batches per step, steps
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (9, 0), (20, 1), (100, 5)])
+def test_a_short_training_has_no_step_without_a_learning_rate(tmp_path, steps, warmup):
+    chosen = settings(tokens=steps * BATCH * LENGTH)
+    assert arguments(tmp_path, chosen, processes=1, device="cpu", bf16=False).warmup_steps == warmup
+
+
+def test_a_single_step_changes_every_weight(tmp_path):
+    student, teacher = models()
+    before = copy.deepcopy(student.state_dict())
+    _, state = trained(student, teacher, tmp_path, settings(tokens=BATCH * LENGTH))
+    assert all(not torch.equal(state[name], weight) for name, weight in before.items() if name in state)
 
 
 def test_every_pass_over_the_text_has_its_own_order():

@@ -18,6 +18,7 @@ from gluprune.cli.options import (
     Quiet,
     TestTexts,
     Verbose,
+    check_texts,
 )
 
 RESUMING = "to continue, run it again"
@@ -35,7 +36,12 @@ def run(
     out: NewFolder,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE...", help="Texts to train on, as for `calibrate --text`.", rich_help_panel=TEXT),
+        typer.Option(
+            metavar="FILE...",
+            help="Texts to train on, as for `calibrate --text`.",
+            rich_help_panel=TEXT,
+            callback=check_texts,
+        ),
     ] = None,
     test_text: TestTexts = None,
     own_windows: Annotated[

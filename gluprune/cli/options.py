@@ -14,6 +14,7 @@ import typer
 
 from gluprune.io.folder import check_destination
 from gluprune.io.hub import check_source
+from gluprune.io.text import DATASET
 
 OUTPUT, RUNNING, RECIPE, TEXT = "Output", "How models run", "Recipe", "Text"
 
@@ -126,6 +127,18 @@ def new_folder(path: str) -> str:
     return path
 
 
+def check_texts(sources: list[str] | None) -> list[str] | None:
+    """Return the texts of a command if their files exist; data sets of the Hub are not looked up.
+
+    Raises:
+        typer.BadParameter: A file does not exist.
+    """
+    for source in sources or ():
+        if not source.startswith(DATASET) and not Path(source).exists():
+            raise typer.BadParameter(f"{source} does not exist")
+    return sources
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)]
 Verbose = Annotated[
     bool,
@@ -193,6 +206,7 @@ TestTexts = Annotated[
         metavar="FILE...",
         help="Texts to measure perplexity on. By default the last tenth of each text, which is held apart.",
         rich_help_panel=TEXT,
+        callback=check_texts,
     ),
 ]
 Length = Annotated[int, typer.Option(metavar="N", help="Tokens per window.")]

@@ -23,6 +23,7 @@ from gluprune.cli.options import (
     Quiet,
     TestTexts,
     Verbose,
+    check_texts,
 )
 
 RESUMING = "to continue, run it again"
@@ -58,6 +59,7 @@ def run(
             metavar="FILE...",
             help="Texts of your domain to calibrate on, as for `calibrate --text`.",
             rich_help_panel=TEXT,
+            callback=check_texts,
         ),
     ] = None,
     test_text: TestTexts = None,

@@ -41,7 +41,7 @@ class ModelInfo:
         aligned_to: Largest power of two, at most 128, that divides every width. Below 8, rows of down_proj are not
             aligned to 16 bytes in bf16, and plain matrix libraries use slow kernels.
         tensor_parallel: Ranks -> whether the attention heads and every width divide among them.
-        consumers: Where it can run: name -> what happens there; see `gluprune.models.consumers`. Only widths are
+        consumers: Where it can run: name -> what happens there; see `gluprune.models.consumers`. Only sizes are
             checked, not whether the program supports the family.
         fusible: Number of MLPs that `patch_llama` fuses on a GPU.
         not_fusible: Reason -> number of MLPs that it does not fuse.
@@ -142,12 +142,12 @@ def info(path: str | Path) -> ModelInfo:
     if sizes is None and not quantized:
         item_size = model.dtype.itemsize
         sizes = _Sizes(parameters * item_size, mlp_parameters * item_size, str(model.dtype))
-    text = config.get_text_config()
+    text, hidden_size = config.get_text_config(), glus[0].hidden_size
     model_type, heads = text.model_type, text.num_attention_heads
     return ModelInfo(
         model_type=model_type,
         layers=len(glus),
-        hidden_size=glus[0].hidden_size,
+        hidden_size=hidden_size,
         widths=widths,
         parameters=parameters,
         mlp_parameters=mlp_parameters,
@@ -156,7 +156,10 @@ def info(path: str | Path) -> ModelInfo:
         dtype=quantized or (sizes.dtype if sizes else str(model.dtype)).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
         tensor_parallel={ranks: all(size % ranks == 0 for size in (heads, *widths)) for ranks in TENSOR_PARALLEL_RANKS},
-        consumers={name: verdict(entry, widths, model_type, heads=heads) for name, entry in CONSUMERS.items()},
+        consumers={
+            name: verdict(entry, widths, model_type, heads=heads, hidden_size=hidden_size)
+            for name, entry in CONSUMERS.items()
+        },
         fusible=fusible,
         not_fusible=not_fusible,
         history=read_history(path),

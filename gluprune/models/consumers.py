@@ -10,7 +10,7 @@ Sources, as read in their public repositories, and runs:
 - fp8: vllm/model_executor/layers/quantization/utils/fp8_utils.py, `validate_fp8_block_shape`: in the merged gate and
   up, the gate must be a multiple of the block, which is 128.
 - awq, gptq: vllm/model_executor/layers/quantization/{awq,gptq}.py, `create_weights`: the input of down_proj must be a
-  multiple of the group, which is usually 128.
+  multiple of the group, which is usually 128, and the input of the other projections, the hidden size, as well.
 - llama.cpp: SmolLM2-135M at several widths, and with layers that differ (docs/deploying.md). It replaces a K-quant
   whose rows are not multiples of 256 by a larger format.
 """
@@ -36,6 +36,7 @@ class Consumer:
         slower: What happens to widths that are multiples of `required`, but not of `multiple`.
         export: The format of `gluprune export` that layers which differ need.
         ranks: Number of processes that the attention heads are divided among.
+        hidden: Hidden sizes that are not multiples of this are refused.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Consumer:
     slower: str = ""
     export: str = nemotron_nas.MODEL_TYPE
     ranks: int = 1
+    hidden: int = 1
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -55,7 +57,8 @@ CONSUMERS: dict[str, Consumer] = {
             Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}", ranks=ranks)
             for ranks in (2, 4, 8)
         ),
-        *(Consumer(name, 128, required=128) for name in ("fp8", "awq", "gptq")),
+        Consumer("fp8", 128, required=128),
+        *(Consumer(name, 128, required=128, hidden=128) for name in ("awq", "gptq")),
         Consumer("llama.cpp", 256, slower="K-quants of down_proj fall back to larger formats", export="gguf"),
     )
 }
@@ -88,7 +91,9 @@ def consumer(name: str) -> Consumer:
     return CONSUMERS[name]
 
 
-def verdict(found: Consumer, widths: Sequence[int], model_type: str, *, heads: int = 0) -> Verdict:
+def verdict(
+    found: Consumer, widths: Sequence[int], model_type: str, *, heads: int = 0, hidden_size: int = 0
+) -> Verdict:
     """Return whether a consumer takes a model of these widths.
 
     Args:
@@ -96,7 +101,10 @@ def verdict(found: Consumer, widths: Sequence[int], model_type: str, *, heads: i
         widths: Intermediate size of every layer.
         model_type: `config.model_type` of the text part.
         heads: Its number of attention heads. 0: not checked.
+        hidden_size: H. 0: not checked.
     """
+    if hidden_size % found.hidden:
+        return Verdict("refused", f"the hidden size {hidden_size} is not a multiple of {found.hidden}")
     if heads % found.ranks:
         return Verdict("refused", f"{heads} attention heads do not divide among {found.ranks} ranks")
     differ = len(set(widths)) > 1

@@ -28,7 +28,7 @@ def folder_of(tmp_path):
 
     def write(width, heads=8):
         LlamaConfig(
-            hidden_size=48, intermediate_size=width, num_hidden_layers=1, num_attention_heads=heads, vocab_size=8
+            hidden_size=384, intermediate_size=width, num_hidden_layers=1, num_attention_heads=heads, vocab_size=8
         ).save_pretrained(tmp_path)
         return tmp_path
 
@@ -88,3 +88,11 @@ def test_which_export_layers_that_differ_need():
         assert verdict(entry, [512, 256 * 9], "llama").reason == f"after `gluprune export --format {form}`"
     slower = verdict(CONSUMERS["llama.cpp"], [128, 256], "llama")
     assert slower.outcome == "works slower" and slower.reason.endswith("; after `gluprune export --format gguf`")
+
+
+@pytest.mark.parametrize("name, refused", [("awq", True), ("gptq", True), ("fp8", False), ("vllm", False)])
+def test_hidden_sizes_that_groups_of_weights_do_not_divide(name, refused):
+    found = verdict(CONSUMERS[name], [1280, 1280], "llama", hidden_size=576)
+    assert (found.outcome == "refused") == refused
+    assert not refused or found.reason == "the hidden size 576 is not a multiple of 128"
+    assert verdict(CONSUMERS[name], [1280, 1280], "llama", hidden_size=640).outcome == "works"

@@ -200,9 +200,13 @@ def _check_pair(
         check_head(model, "healing")
     student_text, teacher_text = config.get_text_config(), teacher.get_text_config()
     shapes = [(text.model_type, text.num_hidden_layers, text.hidden_size) for text in (student_text, teacher_text)]
-    if shapes[0] == shapes[1] and sum(layer_widths(config)) > sum(layer_widths(teacher)):
-        found = f"{max(layer_widths(config))} neurons in pruned, {max(layer_widths(teacher))} in teacher"
-        raise ValueError(f"{found}: give the pruned model first and the dense model as teacher")
+    widths = zip(layer_widths(config), layer_widths(teacher), strict=shapes[0] == shapes[1])
+    wider = next(((layer, *pair) for layer, pair in enumerate(widths) if pair[0] > pair[1]), None)
+    if shapes[0] == shapes[1] and wider:
+        raise ValueError(
+            f"layer {wider[0]} has {wider[1]} neurons in pruned, {wider[2]} in teacher: give the pruned model first and"
+            " the dense model as teacher"
+        )
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     rows = [len(head.weight) for head in heads]
     if rows[0] != rows[1]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OWN_TEXT = "text written by the model"
 _HELD_APART = 0.1  # of each text
-_LEAST_OWN = 12  # windows of the model's own text, so that a tenth of it is a window
+_LEAST_OWN = 24  # windows of the model's own text: what is held apart is a tenth, or half of that to begin with a word
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Texts:
         if joined.numel() <= length:
             raise ValueError(
                 f"the text to measure on ({', '.join(self.test)}) has {joined.numel()} tokens: one window needs"
-                f" {length + 1}; give more text, or text to measure on (test_text=)"
+                f" {length + 1}; give more text (its last tenth is held apart), or text to measure on (test_text=)"
             )
         return joined
 

@@ -95,7 +95,9 @@ class Work:
     @functools.cached_property
     def texts(self) -> Texts:
         """The texts to calibrate on and to measure on; at first the model writes its own."""
-        return Texts.of(self._given, self._own_text)
+        found = Texts.of(self._given, self._own_text)
+        found.test_ids(self._tokenizer, self.settings.length)  # too little text is an error before any other work
+        return found
 
     @functools.cached_property
     def test_ids(self) -> torch.Tensor:

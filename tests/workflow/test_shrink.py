@@ -98,7 +98,7 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
     other.write_text("Something else to read. " * 40)
     report = gluprune.shrink(source, tmp_path / "a", pruning_ratio=0.2, **short, test_text=[other])
     assert report.texts == ["other.txt"]
-    own = {**short, "text": (), "own_windows": 14}
+    own = {**short, "text": (), "own_windows": 24}
     report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **own)
     assert report.texts == [OWN_TEXT] and 0 < report.tokens < 2 * 14 * LENGTH / 5
     with pytest.raises(ValueError, match="two of the texts are equal"):
@@ -152,7 +152,7 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "max_loss": 0.1}, "give exactly one of pruning_ratio and max_loss"),
         ({"max_loss": 5}, "max_loss must be above 0 and at most 1, got 5: did you mean 0.05?"),
         ({"pruning_ratio": 20}, "did you mean 0.2"),
-        ({"pruning_ratio": 0.2, "text": ()}, "own_windows must be at least 12, got 2 without text= or test_text="),
+        ({"pruning_ratio": 0.2, "text": ()}, "own_windows must be at least 24, got 2 without text= or test_text="),
         ({"pruning_ratio": 0.2, "windows": 1}, "windows must be at least 2, got 1"),
         ({"pruning_ratio": 0.2, "length": 0}, "length must be at least 1, got 0"),
         ({"pruning_ratio": 0.2, "heal_tokens": -1}, "heal_tokens must be at least 0, got -1"),

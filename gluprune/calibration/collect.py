@@ -219,7 +219,11 @@ class _Pass:
             self._add_sensitivities(found, self._gradients, tokens)
         widest = max(self._glus[index].intermediate_size for index in layers)
         if self._gram and tokens < widest:
-            logger.warning("%d calibration tokens for %d neurons: the Gram matrices are singular", tokens, widest)
+            logger.warning(
+                "%d calibration tokens are fewer than the %d neurons of a layer: give more text",
+                tokens,
+                widest,
+            )
         return Statistics(found, tokens)
 
     def _adding_to(self, statistics: LayerStatistics):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gluprune.calibration.batches import batches_from_text
-from gluprune.checkpoints.load_save import load
+from gluprune.checkpoints.load_save import load, read_config
 from gluprune.cli.options import DtypeName
 from gluprune.models.device import choose_device, loading_options
 
@@ -43,6 +43,7 @@ def load_with_batches(
     from transformers import AutoTokenizer
 
     choose_device(device)
+    read_config(source)  # without it, transformers asks about code in an export before it fails
     tokenizer = AutoTokenizer.from_pretrained(source)
     batches: list[torch.Tensor] = batches_from_text(tokenizer, texts, windows, length)
     model = load_model(source, device=device, dtype=dtype)

@@ -102,6 +102,7 @@ def print_interrupted(command: str, resuming: str = "") -> None:
 def print_error(command: str, error: Exception | str) -> None:
     """Print one line to stderr."""
     message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    message = message.replace("Value error, ", "")  # of Pydantic, which newer releases of Typer use
     print(f"{command}: error: {message}", file=sys.stderr)
 
 

@@ -131,7 +131,10 @@ def task_names(given: Sequence[str]) -> list[str]:
     from gluprune_evals.tasks import BASE_TASKS, INSTRUCT_TASKS, check_tasks
 
     lists = {"base": BASE_TASKS, "instruct": INSTRUCT_TASKS}
-    return check_tasks(task for name in given for task in lists.get(name, (name,)))
+    try:
+        return check_tasks(task for name in given for task in lists.get(name, (name,)))
+    except ValueError as error:
+        raise ValueError(f"{error}; or a list: {', '.join(lists)}") from None
 
 
 def require_evaluation(tasks: Sequence[str], backend: str | None) -> None:

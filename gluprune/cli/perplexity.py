@@ -51,11 +51,13 @@ def run(
     from transformers import AutoTokenizer
 
     from gluprune.calibration.batches import begin_token
+    from gluprune.checkpoints.load_save import read_config
     from gluprune.cli.calibration import computing_dtype, load_model
     from gluprune.measure.perplexity import cut_windows, perplexity
     from gluprune.models.device import choose_device
 
     choose_device(device)
+    read_config(model)  # without it, transformers asks about code in an export before it fails
     tokenizer = AutoTokenizer.from_pretrained(model)
     begin = begin_token(tokenizer)
     ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]

@@ -13,7 +13,7 @@ _DOWNLOADED = [
     *("*.md", "LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*"),
 ]
 _NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*", "checkpoint-*/*", "runs/*", "adapter_*"]
-_HUB_ID = r"[\w.-]+/[\w.-]+"
+_HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 
 

@@ -20,7 +20,6 @@ from gluprune.calibration.batches import batches_from_text
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import smollm2_checkpoint
 from gluprune.io.atomic import write_file
-from gluprune.io.text import read_text
 from gluprune.measure.records import Record
 from gluprune.runtime.patching import patch
 from gluprune_evals import quality
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
-        texts = {name: read_text(path, quality.FIELDS) for name, _, path in (t.partition("=") for t in given.text)}
+        texts = quality.named_texts(given.text)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         result = table(measure(source, texts, given.windows, given.out))
         write_file(given.out / "fp8.md", [result.encode()])

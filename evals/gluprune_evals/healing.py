@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.train, given.tokens, quality.WINDOW, given.batch, 4, given.learning_rate, given.hidden_weight
     )
     try:
-        texts = {name: read_text(path, quality.FIELDS) for name, _, path in (t.partition("=") for t in given.text)}
+        texts = quality.named_texts(given.text)
         calibration = "\n\n".join(read_text(path, quality.FIELDS) for path in given.calibration)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         result = _measured(source, calibration, texts, settings, given)

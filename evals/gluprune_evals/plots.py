@@ -84,7 +84,7 @@ def against_published(own: list[Series], path: Path) -> None:
             dense = found[0.0].value if 0.0 in found else 0.0
             if dense:
                 values = [result.value / dense for result in found.values()]
-                axes.plot(list(found), values, marker="o", ms=3.5, lw=1.6, color=f"C{index}", label=_label(series))
+                axes.plot(list(found), values, marker="o", ms=3.5, lw=1.6, color=f"C{index}", label=series.title)
         for model, style in zip(scores.MODELS, ("--", "-.", ":"), strict=True):
             values = scores.series(model, task)
             if values:
@@ -158,10 +158,6 @@ def correlations(table: dict[tuple[str, str], dict[tuple[str, str], Correlation]
         axes.set_title(textwrap.fill(f"{model}, {recipe}", 50), fontsize="small")
     figure.colorbar(image, ax=panels, shrink=0.6, label="Pearson's r (figures where p < 0.05)")
     figure.savefig(path, dpi=110)
-
-
-def _label(series: Series) -> str:
-    return series.title
 
 
 def _columns(figure, labels) -> int:

@@ -339,6 +339,11 @@ def plot(records: list[Record], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def named_texts(given: Sequence[str]) -> dict[str, str]:
+    """Read the texts of `--text NAME=FILE`: name -> content."""
+    return {name: read_text(path, FIELDS) for name, _, path in (text.partition("=") for text in given)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write table and picture; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -353,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
-        texts = {name: read_text(path, FIELDS) for name, _, path in (text.partition("=") for text in given.text)}
+        texts = named_texts(given.text)
         calibration = "\n\n".join(read_text(path, FIELDS) for path in given.calibration)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         records = measure(source, calibration, texts, given.windows, given.out)

@@ -32,6 +32,14 @@ def load_model(source: str, *, device: str, dtype: DtypeName):
     return load(source, dtype=dtype.value, **options).eval()
 
 
+def load_tokenizer(source: str):
+    """Load the tokenizer of a model, whose config is checked: transformers asks about code in it before it fails."""
+    from transformers import AutoTokenizer
+
+    read_config(source)
+    return AutoTokenizer.from_pretrained(source)
+
+
 def load_with_batches(
     source: str, texts: Sequence[str], *, windows: int, length: int, device: str, dtype: DtypeName
 ) -> tuple:
@@ -40,11 +48,8 @@ def load_with_batches(
     Returns:
         The model, the tokenizer and the batches.
     """
-    from transformers import AutoTokenizer
-
     choose_device(device)
-    read_config(source)  # without it, transformers asks about code in an export before it fails
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     batches: list[torch.Tensor] = batches_from_text(tokenizer, texts, windows, length)
     model = load_model(source, device=device, dtype=dtype)
     logger.info("calibrating on %d windows", sum(map(len, batches)))

@@ -48,17 +48,14 @@ def run(
     texts = read_texts(text, field)
 
     import torch
-    from transformers import AutoTokenizer
 
     from gluprune.calibration.batches import begin_token
-    from gluprune.checkpoints.load_save import read_config
-    from gluprune.cli.calibration import computing_dtype, load_model
+    from gluprune.cli.calibration import computing_dtype, load_model, load_tokenizer
     from gluprune.measure.perplexity import cut_windows, perplexity
     from gluprune.models.device import choose_device
 
     choose_device(device)
-    read_config(model)  # without it, transformers asks about code in an export before it fails
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     begin = begin_token(tokenizer)
     ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]
     cut = [cut_windows(tokens, length, windows, begin) for tokens in ids]  # raises before the model is loaded

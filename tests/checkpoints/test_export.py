@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gluprune
@@ -261,6 +262,17 @@ def test_other_commands_point_to_the_way_back(tmp_path):
     ):
         with pytest.raises(ValueError, match="`gluprune export --format hf` writes an export of gluprune back"):
             command(tmp_path / "served")
+
+
+@pytest.mark.parametrize("command", [["perplexity"], ["calibrate", "--out", "new"]])
+def test_commands_refuse_an_export_before_they_read_its_tokenizer(command, tmp_path, capsys, monkeypatch):
+    """For the tokenizer, transformers would ask whether to run the code in the export."""
+    narrow(tmp_path / "narrow")
+    export(tmp_path / "narrow", tmp_path / "served", format="nemotron-nas")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], str(tmp_path / "served"), "--text", __file__, *command[1:]]) == 2
+    assert "`gluprune export --format hf` writes an export of gluprune back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("widths, warned", [((101, 64, 101), True), ((512, 256, 512), False), ((256,) * 3, False)])

@@ -366,6 +366,8 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, capsys, arg
 def test_bad_paths(checkpoint, tmp_path):
     for arguments, message in [
         (["info", tmp_path / "absent"], "absent is neither a model folder nor a Hub id (owner/name)"),
+        (["info", "./absent"], "./absent is neither a model folder nor a Hub id (owner/name)"),
+        (["eval", "o/m", "--tasks", "absent"], "; or a list: base, instruct"),
         (["prune", tmp_path / "absent", "--out", tmp_path / "out", "--pruning-ratio", "0.4"], "absent"),
         (["prune", checkpoint, "--out", checkpoint, "--pruning-ratio", "0.4"], "source"),
     ]:

@@ -243,6 +243,7 @@ def test_ratios_without_a_value(parsed):
     [
         (KeyboardInterrupt(), 130, "gluprune info: interrupted"),
         (ValueError("first\n  second\n"), 2, "gluprune info: error: first second"),
+        (ValueError("Value error, third"), 2, "gluprune info: error: third"),
         (RuntimeError("no memory"), 2, "gluprune info: error: no memory"),
     ],
 )

@@ -160,7 +160,11 @@ def test_models_that_do_not_belong_together(pruned, source, tmp_path, brief, tin
 
     changed = byte_tokenizer()
     changed.add_tokens(["<|other|>"])
+    uneven = tiny_model(seed=2, vocab_size=len(tokenizer))
+    gluprune.prune(uneven, intermediate_size=32, layers=[1], multiple_of=1)
+    uneven = gluprune.save(uneven, tmp_path / "uneven", tokenizer)
     for student, teacher, options, message in (
+        (pruned, uneven, {}, "layer 1 has 48 neurons in pruned, 32 in teacher"),
         (pruned, pruned, {}, "pruned and teacher are the same model"),
         (source, pruned, {}, "101 neurons in pruned, 48 in teacher: give the pruned model first"),
         (pruned, saved("a", vocab_size=300), {}, "pruned has 259, teacher 300"),

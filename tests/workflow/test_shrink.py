@@ -105,6 +105,15 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
 
 
+def test_too_little_own_text_is_an_error_before_the_calibration(source, tmp_path, short, monkeypatch):
+    from gluprune.workflow import work
+
+    monkeypatch.setattr(work, "sample_text", lambda *_: "A few words.")
+    monkeypatch.setattr(work, "calibrate_to_file", lambda *_, **__: pytest.fail("calibrated"))
+    with pytest.raises(ValueError, match=r"the text to measure on \(text written by the model\) has"):
+        gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **{**short, "text": (), "own_windows": 24})
+
+
 @pytest.mark.slow
 def test_layers_of_different_widths(source, tmp_path, short):
     report = gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.3, **short, allocation="sensitivity")

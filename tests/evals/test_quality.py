@@ -99,6 +99,14 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert quality.main(command) == 0 and len(measured) == 43 + 21
 
 
+def test_chosen_methods_and_ratios(command, tmp_path):
+    assert quality.main([*command, "--method", "MAW", "--method", "hybrid", "--ratios", "0.5", "0.25"]) == 0
+    rows = {(r.provider, r.shape["ratio"]) for r in read(tmp_path / "out/quality.jsonl") if r.what == "perplexity"}
+    assert rows == {("dense", 0.0), *itertools.product(("MAW", "hybrid"), (0.5, 0.25))}
+    table = (tmp_path / "out/quality.md").read_text()
+    assert "| method | windows | 25% | 50% | seconds |" in table and "at all 2 ratios" in table
+
+
 def test_perplexity_of_windows():
     model = make_tiny_model(seed=2)
     windows = list(torch.randint(3, 64, (3, 1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(3)))

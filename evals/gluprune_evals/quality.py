@@ -47,19 +47,19 @@ class Method:
     Attributes:
         recipe: How the model is pruned, at exact widths.
         windows: Windows of the text to calibrate on. 0: none.
-        own_text: Whether the model's own text is added to the calibration text.
+        text: "given", the calibration text; "own", text that the model wrote; "both".
         reconstruction: Windows of each text that `reconstruct` uses. 0: it is not run.
     """
 
     recipe: Recipe
     windows: int = 0
-    own_text: bool = False
+    text: str = "given"
     reconstruction: int = 0
 
     @classmethod
-    def parse(cls, name: str, windows: int = 0, *, own_text: bool = False, reconstruction: int = 0) -> Method:
+    def parse(cls, name: str, windows: int = 0, *, text: str = "given", reconstruction: int = 0) -> Method:
         """Return the method for a recipe's name."""
-        return cls(Recipe.parse(name, multiple_of=1), windows, own_text, reconstruction)
+        return cls(Recipe.parse(name, multiple_of=1), windows, text, reconstruction)
 
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
@@ -68,18 +68,21 @@ FIELDS = ("text", "page", "question", "answer")
 # The labels are the names in the records.
 METHODS = {
     "surgeon by layer, reconstructed, + own text": Method.parse(
-        "surgeon+compensate+sensitivity+reconstruct", 128, own_text=True, reconstruction=16
+        "surgeon+compensate+sensitivity+reconstruct", 128, text="both", reconstruction=16
     ),
     "surgeon, reconstructed, + own text": Method.parse(
-        "surgeon+compensate+reconstruct", 128, own_text=True, reconstruction=16
+        "surgeon+compensate+reconstruct", 128, text="both", reconstruction=16
+    ),
+    "surgeon, reconstructed, own text only": Method.parse(
+        "surgeon+compensate+reconstruct", 128, text="own", reconstruction=16
     ),
     "surgeon by layer, reconstructed": Method.parse(
         "surgeon+compensate+sensitivity+reconstruct", 128, reconstruction=10
     ),
-    "surgeon by layer, re-solved, + own text": Method.parse("surgeon+compensate+sensitivity", 128, own_text=True),
-    "surgeon, re-solved, + own text": Method.parse("surgeon+compensate", 128, own_text=True),
+    "surgeon by layer, re-solved, + own text": Method.parse("surgeon+compensate+sensitivity", 128, text="both"),
+    "surgeon, re-solved, + own text": Method.parse("surgeon+compensate", 128, text="both"),
     "surgeon, re-solved": Method.parse("surgeon+compensate", 128),
-    "hybrid, re-solved, + own text": Method.parse("hybrid+compensate", 128, own_text=True),
+    "hybrid, re-solved, + own text": Method.parse("hybrid+compensate", 128, text="both"),
     "hybrid, re-solved": Method.parse("hybrid+compensate", 128),
     "MAW": Method.parse("maw"),
     "hybrid": Method.parse("hybrid", 128),
@@ -148,22 +151,22 @@ class Calibrations:
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._texts, self._measurements = texts, measurements
         self._shape = {"model": name, "window": WINDOW}
-        self._batches: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._batches: dict[tuple[int, str], list[torch.Tensor]] = {}
         self._latest: tuple[tuple, Statistics] | None = None
 
-    def batches(self, windows: int, own_text: bool) -> list[torch.Tensor]:
-        """Return a number of windows of the calibration text, and of the model's own if wanted."""
-        key = windows, own_text
+    def batches(self, windows: int, text: str) -> list[torch.Tensor]:
+        """Return a number of windows, at most, of each text that a method uses; see `Method.text`."""
+        key = windows, text
         if key not in self._batches:
-            texts = list(self._texts) if own_text else self._texts[0]
-            self._batches[key] = batches_from_text(self._tokenizer, texts, windows, WINDOW)
+            texts = {"given": self._texts[:1], "own": self._texts[1:], "both": self._texts}[text]
+            self._batches[key] = batches_from_text(self._tokenizer, list(texts), windows, WINDOW)
         return self._batches[key]
 
     def shape(self, method: Method) -> dict:
         """Return what the shape of a record says about the calibration: nothing for methods without one."""
         if not method.windows:
             return {}
-        batches = self.batches(method.windows, method.own_text)
+        batches = self.batches(method.windows, method.text)
         text = {"calibration_windows": sum(map(len, batches)), "calibration_digest": digest(batches)}
         return text | ({"sensitivity": True} if method.recipe.needs.sensitivity else {})
 
@@ -171,7 +174,7 @@ class Calibrations:
         """Return what the shape of a record says about the reconstruction."""
         if not method.reconstruction:
             return {}
-        batches = self.batches(method.reconstruction, method.own_text)
+        batches = self.batches(method.reconstruction, method.text)
         return {"reconstruction_windows": sum(map(len, batches)), "reconstruction_digest": digest(batches)}
 
     def is_on_record(self, method: Method) -> bool:
@@ -180,13 +183,13 @@ class Calibrations:
 
     def statistics(self, method: Method) -> Statistics:
         """Return the statistics of a method: collected, or from the cache of an earlier run on the same text."""
-        key = method.windows, method.own_text, method.recipe.needs.sensitivity
+        key = method.windows, method.text, method.recipe.needs.sensitivity
         if self._latest is None or self._latest[0] != key:
             self._latest = key, self._collected(method)
         return self._latest[1]
 
     def _collected(self, method: Method) -> Statistics:
-        batches, sensitivity = self.batches(method.windows, method.own_text), method.recipe.needs.sensitivity
+        batches, sensitivity = self.batches(method.windows, method.text), method.recipe.needs.sensitivity
         path = statistics_file(f"quality-{self._name}", batches, sensitivity)
         if not (self.is_on_record(method) and path.is_file()):
             start = time.perf_counter()
@@ -262,7 +265,7 @@ def _prune(
 ) -> float:
     """Prune a model by a method; return the time in seconds, without calibration."""
     statistics = calibrations.statistics(method) if method.windows else None
-    batches = calibrations.batches(method.reconstruction, method.own_text) if method.reconstruction else []
+    batches = calibrations.batches(method.reconstruction, method.text) if method.reconstruction else []
     start = time.perf_counter()
     prune(model, pruning_ratio=ratio, **method.recipe.options(), calibration=statistics)
     if batches:
@@ -284,7 +287,8 @@ def table(records: list[Record]) -> str:
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
             ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
-            " `reconstruct`. + own text: also calibrated on text of the model (`gluprune sample`). Windows: of"
+            " `reconstruct`. + own text: also calibrated on text of the model (`gluprune sample`); own text only: on no"
+            " other. Windows: of"
             " calibration + of reconstruction. –: not measured."
         ),
     ]

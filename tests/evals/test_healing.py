@@ -10,9 +10,7 @@ from tests.evals.test_quality import command  # noqa: F401 (a fixture)
 
 @pytest.mark.slow
 def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F811
-    methods = {
-        healing.PRUNED: quality.Method.parse("surgeon+compensate+reconstruct", 6, own_text=True, reconstruction=3)
-    }
+    methods = {healing.PRUNED: quality.Method.parse("surgeon+compensate+reconstruct", 6, text="both", reconstruction=3)}
     monkeypatch.setattr(quality, "METHODS", methods)
     windows = []
 

@@ -18,15 +18,16 @@ WORDS = [f"w{number:02}" for number in range(60)]
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Arguments of a run on a tiny model with five methods and short windows."""
+    """Arguments of a run on a tiny model with six methods and short windows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "WINDOW", 8)
     monkeypatch.setattr(quality, "OWN_WINDOWS", 5)
     methods = {
         "MAW": quality.Method.parse("maw"),
         "hybrid": quality.Method.parse("hybrid+compensate", 6),
-        "own": quality.Method.parse("hybrid+compensate", 6, own_text=True),
-        "by layer": quality.Method.parse("surgeon+sensitivity", 6, own_text=True),
+        "own": quality.Method.parse("hybrid+compensate", 6, text="both"),
+        "own only": quality.Method.parse("hybrid+compensate", 6, text="own"),
+        "by layer": quality.Method.parse("surgeon+sensitivity", 6, text="both"),
         "reconstructed": quality.Method.parse("hybrid+compensate+reconstruct", 6, reconstruction=3),
     }
     monkeypatch.setattr(quality, "METHODS", methods)
@@ -65,7 +66,7 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         quality.main(command)
     assert quality.main(command) == 0
-    assert len(measured) == 2 * (1 + 5 * 4) + 1
+    assert len(measured) == 2 * (1 + 6 * 4) + 1
     records = read(out / "quality.jsonl")
     found = [(r.provider, r.shape["ratio"], r.shape["text"]) for r in records if r.what == "perplexity"]
     methods = [("dense", 0.0), *itertools.product(quality.METHODS, (0.1, 0.2, 0.4, 0.6))]
@@ -77,13 +78,13 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
             assert f"{record.p50:.1f} (" in table or record.provider == "dense"
     assert (out / "quality.png").stat().st_size > 10_000
     calibrations = [r.shape for r in records if r.what == "calibrate"]
-    assert len(calibrations) == 3, "calibration was repeated when a later method used the same text"
-    assert len({shape["calibration_digest"] for shape in calibrations}) == 2, "own text differs between calibrations"
+    assert len(calibrations) == 4, "calibration was repeated when a later method used the same text"
+    assert len({shape["calibration_digest"] for shape in calibrations}) == 3, "own text differs between calibrations"
     (own,) = (tmp_path / "cache" / "gluprune").glob("*-own.txt")
     windows = 6 + len(own.read_text().split()) // quality.WINDOW
     assert windows > 6
     assert {(shape["calibration_windows"], shape.get("sensitivity", False)) for shape in calibrations} == {
-        *((6, False), (windows, False), (windows, True))
+        *((6, False), (windows, False), (windows - 6, False), (windows, True))
     }
     with_windows = {
         r.provider: r.shape["reconstruction_windows"] for r in records if "reconstruction_windows" in r.shape
@@ -91,12 +92,13 @@ def test_every_row_once(command, tmp_path, monkeypatch, capsys):
     assert with_windows == {"reconstructed": 3}
     assert reconstructed == [(width, 101, 3) for width in (91, 81, 61, 41)]
     assert f"for {windows} windows, sensitivities included" in table
-    assert f"| own | {windows} |" in table and "| hybrid | 6 |" in table and "| MAW | none |" in table
+    assert f"| own | {windows} |" in table and f"| own only | {windows - 6} |" in table
+    assert "| hybrid | 6 |" in table and "| MAW | none |" in table
     assert "| reconstructed | 6 + 3 |" in table
-    assert quality.main(command) == 0 and len(measured) == 43
+    assert quality.main(command) == 0 and len(measured) == 51
     assert (out / "quality.md").read_text() == table
     (tmp_path / "two.txt").write_text(" ".join(reversed(WORDS * 2)))  # a different text is measured again
-    assert quality.main(command) == 0 and len(measured) == 43 + 21
+    assert quality.main(command) == 0 and len(measured) == 51 + 25
 
 
 def test_chosen_methods_and_ratios(command, tmp_path):

@@ -50,6 +50,7 @@ __all__ = [
     "shrink",
     "unpatch",
     "unpatch_llama",
+    "wikipedia_text",
 ]
 
 # Imported on first use: torch and transformers take seconds, which a command that needs no model should not wait for.
@@ -77,6 +78,7 @@ _MODULES = {
     "shrink": "workflow.shrink",
     "unpatch": "runtime.patching",
     "unpatch_llama": "runtime.patching",
+    "wikipedia_text": "calibration.wikipedia",
 }
 
 

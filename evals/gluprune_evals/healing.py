@@ -1,10 +1,9 @@
 """Quality of healed models: perplexity relative to dense before and after training, by ratio.
 
-    python -m gluprune_evals.healing --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
+    python -m gluprune_evals.healing --text wikitext2=FILE --text lambada=FILE
 
 prunes by the recommended recipe as `gluprune_evals.quality` does, trains on the calibration text and the model's own
-text in equal parts, and writes records next to those of the table of methods (`quality.jsonl`) and a table
-(`healing.md`). An interrupted run can be continued.
+text in equal parts, and writes records (`healing.jsonl`) and a table (`healing.md`). An interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
+from gluprune.calibration.wikipedia import wikipedia_text
 from gluprune.checkpoints.load_save import load, round_weights
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.healing.student import TRAINED, as_student, with_weights
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gluprune_evals.healing", description="Perplexity of healed models, by ratio."
     )
-    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="texts to prune and train on")
+    parser.add_argument("--calibration", metavar="FILE", help="text to prune and train on (default: that of gluprune)")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         texts = quality.named_texts(given.text)
-        calibration = "\n\n".join(read_text(path, quality.FIELDS) for path in given.calibration)
+        calibration = read_text(given.calibration, quality.FIELDS) if given.calibration else wikipedia_text()
         source = StudyModel.find(given.model or smollm2_checkpoint())
         result = _measured(source, calibration, texts, settings, given)
     except (ValueError, OSError) as error:
@@ -189,7 +189,7 @@ def _measured(
 ) -> str:
     """Measure all ratios and write the table of everything on record for these texts."""
     model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
-    measurements = quality.Measurements(given.out / "quality.jsonl", model.dtype)
+    measurements = quality.Measurements(given.out / "healing.jsonl", model.dtype)
     held_out = {
         name: batches_from_text(tokenizer, content, given.windows, quality.WINDOW + 1, batch_size=1)
         for name, content in texts.items()
@@ -198,7 +198,7 @@ def _measured(
     healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16)
     for ratio in given.ratios:
         healing.measure(ratio, settings)
-    result = table([r for r in read(given.out / "quality.jsonl") if r.shape["model"] == source.name])
+    result = table([r for r in read(given.out / "healing.jsonl") if r.shape["model"] == source.name])
     write_file(given.out / "healing.md", [result.encode()])
     return result
 

@@ -1,6 +1,6 @@
 """Loss of quality by pruning: perplexity relative to dense, for each method and ratio, on several texts.
 
-    python -m gluprune_evals.quality --calibration FILE [FILE ...] --text wikitext2=FILE --text lambada=FILE
+    python -m gluprune_evals.quality --text wikitext2=FILE --text lambada=FILE
 
 samples text from the model, calibrates, prunes by every method to every ratio, and writes records (`quality.jsonl`), a
 table (`quality.md`) and a plot (`quality.png`). Figures already recorded on the same text are not measured
@@ -25,6 +25,7 @@ from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.collect import calibrate
 from gluprune.calibration.sample import sample_text
 from gluprune.calibration.statistics import Statistics
+from gluprune.calibration.wikipedia import wikipedia_text
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.io.atomic import write_file
@@ -365,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gluprune_evals.quality", description="Perplexity after pruning, for each method and ratio."
     )
-    parser.add_argument("--calibration", nargs="+", required=True, metavar="FILE", help="texts to calibrate on")
+    parser.add_argument("--calibration", metavar="FILE", help="text to calibrate on (default: that of gluprune)")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument(
@@ -377,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         texts = named_texts(given.text)
-        calibration = "\n\n".join(read_text(path, FIELDS) for path in given.calibration)
+        calibration = read_text(given.calibration, FIELDS) if given.calibration else wikipedia_text()
         source = StudyModel.find(given.model or smollm2_checkpoint())
         methods = given.method or METHODS
         records = measure(source, calibration, texts, given.windows, given.out, methods=methods, ratios=given.ratios)

@@ -33,7 +33,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
-from gluprune.workflow.texts import GivenTexts, Texts, check_own_windows
+from gluprune.workflow.texts import GivenTexts, Texts
 
 _DEVICES, _DTYPES = (AUTO, "cpu", "cuda"), (AUTO, "float32", "bfloat16")
 _TIMEOUT = timedelta(days=1)  # while the first process writes text or measures, the others wait
@@ -72,11 +72,12 @@ def heal(
         pruned: The student: a folder or a Hub id. It is never written to.
         teacher: The dense model: a folder or a Hub id, with the same tokenizer.
         destination: A folder that does not exist or is empty. With several hosts, all of them must share it.
-        text: Files of text to train on, as `gluprune.io.text.read_text` reads them.
-        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each file of `text` is
-            held apart, or that of the text that the teacher writes.
+        text: Files of text to train on, as `gluprune.io.text.read_text` reads them. If none are given, it is
+            `wikipedia_text`.
+        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
+            train on is held apart.
         fields: Fields that hold the text in JSON files.
-        own_windows: Number of windows that the teacher writes. 0: none, which needs `text`.
+        own_windows: Number of windows that the teacher writes. 0: none.
         tokens: On how many tokens to train, rounded to whole steps; texts that have fewer are repeated.
         length: Tokens per window.
         batch: Windows per step, over all processes.
@@ -109,9 +110,8 @@ def heal(
         1
     """
     settings = Settings(train, tokens, length, batch, device_batch, learning_rate, hidden_weight)
-    _check_numbers(settings)
+    _check_numbers(settings, own_windows)
     check_trained(train)
-    check_own_windows(text, test_text, own_windows)
     check_place(device, dtype)
     kind = choose_device(device).type
     texts = GivenTexts.read(text, test_text, fields)
@@ -179,7 +179,9 @@ def check_place(device: str, dtype: str) -> None:
             raise ValueError(f"unknown {name} {value!r} for training; allowed: {', '.join(allowed)}")
 
 
-def _check_numbers(settings: Settings) -> None:
+def _check_numbers(settings: Settings, own_windows: int) -> None:
+    if own_windows < 0:
+        raise ValueError(f"own_windows must be at least 0, got {own_windows}")
     for name in ("tokens", "length", "batch", "device_batch"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
@@ -227,8 +229,7 @@ def _check_lengths(folder: Path, texts: GivenTexts, length: int) -> None:
         found = len(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         if found < length:
             raise ValueError(f"the text to train on, {name}, has {found} tokens: one window needs {length}")
-    if divided.test:
-        divided.test_ids(tokenizer, length)
+    divided.test_ids(tokenizer, length)
 
 
 def _is_sharded() -> bool:

@@ -38,7 +38,7 @@ class HealingWork:
     Args:
         folder: The work folder.
         models: Folders of the student and of the teacher.
-        texts: The user's texts.
+        texts: The texts, without the teacher's own.
         own_windows: Windows of text that the teacher writes.
         settings: How the student is trained.
         options: The arguments of the `Trainer`.
@@ -101,9 +101,7 @@ class HealingWork:
     @functools.cached_property
     def texts(self) -> Texts:
         """The texts to train on and to measure on; at first the teacher writes its own."""
-        found = Texts.of(self._given, self._own_text)
-        found.test_ids(self._tokenizer, self.settings.length)  # too little text is an error before any other work
-        return found
+        return Texts.of(self._given, self._own_text)
 
     @functools.cached_property
     def _test_ids(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ from gluprune.workflow import picture
 from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, Texts, check_own_windows
+from gluprune.workflow.texts import GivenTexts, Texts
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,10 @@ def shrink(
 ) -> ShrinkReport:
     """Prune a checkpoint by the recommended recipe, measure what it costs, and write the result.
 
-    The model writes text, which is added to the given text. It is calibrated once, pruned by `surgeon+compensate`,
-    reconstructed, written, loaded again and compared with the model in memory. Perplexity before and after is measured
-    on text that is held apart, and written to `gluprune.json` and the model card, with a picture where matplotlib is
-    installed.
+    The model writes text, which is added to the given text, or to Wikipedia. It is calibrated once, pruned by
+    `surgeon+compensate`, reconstructed, written, loaded again and compared with the model in memory. Perplexity before
+    and after is measured on text that is held apart, and written to `gluprune.json` and the model card, with a picture
+    where matplotlib is installed.
 
     After an interruption, the same call continues: results of finished stages lie in a hidden folder next to the
     destination, and the files written are the same, byte for byte. Memory: the dense model twice, in float32 on a CPU,
@@ -98,11 +98,12 @@ def shrink(
         pruning_ratio: Share of the neurons to remove, between 0 and 1. Give either this or `max_loss`.
         max_loss: Choose the narrowest width whose perplexity is at most this much above the dense model's: 0.05 is
             5 %. Several widths are pruned and measured.
-        text: Files of text to calibrate on, as `gluprune.io.text.read_text` reads them.
-        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each file of `text` is
-            held apart, or that of the text that the model writes.
+        text: Files of text to calibrate on, as `gluprune.io.text.read_text` reads them. If none are given, it is
+            `wikipedia_text`.
+        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
+            calibrate on is held apart.
         fields: Fields that hold the text in JSON files.
-        own_windows: Number of windows that the model writes. 0: none, which needs `text`.
+        own_windows: Number of windows that the model writes. 0: none.
         windows: Windows of each text to calibrate on, at most.
         length: Tokens per window.
         allocation: "uniform" gives every layer the same width; the checkpoint then loads everywhere. "sensitivity"
@@ -135,8 +136,7 @@ def shrink(
         "surgeon", compensate=True, reconstruct=True, allocation=allocation, multiple_of=multiple_of, deploy=deploy
     )
     _check_target(pruning_ratio, max_loss)
-    check_own_windows(text, test_text, own_windows)
-    _check_windows(windows, length)
+    _check_windows(own_windows, windows, length)
     _check_healing(heal_tokens, device, dtype)
     texts = GivenTexts.read(text, test_text, fields)
     choose_device(device)
@@ -166,8 +166,9 @@ def _check_target(pruning_ratio: float | None, max_loss: float | None) -> None:
         raise ValueError(f"max_loss must be above 0 and at most 1, got {max_loss}{percent_hint(max_loss)}")
 
 
-def _check_windows(windows: int, length: int) -> None:
+def _check_windows(own_windows: int, windows: int, length: int) -> None:
     for name, value, smallest, why in (
+        ("own_windows", own_windows, 0, ""),
         ("windows", windows, 2, ": reconstruction is checked on text that it was not fitted on"),
         ("length", length, 1, ""),
     ):
@@ -216,12 +217,10 @@ def _check_lengths(folder: Path, texts: GivenTexts, settings: Settings) -> None:
     """Raise ValueError for texts that are too short, before the model writes for minutes."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     divided = Texts.of(texts)
-    if texts.calibration:
-        batches = batches_from_text(tokenizer, list(divided.calibration.values()), settings.windows, settings.length)
-        if sum(map(len, batches)) + settings.own_windows < 2:
-            raise ValueError(f"the calibration text has one window of {settings.length} tokens: give two or more")
-    if divided.test:
-        divided.test_ids(tokenizer, settings.length)
+    batches = batches_from_text(tokenizer, list(divided.calibration.values()), settings.windows, settings.length)
+    if sum(map(len, batches)) + settings.own_windows < 2:
+        raise ValueError(f"the calibration text has one window of {settings.length} tokens: give two or more")
+    divided.test_ids(tokenizer, settings.length)
 
 
 def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:

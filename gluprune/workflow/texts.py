@@ -1,4 +1,4 @@
-"""The texts of `shrink`: what it calibrates on, and what it holds apart to measure on."""
+"""The texts of `shrink` and `heal`: what a model is calibrated or trained on, and what is held apart to measure on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gluprune.calibration.wikipedia import wikipedia_text
 from gluprune.io.text import fingerprints, read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN_TEXT = "text written by the model"
+WIKIPEDIA = "Wikipedia"
 _HELD_APART = 0.1  # of each text
-_LEAST_OWN = 24  # windows of the model's own text: what is held apart is a tenth, or half of that to begin with a word
 
 
 @dataclass(frozen=True)
 class GivenTexts:
-    """The user's texts by name.
+    """The user's texts by name, or Wikipedia.
 
     Attributes:
         calibration: To calibrate on.
@@ -38,6 +39,8 @@ class GivenTexts:
     def read(cls, text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
         """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart.
 
+        Without a text to calibrate on, it is `wikipedia_text`.
+
         Args:
             text: Files to calibrate on.
             test_text: Files to measure on.
@@ -48,7 +51,11 @@ class GivenTexts:
         if len(set(digests.values())) < len(contents):
             raise ValueError(f"two of the texts are equal: {', '.join(map(str, (*text, *test_text)))}")
         named = list(zip(digests, contents, strict=True))
-        return cls(dict(named[: len(text)]), dict(named[len(text) :]), digests)
+        calibration = dict(named[: len(text)])
+        if not text:
+            calibration[WIKIPEDIA] = wikipedia_text()
+            digests[WIKIPEDIA] = _digest(calibration[WIKIPEDIA])
+        return cls(calibration, dict(named[len(text) :]), digests)
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,17 @@ class Texts:
 
     @classmethod
     def of(cls, given: GivenTexts, own: str = "") -> Texts:
-        """Divide texts. Without text to measure on, the last tenth of each given text or else of `own` is held apart.
+        """Divide texts. Without text to measure on, the last tenth of each text to calibrate on is held apart.
 
         Args:
-            given: The user's texts.
+            given: The texts, of which some may be to measure on.
             own: What the model wrote, or nothing.
         """
         written = {OWN_TEXT: own} if own else {}
-        digests = {**given.digests, OWN_TEXT: hashlib.sha256(own.encode()).hexdigest()}
+        digests = {**given.digests, OWN_TEXT: _digest(own)}
         if given.test:
             return cls({**written, **given.calibration}, given.test, digests)
-        parts = {name: _divided(text) for name, text in (given.calibration or written).items()}
+        parts = {name: _divided(text) for name, text in given.calibration.items()}
         kept = {name: first for name, (first, _) in parts.items()}
         return cls({**written, **kept}, {name: last for name, (_, last) in parts.items()}, digests)
 
@@ -118,14 +125,5 @@ def _divided(text: str) -> tuple[str, str]:
     return text[:start], text[start:]
 
 
-def check_own_windows(text: Sequence, test_text: Sequence, own_windows: int) -> None:
-    """Check how many windows the model is to write.
-
-    Raises:
-        ValueError: Too few, so that there would be no text, or none to measure on.
-    """
-    least, reason = 0, ""
-    if not text:
-        least, reason = (1, " without text=") if test_text else (_LEAST_OWN, " without text= or test_text=")
-    if own_windows < least:
-        raise ValueError(f"own_windows must be at least {least}, got {own_windows}{reason}")
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

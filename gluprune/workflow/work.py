@@ -68,7 +68,7 @@ class Work:
         folder: The work folder.
         source: Folder of the dense checkpoint.
         settings: How everything is computed.
-        texts: The user's texts.
+        texts: The texts, without the model's own.
     """
 
     def __init__(self, folder: Path, source: Path, *, settings: Settings, texts: GivenTexts):
@@ -95,9 +95,7 @@ class Work:
     @functools.cached_property
     def texts(self) -> Texts:
         """The texts to calibrate on and to measure on; at first the model writes its own."""
-        found = Texts.of(self._given, self._own_text)
-        found.test_ids(self._tokenizer, self.settings.length)  # too little text is an error before any other work
-        return found
+        return Texts.of(self._given, self._own_text)
 
     @functools.cached_property
     def test_ids(self) -> torch.Tensor:

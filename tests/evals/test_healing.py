@@ -22,7 +22,7 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
     command += ["--ratios", "0.4", "--tokens", "64", "--batch", "2", "--learning-rate", "3e-3"]
     assert healing.main(command) == 0 and len(windows) == 1
     assert [len(each) for each in windows] == [8]  # four of each text
-    records = read(tmp_path / "out" / "quality.jsonl")
+    records = read(tmp_path / "out" / "healing.jsonl")
     found = {(r.provider, r.shape["text"]): r.p50 for r in records if r.what == "perplexity"}
     assert set(found) == {(p, t) for p in ("dense", healing.PRUNED, healing.HEALED) for t in ("one", "two")}
     table = (tmp_path / "out" / "healing.md").read_text()

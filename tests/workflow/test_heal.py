@@ -127,9 +127,12 @@ def test_layers_of_different_widths(source, tmp_path, brief):
 
 
 @pytest.mark.slow
-def test_text_of_the_teacher_alone(pruned, source, tmp_path, brief):
-    report = gluprune.heal(pruned, source, tmp_path / "out", **{**brief, "text": (), "own_windows": 24})
-    assert report.texts == [OWN_TEXT]
+def test_wikipedia_where_no_text_is_given(pruned, source, tmp_path, brief):
+    report = gluprune.heal(pruned, source, tmp_path / "out", **{**brief, "text": ()})
+    assert report.texts == ["Wikipedia"]
+    steps = json.loads((tmp_path / "out/gluprune.json").read_text())["steps"]
+    (heal,) = (step for step in steps if step["step"] == "heal")
+    assert set(heal["calibration"]["texts"]) == {"Wikipedia", OWN_TEXT}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_text_of_the_teacher_alone(pruned, source, tmp_path, brief):
         ({"hidden_weight": -1.0}, "hidden_weight must be at least 0 and finite, got -1.0"),
         ({"dtype": "float16"}, "unknown dtype 'float16' for training; allowed: auto, float32, bfloat16"),
         ({"device": "cuda:1"}, "unknown device 'cuda:1' for training; allowed: auto, cpu, cuda"),
-        ({"text": (), "own_windows": 2}, "own_windows must be at least 24, got 2 without text= or test_text="),
+        ({"own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"length": 100_000}, "the text to train on, notes.txt, has"),
         ({"length": 600}, r"the text to measure on \(notes.txt\) has"),
     ],

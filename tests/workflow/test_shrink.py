@@ -93,25 +93,15 @@ def test_families_with_a_norm_behind_the_mlp(family, tiny_model, tokenizer, tmp_
 
 @pytest.mark.slow
 def test_the_text_to_measure_on(source, text, tmp_path, short):
-    """Own files, or a part of what the model writes; never what was calibrated on."""
+    """Own files, or a part of Wikipedia; never what was calibrated on."""
     other = tmp_path / "other.txt"
     other.write_text("Something else to read. " * 40)
     report = gluprune.shrink(source, tmp_path / "a", pruning_ratio=0.2, **short, test_text=[other])
     assert report.texts == ["other.txt"]
-    own = {**short, "text": (), "own_windows": 24}
-    report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **own)
-    assert report.texts == [OWN_TEXT] and 0 < report.tokens < 2 * 14 * LENGTH / 5
+    report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **{**short, "text": ()})
+    assert report.texts == ["Wikipedia"] and report.tokens == 32 * LENGTH
     with pytest.raises(ValueError, match="two of the texts are equal"):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
-
-
-def test_too_little_own_text_is_an_error_before_the_calibration(source, tmp_path, short, monkeypatch):
-    from gluprune.workflow import work
-
-    monkeypatch.setattr(work, "sample_text", lambda *_: "A few words.")
-    monkeypatch.setattr(work, "calibrate_to_file", lambda *_, **__: pytest.fail("calibrated"))
-    with pytest.raises(ValueError, match=r"the text to measure on \(text written by the model\) has"):
-        gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **{**short, "text": (), "own_windows": 24})
 
 
 @pytest.mark.slow
@@ -161,7 +151,6 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "max_loss": 0.1}, "give exactly one of pruning_ratio and max_loss"),
         ({"max_loss": 5}, "max_loss must be above 0 and at most 1, got 5: did you mean 0.05?"),
         ({"pruning_ratio": 20}, "did you mean 0.2"),
-        ({"pruning_ratio": 0.2, "text": ()}, "own_windows must be at least 24, got 2 without text= or test_text="),
         ({"pruning_ratio": 0.2, "windows": 1}, "windows must be at least 2, got 1"),
         ({"pruning_ratio": 0.2, "length": 0}, "length must be at least 1, got 0"),
         ({"pruning_ratio": 0.2, "heal_tokens": -1}, "heal_tokens must be at least 0, got -1"),

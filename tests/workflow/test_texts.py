@@ -2,6 +2,7 @@
 
 import hashlib
 
+import gluprune
 from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
 
 
@@ -17,8 +18,12 @@ def test_digests_are_of_the_whole_texts(text):
     assert found.calibration_digests == {"notes.txt": sha256(notes), OWN_TEXT: sha256(own)}
 
 
-def test_the_own_text_is_divided_where_there_is_no_other():
-    own = "What the model wrote. " * 20
-    found = Texts.of(GivenTexts({}, {}, {}), own)
-    assert found.calibration[OWN_TEXT] + found.test[OWN_TEXT] == own and len(found.test[OWN_TEXT]) < len(own) / 8
-    assert found.calibration_digests == found.test_digests == {OWN_TEXT: sha256(own)}
+def test_wikipedia_where_no_text_is_given(text):
+    own, articles = "What the model wrote. " * 20, gluprune.wikipedia_text()
+    found = Texts.of(GivenTexts.read([], [], ["text"]), own)
+    assert found.calibration["Wikipedia"] + found.test["Wikipedia"] == articles
+    assert len(articles) / 11 < len(found.test["Wikipedia"]) < len(articles) / 9
+    assert found.calibration_digests == {"Wikipedia": sha256(articles), OWN_TEXT: sha256(own)}
+    assert found.test_digests == {"Wikipedia": sha256(articles)}
+    found = Texts.of(GivenTexts.read([], [text], ["text"]), own)
+    assert found.calibration == {"Wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}

@@ -10,7 +10,6 @@ import argparse
 import copy
 from importlib.resources import files
 from pathlib import Path
-from pydoc_data import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,9 +38,9 @@ def main() -> None:
     where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
 
-    # Text from your own domain, or text that the model generates: gluprune.sample_text(dense, tokenizer).
-    # Without it, the topics of Python's help(), which every Python includes.
-    texts = [Path(file).read_text(encoding="utf-8") for file in options.text] or ["\n".join(topics.topics.values())]
+    # Text from your own domain, or Wikipedia's. Better with text that the model generates as well, which takes longer:
+    # texts.append(gluprune.sample_text(dense, tokenizer)).
+    texts = [Path(file).read_text(encoding="utf-8") for file in options.text] or [gluprune.wikipedia_text()]
     batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=128)
     statistics = gluprune.calibrate(dense, batches, sensitivity=True)
 

@@ -78,7 +78,7 @@ _MODULES = {
     "shrink": "workflow.shrink",
     "unpatch": "runtime.patching",
     "unpatch_llama": "runtime.patching",
-    "wikipedia_text": "calibration.wikipedia",
+    "wikipedia_text": "io.wikipedia",
 }
 
 

@@ -16,6 +16,7 @@ import gluprune
 EXPECTED = {
     *("prune", "reconstruct", "calibrate", "Statistics", "Recipe", "batches_from_text", "sample_text", "info"),
     *("prune_checkpoint", "load", "save", "patch", "patch_llama", "unpatch", "unpatch_llama", "fusion_status"),
+    "wikipedia_text",
     *("PruneReport", "graph_decoding", "export", "perplexity", "shrink", "push_to_hub", "heal"),
 }
 

@@ -3,7 +3,8 @@
     python -m gluprune_evals.healing --text wikitext2=FILE --text lambada=FILE
 
 prunes by the recommended recipe as `gluprune_evals.quality` does, trains on the calibration text and the model's own
-text in equal parts, and writes records (`healing.jsonl`) and a table (`healing.md`). An interrupted run can be continued.
+text in equal parts, and writes records (`healing.jsonl`) and a table (`healing.md`). An interrupted run can be
+continued.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
-from gluprune.calibration.wikipedia import wikipedia_text
 from gluprune.checkpoints.load_save import load, round_weights
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.healing.student import TRAINED, as_student, with_weights
 from gluprune.healing.training import Settings, arguments, last_checkpoint, train
 from gluprune.io.atomic import write_file
-from gluprune.io.text import read_text
+from gluprune.io.text import WIKIPEDIA, read_text
 from gluprune.measure.records import Record, read
 from gluprune.pruning.history import loss_ends
 from gluprune_evals import quality
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gluprune_evals.healing", description="Perplexity of healed models, by ratio."
     )
-    parser.add_argument("--calibration", metavar="FILE", help="text to prune and train on (default: that of gluprune)")
+    parser.add_argument("--calibration", metavar="FILE", default=WIKIPEDIA, help="as for `calibrate --text`")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         texts = quality.named_texts(given.text)
-        calibration = read_text(given.calibration, quality.FIELDS) if given.calibration else wikipedia_text()
+        calibration = read_text(given.calibration, quality.FIELDS)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         result = _measured(source, calibration, texts, settings, given)
     except (ValueError, OSError) as error:

@@ -25,12 +25,11 @@ from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.collect import calibrate
 from gluprune.calibration.sample import sample_text
 from gluprune.calibration.statistics import Statistics
-from gluprune.calibration.wikipedia import wikipedia_text
 from gluprune.checkpoints.load_save import load
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.io.atomic import write_file
 from gluprune.io.progress import progress
-from gluprune.io.text import read_text
+from gluprune.io.text import WIKIPEDIA, read_text
 from gluprune.measure.perplexity import perplexity
 from gluprune.measure.records import Record, append, read
 from gluprune.pruning.prune import prune
@@ -366,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gluprune_evals.quality", description="Perplexity after pruning, for each method and ratio."
     )
-    parser.add_argument("--calibration", metavar="FILE", help="text to calibrate on (default: that of gluprune)")
+    parser.add_argument("--calibration", metavar="FILE", default=WIKIPEDIA, help="as for `calibrate --text`")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument(
@@ -378,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         texts = named_texts(given.text)
-        calibration = read_text(given.calibration, FIELDS) if given.calibration else wikipedia_text()
+        calibration = read_text(given.calibration, FIELDS)
         source = StudyModel.find(given.model or smollm2_checkpoint())
         methods = given.method or METHODS
         records = measure(source, calibration, texts, given.windows, given.out, methods=methods, ratios=given.ratios)

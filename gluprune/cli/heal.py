@@ -38,7 +38,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="FILE...",
-            help="Texts to train on, as for `calibrate --text`.",
+            help="Texts to train on, as for `calibrate --text`; by default wikipedia.",
             rich_help_panel=TEXT,
             callback=check_texts,
         ),
@@ -102,9 +102,9 @@ def run(
 ) -> None:
     """Train a pruned model to predict what the dense one does.
 
-    Distils from the dense model on text that it writes and on yours, and measures perplexity before and after on text
-    held apart. Runs in several processes under `accelerate launch` or `torchrun`. An interrupted run continues when the
-    same command is run again.
+    Distils from the dense model on text that it writes and on yours or Wikipedia, and measures perplexity before and
+    after on text held apart. Runs in several processes under `accelerate launch` or `torchrun`. An interrupted run
+    continues when the same command is run again.
     """
     from gluprune.workflow.heal import heal
 

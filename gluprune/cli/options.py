@@ -14,7 +14,7 @@ import typer
 
 from gluprune.io.folder import check_destination
 from gluprune.io.hub import check_source
-from gluprune.io.text import DATASET
+from gluprune.io.text import is_named
 
 OUTPUT, RUNNING, RECIPE, TEXT = "Output", "How models run", "Recipe", "Text"
 
@@ -128,13 +128,13 @@ def new_folder(path: str) -> str:
 
 
 def check_texts(sources: list[str] | None) -> list[str] | None:
-    """Return the texts of a command if their files exist; data sets of the Hub are not looked up.
+    """Return the texts of a command if their files exist; other sources are not looked up.
 
     Raises:
         typer.BadParameter: A file does not exist.
     """
     for source in sources or ():
-        if not source.startswith(DATASET) and not Path(source).exists():
+        if not is_named(source) and not Path(source).exists():
             raise typer.BadParameter(f"{source} does not exist")
     return sources
 
@@ -192,8 +192,8 @@ Texts = Annotated[
     typer.Option(
         "--text",
         metavar="FILE...",
-        help="Texts to calibrate on: UTF-8 files, JSON Lines (.jsonl, see --field), or hf:ID[:CONFIG]:SPLIT:COLUMN for"
-        " a data set of the Hub.",
+        help="Texts to calibrate on: UTF-8 files, JSON Lines (.jsonl, see --field), hf:ID[:CONFIG]:SPLIT:COLUMN for a"
+        " data set of the Hub, or wikipedia for the articles that come with gluprune.",
         show_default=False,
     ),
 ]

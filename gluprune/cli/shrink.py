@@ -57,7 +57,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="FILE...",
-            help="Texts of your domain to calibrate on, as for `calibrate --text`.",
+            help="Texts of your domain to calibrate on, as for `calibrate --text`; by default wikipedia.",
             rich_help_panel=TEXT,
             callback=check_texts,
         ),
@@ -96,9 +96,9 @@ def run(
 ) -> None:
     """Prune a model by the recommended recipe.
 
-    Calibrates on text that the model writes and on yours, prunes, reconstructs, and measures perplexity before and
-    after on text held apart. Writes a checkpoint with a model card and a picture. An interrupted run continues when the
-    same command is run again.
+    Calibrates on text that the model writes and on yours or Wikipedia, prunes, reconstructs, and measures perplexity
+    before and after on text held apart. Writes a checkpoint with a model card and a picture. An interrupted run
+    continues when the same command is run again.
     """
     from gluprune.workflow.shrink import shrink
 

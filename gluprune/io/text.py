@@ -1,4 +1,4 @@
-"""Text from files: plain text, JSON Lines, WikiText's releases, and data sets of the Hub."""
+"""Text from files (plain text, JSON Lines, WikiText's releases), from data sets of the Hub, and from the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gluprune.io.hub import first_line
+from gluprune.io.wikipedia import wikipedia_text
 
+WIKIPEDIA = "wikipedia"  # names the text that comes with the package
 DATASET = "hf:"  # begins the name of a data set of the Hub
 _JSON_LINES, _JSON = (".jsonl", ".ndjson"), ".json"
 
@@ -41,13 +43,14 @@ def detokenised(text: str) -> str:
 
 
 def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
-    """Read running text from a UTF-8 file or from a data set of the Hub.
+    """Read running text from a UTF-8 file, from a data set of the Hub or from the package.
 
     The tokenised release of WikiText is turned into running text.
 
     Args:
         source: A file of plain text, of JSON Lines (`.jsonl`, `.ndjson`) or with one JSON list (`.json`); or
-            `hf:ID:SPLIT:COLUMN` or `hf:ID:CONFIG:SPLIT:COLUMN`, a data set for the package `datasets`.
+            `hf:ID:SPLIT:COLUMN` or `hf:ID:CONFIG:SPLIT:COLUMN`, a data set for the package `datasets`; or
+            `wikipedia`, which is `wikipedia_text`.
         fields: Fields of a JSON object that hold the text. Those that an object has are joined by a line break.
 
     Raises:
@@ -56,7 +59,9 @@ def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
         OSError: The file cannot be read.
         ImportError: `datasets` is not installed.
     """
-    if str(source).startswith(DATASET):
+    if str(source) == WIKIPEDIA:
+        text = wikipedia_text()
+    elif str(source).startswith(DATASET):
         text = _read_dataset(str(source))
     else:
         path = Path(source)
@@ -68,6 +73,11 @@ def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
     return detokenised(text)
 
 
+def is_named(source: str) -> bool:
+    """Whether a source of text is not a file, but a data set of the Hub or the text that comes with the package."""
+    return source == WIKIPEDIA or source.startswith(DATASET)
+
+
 def read_texts(sources: Iterable[str | Path], fields: Sequence[str] = ("text",)) -> list[str]:
     """Read several texts; see `read_text`."""
     return [read_text(source, fields) for source in sources]
@@ -77,9 +87,9 @@ def fingerprints(sources: Sequence[str | Path], texts: Sequence[str]) -> dict[st
     """Return name -> SHA-256 of texts: of the bytes of a file, or of a text that comes from elsewhere."""
     found: dict[str, str] = {}
     for source, text in zip(sources, texts, strict=True):
-        path = Path(source)
-        name = path.name if path.is_file() and path.name not in found else str(source)
-        found[name] = hashlib.sha256(path.read_bytes() if path.is_file() else text.encode()).hexdigest()
+        path, is_file = Path(source), not is_named(str(source)) and Path(source).is_file()
+        name = path.name if is_file and path.name not in found else str(source)
+        found[name] = hashlib.sha256(path.read_bytes() if is_file else text.encode()).hexdigest()
     return found
 
 

@@ -72,8 +72,8 @@ def heal(
         pruned: The student: a folder or a Hub id. It is never written to.
         teacher: The dense model: a folder or a Hub id, with the same tokenizer.
         destination: A folder that does not exist or is empty. With several hosts, all of them must share it.
-        text: Files of text to train on, as `gluprune.io.text.read_text` reads them. If none are given, it is
-            `wikipedia_text`.
+        text: Files of text to train on, as `gluprune.io.text.read_text` reads them. If none are given:
+            `wikipedia`.
         test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
             train on is held apart.
         fields: Fields that hold the text in JSON files.

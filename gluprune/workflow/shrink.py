@@ -98,8 +98,8 @@ def shrink(
         pruning_ratio: Share of the neurons to remove, between 0 and 1. Give either this or `max_loss`.
         max_loss: Choose the narrowest width whose perplexity is at most this much above the dense model's: 0.05 is
             5 %. Several widths are pruned and measured.
-        text: Files of text to calibrate on, as `gluprune.io.text.read_text` reads them. If none are given, it is
-            `wikipedia_text`.
+        text: Files of text to calibrate on, as `gluprune.io.text.read_text` reads them. If none are given:
+            `wikipedia`.
         test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
             calibrate on is held apart.
         fields: Fields that hold the text in JSON files.

@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gluprune.calibration.wikipedia import wikipedia_text
-from gluprune.io.text import fingerprints, read_texts
+from gluprune.io.text import WIKIPEDIA, fingerprints, read_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN_TEXT = "text written by the model"
-WIKIPEDIA = "Wikipedia"
 _HELD_APART = 0.1  # of each text
 
 
 @dataclass(frozen=True)
 class GivenTexts:
-    """The user's texts by name, or Wikipedia.
+    """The texts by name.
 
     Attributes:
         calibration: To calibrate on.
@@ -39,23 +37,18 @@ class GivenTexts:
     def read(cls, text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
         """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart.
 
-        Without a text to calibrate on, it is `wikipedia_text`.
-
         Args:
-            text: Files to calibrate on.
-            test_text: Files to measure on.
+            text: Sources to calibrate on; none: `wikipedia_text`.
+            test_text: Sources to measure on.
             fields: Fields that hold the text in JSON files.
         """
+        text = text or [WIKIPEDIA]
         contents = read_texts([*text, *test_text], fields)
         digests = fingerprints([*text, *test_text], contents)
         if len(set(digests.values())) < len(contents):
             raise ValueError(f"two of the texts are equal: {', '.join(map(str, (*text, *test_text)))}")
         named = list(zip(digests, contents, strict=True))
-        calibration = dict(named[: len(text)])
-        if not text:
-            calibration[WIKIPEDIA] = wikipedia_text()
-            digests[WIKIPEDIA] = _digest(calibration[WIKIPEDIA])
-        return cls(calibration, dict(named[len(text) :]), digests)
+        return cls(dict(named[: len(text)]), dict(named[len(text) :]), digests)
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class Texts:
             own: What the model wrote, or nothing.
         """
         written = {OWN_TEXT: own} if own else {}
-        digests = {**given.digests, OWN_TEXT: _digest(own)}
+        digests = {**given.digests, OWN_TEXT: hashlib.sha256(own.encode()).hexdigest()}
         if given.test:
             return cls({**written, **given.calibration}, given.test, digests)
         parts = {name: _divided(text) for name, text in given.calibration.items()}
@@ -123,7 +116,3 @@ def _divided(text: str) -> tuple[str, str]:
             start = found + 1
             break
     return text[:start], text[start:]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

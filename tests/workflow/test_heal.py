@@ -129,10 +129,10 @@ def test_layers_of_different_widths(source, tmp_path, brief):
 @pytest.mark.slow
 def test_wikipedia_where_no_text_is_given(pruned, source, tmp_path, brief):
     report = gluprune.heal(pruned, source, tmp_path / "out", **{**brief, "text": ()})
-    assert report.texts == ["Wikipedia"]
+    assert report.texts == ["wikipedia"]
     steps = json.loads((tmp_path / "out/gluprune.json").read_text())["steps"]
     (heal,) = (step for step in steps if step["step"] == "heal")
-    assert set(heal["calibration"]["texts"]) == {"Wikipedia", OWN_TEXT}
+    assert set(heal["calibration"]["texts"]) == {"wikipedia", OWN_TEXT}
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
     report = gluprune.shrink(source, tmp_path / "a", pruning_ratio=0.2, **short, test_text=[other])
     assert report.texts == ["other.txt"]
     report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **{**short, "text": ()})
-    assert report.texts == ["Wikipedia"] and report.tokens == 32 * LENGTH
+    assert report.texts == ["wikipedia"] and report.tokens == 32 * LENGTH
     with pytest.raises(ValueError, match="two of the texts are equal"):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
 

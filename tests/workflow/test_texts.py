@@ -21,9 +21,9 @@ def test_digests_are_of_the_whole_texts(text):
 def test_wikipedia_where_no_text_is_given(text):
     own, articles = "What the model wrote. " * 20, gluprune.wikipedia_text()
     found = Texts.of(GivenTexts.read([], [], ["text"]), own)
-    assert found.calibration["Wikipedia"] + found.test["Wikipedia"] == articles
-    assert len(articles) / 11 < len(found.test["Wikipedia"]) < len(articles) / 9
-    assert found.calibration_digests == {"Wikipedia": sha256(articles), OWN_TEXT: sha256(own)}
-    assert found.test_digests == {"Wikipedia": sha256(articles)}
+    assert found.calibration["wikipedia"] + found.test["wikipedia"] == articles
+    assert len(articles) / 11 < len(found.test["wikipedia"]) < len(articles) / 9
+    assert found.calibration_digests == {"wikipedia": sha256(articles), OWN_TEXT: sha256(own)}
+    assert found.test_digests == {"wikipedia": sha256(articles)}
     found = Texts.of(GivenTexts.read([], [text], ["text"]), own)
-    assert found.calibration == {"Wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}
+    assert found.calibration == {"wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}

@@ -16,4 +16,4 @@ def wikipedia_text() -> str:
         >>> gluprune.wikipedia_text().count(" ") > 150_000
         True
     """
-    return (files("gluprune.calibration") / "data" / "wikipedia.txt").read_text(encoding="utf-8")
+    return (files("gluprune.io") / "data" / "wikipedia.txt").read_text(encoding="utf-8")

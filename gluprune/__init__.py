@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gluprune.checkpoints.load_save import load, save
     from gluprune.checkpoints.push import push_to_hub
     from gluprune.checkpoints.stream import prune_checkpoint
+    from gluprune.io.wikipedia import wikipedia_text
     from gluprune.measure.perplexity import perplexity
     from gluprune.pruning.prune import prune
     from gluprune.pruning.recipe import Recipe

@@ -379,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = named_texts(given.text)
         calibration = read_text(given.calibration, FIELDS)
         source = StudyModel.find(given.model or smollm2_checkpoint())
-        methods = given.method or METHODS
+        methods = list(given.method or METHODS)
         records = measure(source, calibration, texts, given.windows, given.out, methods=methods, ratios=given.ratios)
         result = table(records)
         (given.out / "quality.md").write_text(result, encoding="utf-8")

@@ -33,7 +33,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
-from gluprune.workflow.texts import GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 
 _DEVICES, _DTYPES = (AUTO, "cpu", "cuda"), (AUTO, "float32", "bfloat16")
 _TIMEOUT = timedelta(days=1)  # while the first process writes text or measures, the others wait
@@ -162,7 +162,7 @@ def _run(work: HealingWork, output: Path, destination: str, memory: int) -> Heal
         pruned=before["pruned"],
         healed=healed,
         texts=list(texts.test),
-        test_tokens=work.test_tokens,
+        test_tokens=work.held_apart.tokens,
         length=work.settings.length,
         memory=memory,
     )
@@ -229,7 +229,7 @@ def _check_lengths(folder: Path, texts: GivenTexts, length: int) -> None:
         found = len(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         if found < length:
             raise ValueError(f"the text to train on, {name}, has {found} tokens: one window needs {length}")
-    divided.test_ids(tokenizer, length)
+    HeldApart(divided.test, tokenizer, length)
 
 
 def _is_sharded() -> bool:

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
-from gluprune.calibration.batches import batches_from_text, begin_token
+from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.sample import sample_text
 from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.load_save import load, round_weights, write_like
@@ -24,12 +24,9 @@ from gluprune.healing.training import Settings, train
 from gluprune.io import atomic
 from gluprune.io.hub import model_name
 from gluprune.io.progress import announce
-from gluprune.measure.perplexity import cut_windows, perplexity
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import heal_step, measure_step, record
-from gluprune.workflow.texts import GivenTexts, Texts
-
-_TEST_WINDOWS = 32  # to measure perplexity on, at most
+from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 
 
 class HealingWork:
@@ -104,14 +101,9 @@ class HealingWork:
         return Texts.of(self._given, self._own_text)
 
     @functools.cached_property
-    def _test_ids(self) -> torch.Tensor:
-        return self.texts.test_ids(self._tokenizer, self.settings.length)
-
-    @property
-    def test_tokens(self) -> int:
-        """Number of tokens that perplexity is measured on."""
-        cut = cut_windows(self._test_ids, self.settings.length, _TEST_WINDOWS, begin_token(self._tokenizer))
-        return sum(len(window) - 1 for window in cut)
+    def held_apart(self) -> HeldApart:
+        """The text that perplexity is measured on."""
+        return HeldApart(self.texts.test, self._tokenizer, self.settings.length)
 
     def perplexities(self) -> dict[str, float]:
         """Return the perplexities of the dense and of the pruned model; in other processes than the first, nothing."""
@@ -125,13 +117,9 @@ class HealingWork:
     def _perplexity(self, name: str, model: Callable[[], PreTrainedModel]) -> float:
         known = json.loads(self._measurements.read_bytes()) if self._measurements.is_file() else {}
         if name not in known:
-            known[name] = self._measured(model())
+            known[name] = self.held_apart.perplexity(model())
             atomic.write_file(self._measurements, [json.dumps(known).encode()])
         return known[name]
-
-    def _measured(self, model: PreTrainedModel) -> float:
-        begin = begin_token(self._tokenizer)
-        return perplexity(model, self._test_ids, self.settings.length, windows=_TEST_WINDOWS, begin=begin)
 
     def train(self) -> tuple[list[float], dict[str, torch.Tensor]]:
         """Return the loss of every step and the weights of the trained student; see `healing.training.train`."""
@@ -158,13 +146,13 @@ class HealingWork:
         shutil.rmtree(folder)  # of an interrupted run
         folder.mkdir()
         write_like(model, folder, self._pruned_folder)
-        healed = self._measured(self._load(folder, self._teacher.dtype))
+        healed = self.held_apart.perplexity(self._load(folder, self._teacher.dtype))
         history = read_history(folder)
         assert history is not None
         step = measure_step(
             perplexity=healed,
             dense_perplexity=self._perplexity("dense", lambda: self._teacher),
-            tokens=self.test_tokens,
+            tokens=self.held_apart.tokens,
             length=self.settings.length,
             texts=self.texts.test_digests,
         )

@@ -39,7 +39,7 @@ from gluprune.workflow import picture
 from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def _check_lengths(folder: Path, texts: GivenTexts, settings: Settings) -> None:
     batches = batches_from_text(tokenizer, list(divided.calibration.values()), settings.windows, settings.length)
     if sum(map(len, batches)) + settings.own_windows < 2:
         raise ValueError(f"the calibration text has one window of {settings.length} tokens: give two or more")
-    divided.test_ids(tokenizer, settings.length)
+    HeldApart(divided.test, tokenizer, settings.length)
 
 
 def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:
@@ -272,7 +272,7 @@ def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkRep
         chosen=measured[width],
         max_loss=goal.max_loss,
         texts=list(texts.test),
-        tokens=work.test_tokens,
+        tokens=work.held_apart.tokens,
         length=work.settings.length,
         picture=str(Path(destination) / PICTURE) if has_picture else None,
     )

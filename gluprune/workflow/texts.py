@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gluprune.calibration.batches import begin_token
 from gluprune.io.text import WIKIPEDIA, fingerprints, read_texts
+from gluprune.measure.perplexity import cut_windows, perplexity
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OWN_TEXT = "text written by the model"
 _HELD_APART = 0.1  # of each text
+_TEST_WINDOWS = 32  # to measure on, at most
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,40 @@ class Texts:
         """Name -> SHA-256 of the texts to measure on."""
         return {name: self.digests[name] for name in self.test}
 
-    def test_ids(self, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-        """Return the token ids `[T]` of the texts to measure on, one after the other, without special tokens.
 
-        Raises:
-            ValueError: They are shorter than one window of `length` tokens.
-        """
-        ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in self.test.values()]
-        joined = torch.tensor([token for one in ids for token in one])
-        if joined.numel() <= length:
+class HeldApart:
+    """The text to measure perplexity on, in at most 32 windows.
+
+    Args:
+        test: Name -> text, of which there is at least one.
+        tokenizer: The tokenizer of the models.
+        length: Tokens per window.
+
+    Attributes:
+        ids: int64 `[T]`, the texts one after the other, without special tokens.
+
+    Raises:
+        ValueError: The texts are shorter than one window.
+    """
+
+    def __init__(self, test: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, length: int):
+        found = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in test.values()]
+        self.ids = torch.tensor([token for one in found for token in one])
+        self._begin, self._length = begin_token(tokenizer), length
+        if self.ids.numel() <= length:
             raise ValueError(
-                f"the text to measure on ({', '.join(self.test)}) has {joined.numel()} tokens: one window needs"
+                f"the text to measure on ({', '.join(test)}) has {self.ids.numel()} tokens: one window needs"
                 f" {length + 1}; give more text (its last tenth is held apart), or text to measure on (test_text=)"
             )
-        return joined
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are predicted."""
+        return sum(len(window) - 1 for window in cut_windows(self.ids, self._length, _TEST_WINDOWS, self._begin))
+
+    def perplexity(self, model: PreTrainedModel) -> float:
+        """Return the perplexity of a causal LM."""
+        return perplexity(model, self.ids, self._length, windows=_TEST_WINDOWS, begin=self._begin)
 
 
 def _divided(text: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gluprune.calibration.batches import batches_from_text, begin_token
+from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.collect import calibrate_to_file
 from gluprune.calibration.running import is_half_on_cpu
 from gluprune.calibration.sample import sample_text
@@ -26,7 +26,6 @@ from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.load_save import load, round_weights, save_like
 from gluprune.io import atomic
 from gluprune.io.folder import remove_partial_folders
-from gluprune.measure.perplexity import cut_windows, perplexity
 from gluprune.models.device import loading_options
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.prune import prune
@@ -34,9 +33,8 @@ from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
 from gluprune.workflow.heal import heal
 from gluprune.workflow.report import Point
-from gluprune.workflow.texts import GivenTexts, Texts
+from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 
-_TEST_WINDOWS = 32  # to measure perplexity on, at most
 _RECONSTRUCTION_WINDOWS = 16  # from each text: as in the records of evals/results/quality.md
 
 
@@ -98,15 +96,9 @@ class Work:
         return Texts.of(self._given, self._own_text)
 
     @functools.cached_property
-    def test_ids(self) -> torch.Tensor:
-        """Token ids `[T]` of the texts to measure on."""
-        return self.texts.test_ids(self._tokenizer, self.settings.length)
-
-    @property
-    def test_tokens(self) -> int:
-        """Number of tokens that perplexity is measured on."""
-        cut = cut_windows(self.test_ids, self.settings.length, _TEST_WINDOWS, begin_token(self._tokenizer))
-        return sum(len(window) - 1 for window in cut)
+    def held_apart(self) -> HeldApart:
+        """The text that perplexity is measured on."""
+        return HeldApart(self.texts.test, self._tokenizer, self.settings.length)
 
     def statistics(self) -> Path:
         """Return the file of the calibration statistics."""
@@ -134,8 +126,7 @@ class Work:
         found = json.loads(self._measurements.read_bytes()) if self._measurements.is_file() else {}
         if name not in found:
             loaded = model()
-            begin = begin_token(self._tokenizer)
-            value = perplexity(loaded, self.test_ids, self.settings.length, windows=_TEST_WINDOWS, begin=begin)
+            value = self.held_apart.perplexity(loaded)
             widths = layer_widths(loaded.config)
             size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
             found[name] = asdict(Point(round(sum(widths) / len(widths)), value, size))
@@ -209,7 +200,7 @@ class Work:
     @torch.no_grad()
     def _logits(self, model: Any) -> torch.Tensor:
         """Return the logits of a model on one window."""
-        return model(self.test_ids[None, : self.settings.length].to(model.device)).logits
+        return model(self.held_apart.ids[None, : self.settings.length].to(model.device)).logits
 
     def _load(self, folder: Path) -> tuple[Any, torch.dtype]:
         """Return a model as it is computed with, and the dtype in which it was loaded."""

@@ -116,7 +116,7 @@ def test_layers_of_different_widths(source, tmp_path, short):
 def perplexities(monkeypatch, loss):
     """Replace what is measured: `loss(width)` above dense."""
     monkeypatch.setattr(
-        "gluprune.workflow.work.perplexity",
+        "gluprune.workflow.texts.perplexity",
         lambda model, *_, **__: 10 * (1 + loss(model.config.intermediate_size)),
     )
 

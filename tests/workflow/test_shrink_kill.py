@@ -11,7 +11,7 @@ import pytest
 
 import gluprune
 from gluprune.io.folder import partial_folders
-from gluprune.workflow import work
+from gluprune.workflow import texts, work
 from tests.helpers.streaming import contents
 
 SCRIPT = """
@@ -22,7 +22,7 @@ SCRIPT = """
 
     torch.set_num_threads(1)  # a process that has used more cannot fork
     from gluprune.io import atomic
-    from gluprune.workflow import work
+    from gluprune.workflow import texts
     from gluprune.workflow.shrink import shrink
 
     atomic.fsync = lambda descriptor: None  # slow, and a killed process loses nothing that it has written
@@ -30,7 +30,7 @@ SCRIPT = """
     out, rng, real = folder / "out", random.Random(seed), atomic.rename
     short = {"text": [text], "own_windows": 2, "windows": 6, "length": 24, "multiple_of": 16, "device": "cpu"}
     if "max_loss" in target:  # the narrower of the random models need not be the worse
-        work.perplexity = lambda model, *_, **__: 202 - model.config.intermediate_size
+        texts.perplexity = lambda model, *_, **__: 202 - model.config.intermediate_size
 
 
     def contents(folder):
@@ -99,10 +99,9 @@ def test_killed_twice_at_any_stage(source, text, tmp_path, target):
 def test_finished_stages_are_not_computed_again(source, tmp_path, short, monkeypatch):
     """Interrupted while it prunes, then while it measures the pruned model."""
     gluprune.shrink(source, tmp_path / "expected", pruning_ratio=0.2, **short)
-    calls, real = (
-        [],
-        {name: getattr(work, name) for name in ("sample_text", "calibrate_to_file", "prune", "perplexity")},
-    )
+    calls = []
+    places = {"sample_text": work, "calibrate_to_file": work, "prune": work, "perplexity": texts}
+    real = {name: getattr(module, name) for name, module in places.items()}
 
     def counting(name):
         def call(*arguments, **options):
@@ -113,8 +112,8 @@ def test_finished_stages_are_not_computed_again(source, tmp_path, short, monkeyp
 
         return call
 
-    for name in real:
-        monkeypatch.setattr(work, name, counting(name))
+    for name, module in places.items():
+        monkeypatch.setattr(module, name, counting(name))
     first = ["sample_text", "calibrate_to_file", "perplexity", "prune"]
     second = [*first, "prune", "perplexity"]
     interrupted = [first, second]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 for `report --compare` with regressions; 2 after one line on stderr for bad input; 130 after
         Ctrl-C.
     """
+    if not sys.stderr.isatty():  # redrawn bars fill logs; those of gluprune are lines there
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     group = typer.main.get_command(app)
     arguments = None if arguments is None else list(arguments)
     try:

@@ -16,6 +16,8 @@ from gluprune.cli.command import Command, expand, in_flags
 from gluprune.measure.bench import PRESETS
 from gluprune.measure.decoding import DECODINGS
 from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
+from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.tokenizers import byte_tokenizer
 
 COMMANDS = {name: module for modules in PANELS.values() for name, module in modules.items()}
 EXAMPLES = [
@@ -318,6 +320,18 @@ def test_a_missing_extra_is_one_line_that_names_it(arguments, package, extra, mo
     assert main(arguments) == 2
     expected = f"gluprune {arguments[0]}: error: {package} is not installed: pip install 'gluprune[{extra}]'\n"
     assert capsys.readouterr().err == expected and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_logs_hold_no_bars_of_transformers(tmp_path):
+    """They are redrawn with carriage returns, which fill a log."""
+    tokenizer = byte_tokenizer()
+    gluprune.save(make_tiny_model(seed=1, vocab_size=len(tokenizer)), tmp_path / "dense", tokenizer)
+    (tmp_path / "notes.txt").write_text("A long text. " * 200)
+    paths = [f"{tmp_path / 'dense'}", "--text", f"{tmp_path / 'notes.txt'}", "--length", "32"]
+    result = run("perplexity", *paths)
+    assert result.returncode == 0, result.stderr
+    assert "Loading weights" not in result.stderr and "\r" not in result.stderr
 
 
 @pytest.mark.parametrize("flag, shown", [("--json", ["warning"]), ("-v", ["info", "warning"]), ("-q", [])])

@@ -22,7 +22,7 @@ TEXTS = {"wikitext2": "WikiText-2", "lambada": "LAMBADA"}
 
 def perplexities() -> dict[tuple[str, str, float], float]:
     """Return the perplexity by provider, text and ratio from the committed records."""
-    records = read(ROOT / "evals/results/quality.jsonl")
+    records = read(ROOT / "evals/results/default-text/quality.jsonl")
     found = [record for record in records if record.what == "perplexity"]
     return {(record.provider, record.shape["text"], record.shape["ratio"]): record.p50 for record in found}
 

@@ -162,7 +162,7 @@ def test_quality_figures_of_the_readme_are_on_record():
         "hybrid, re-solved, + own text",
         "surgeon, reconstructed, + own text",
     )
-    records = read(ROOT / "evals/results/quality.jsonl")
+    records = read(ROOT / "evals/results/default-text/quality.jsonl")
     perplexity = {
         (record.provider, record.shape["text"], record.shape["ratio"]): record.p50
         for record in records

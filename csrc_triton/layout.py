@@ -19,6 +19,7 @@ within the buffer is not mistaken for one followed by zeros.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 PAD = 128  # the intermediate size is padded to a multiple of this
 FP8 = torch.float8_e4m3fn  # 1 sign, 4 exponent and 3 mantissa bits, no infinity
@@ -102,6 +103,39 @@ def padded_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
     return gate.detach().as_strided((2, padded, columns), (row * columns, columns, 1))
 
 
+def usable_buffers(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what kernels can use of weights that need not be in the padded layout; None if they cannot.
+
+    A down projection of an unaligned width without gaps is copied into a buffer. This is how an unaligned width trains:
+    optimizers need weights without gaps between rows.
+
+    Args:
+        gate: `[I, H]`.
+        up: `[I, H]`.
+        down: `[H, I]`.
+
+    Returns:
+        The result of `usable_gate_up`, and down `[H, IP]`.
+    """
+    buffers, missing = padded_buffers(gate, up, down), -down.shape[1] % PAD
+    if buffers is not None:
+        return buffers
+    gate_up = usable_gate_up(gate, up)
+    if gate_up is None or not (missing or is_plain(down)):
+        return None
+    return gate_up, F.pad(down, (0, missing)) if missing else down.detach()
+
+
+def usable_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """Return the buffer `[2, IP, H]`, or gate alone `[1, I, H]` if up is elsewhere; None if kernels cannot use them."""
+    gate_up = padded_gate_up(gate, up)
+    if gate_up is None and gate.dtype in DTYPES.values() and is_plain(gate) and is_plain(up):
+        return gate.detach()[None]
+    return gate_up
+
+
 def is_half(weight: torch.Tensor, half: int) -> bool:
     """Return whether `weight` `[I, H]` is the gate (0) or up (1) half of a gate_up buffer."""
     rows, columns = weight.shape
@@ -133,6 +167,11 @@ def is_padded_down(weight: torch.Tensor) -> bool:
         and weight.stride() == (padded, 1)
         and storage_elements(weight) == rows * padded + padded - columns
     )
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Return whether kernels can use `weight` where it is, without padding: contiguous from a 16-byte boundary."""
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def storage_elements(tensor: torch.Tensor) -> int:

@@ -103,7 +103,7 @@ def glu_mlp_backward(
 
     Gate, up, the gradient of the hidden activations, and both operands of the last products are rounded to the dtype of
     x, all else is float32: products accumulate in it, except that two products are added in the dtype of x for the
-    gradient of x if the weights are packed.
+    gradient of x if gate and up are not adjacent.
 
     Args:
         grad: `[M, H]`, the gradient of the output, of x's dtype and device.
@@ -123,7 +123,7 @@ def _gradients(grad: torch.Tensor, x: torch.Tensor, weights: GluWeights, wanted:
     I, (M, H) = weights.intermediate_size, x.shape
     IP = padded_width(I)
     grad = grad.contiguous()
-    h = plan_gate_up_matmul(x, weights.gate_up).run()  # [M, 2 * IP]
+    h = plan_gate_up_matmul(x, weights).run()  # [M, 2 * IP]
     if not {"x", "gate_up", "gate_up_bias"}.isdisjoint(wanted):
         a = grad @ _padded(weights.down, IP)  # [M, IP]
         glu_gradient_call(h, a, weights, hidden="down" in wanted).run()
@@ -134,7 +134,7 @@ def _gradients(grad: torch.Tensor, x: torch.Tensor, weights: GluWeights, wanted:
         found["down"] = (grad.t() @ a)[:, :I].contiguous()  # over the padded width, whose rows are aligned
     del a
     if "x" in wanted:
-        found["x"] = _input_gradient(h, weights.gate_up)
+        found["x"] = _input_gradient(h, weights)
     halves = h.view(M, 2, IP)[:, :, :I]
     if "gate_up" in wanted:
         found["gate_up"] = torch.bmm(halves.permute(1, 2, 0), x.expand(2, M, H))
@@ -148,9 +148,10 @@ def _padded(down: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(down, (0, missing)) if missing else down
 
 
-def _input_gradient(h: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """Return `[M, 2 * IP]` times the weights: one product, or two where the halves of gate_up are not adjacent."""
-    if gate_up.is_contiguous():
-        return h @ gate_up.flatten(0, 1)
-    gate, up = h.chunk(2, dim=1)
-    return (gate @ gate_up[0]).addmm_(up, gate_up[1])
+def _input_gradient(h: torch.Tensor, weights: GluWeights) -> torch.Tensor:
+    """Return `[M, 2 * IP]` times the weights: one product, or two where gate and up are not adjacent."""
+    if weights.up is None and weights.gate_up.is_contiguous():
+        return h @ weights.gate_up.flatten(0, 1)
+    (gate, up), rows = weights.halves, weights.halves[0].shape[0]
+    of_gate, of_up = h.chunk(2, dim=1)
+    return (of_gate[:, :rows] @ gate).addmm_(of_up[:, :rows], up)

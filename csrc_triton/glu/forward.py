@@ -30,7 +30,8 @@ def glu_mlp(x: torch.Tensor, weights: GluWeights, *, path: str | None = None) ->
         x: `[M, H]`, with any strides; bfloat16, float16 or float32, like the weights (unless those are fp8) and on
             their device.
         weights: the weights in the padded layout.
-        path: forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by problem.
+        path: forces "gemv" (one token only), "decode", "small", "prefill" or "cublas"; None chooses by problem, which
+            is "cublas" where gate and up are not in one buffer.
 
     Returns:
         A new `[M, H]` tensor in x's dtype.
@@ -58,6 +59,10 @@ def plan_checked(x: torch.Tensor, weights: GluWeights, *, path: str | None = Non
     check_path(path)
     if x.shape[0] == 0:
         return Plan(x.new_empty((0, x.shape[1])), [])
+    if weights.up is not None:
+        if path not in (None, "cublas"):
+            raise ValueError(f"path {path!r} needs gate and up in one buffer; allowed: 'cublas'")
+        path = "cublas"
     problem = weights.problem(x)
     return plan(x, weights, choose(problem, path, device_table(x.device)), problem)
 
@@ -85,7 +90,7 @@ def plan(x: torch.Tensor, weights: GluWeights, launch: Launch, problem: Problem 
 
 def plan_gate_up_cublas(x: torch.Tensor, weights: GluWeights) -> Plan:
     """Plan `[M, H]` -> `[M, IP]` as a cuBLAS product and a kernel for the activation."""
-    product = plan_gate_up_matmul(x, weights.gate_up)
+    product = plan_gate_up_matmul(x, weights)
     return product.then(plan_act_mul(product.output, weights))
 
 
@@ -94,13 +99,16 @@ def plan_down_cublas(a: torch.Tensor, weights: GluWeights) -> Plan:
     return plan_matmul(a, weights.down, weights.down_bias)
 
 
-def plan_gate_up_matmul(x: torch.Tensor, gate_up: torch.Tensor) -> Plan:
-    """Plan `[M, H]` -> `[M, 2 * IP]`: one product, or two where the halves of gate_up are not adjacent."""
-    if gate_up.is_contiguous():
-        return plan_matmul(x, gate_up.flatten(0, 1), None)
-    h = torch.empty((x.shape[0], 2 * gate_up.shape[1]), dtype=x.dtype, device=x.device)
-    halves = zip(gate_up, h.chunk(2, dim=1), strict=True)
-    return Plan(h, [MatmulCall(x, weight, None, out) for weight, out in halves])
+def plan_gate_up_matmul(x: torch.Tensor, weights: GluWeights) -> Plan:
+    """Plan `[M, H]` -> `[M, 2 * IP]`: one product, or two where gate and up are not adjacent.
+
+    Where they are not in one buffer, the columns of the padding are left as they are.
+    """
+    if weights.up is None and weights.gate_up.is_contiguous():
+        return plan_matmul(x, weights.gate_up.flatten(0, 1), None)
+    h = torch.empty((x.shape[0], 2 * padded_width(weights.intermediate_size)), dtype=x.dtype, device=x.device)
+    halves = zip(weights.halves, h.chunk(2, dim=1), strict=True)
+    return Plan(h, [MatmulCall(x, weight, None, out[:, : weight.shape[0]]) for weight, out in halves])
 
 
 def plan_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Plan:

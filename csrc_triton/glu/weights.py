@@ -18,7 +18,7 @@ class GluWeights:
     Attributes:
         gate_up: `[2, IP, H]` with contiguous rows and the up half at least I rows after the gate half: the halves
             overlap in a packed weight, whose up rows follow the gate rows directly. The values of rows I..IP do not
-            matter.
+            matter. If `up` is given: the gate weight alone, `[1, I, H]`.
         down: `[H, IP]`, contiguous, with columns I..IP zero.
         intermediate_size: I, any integer of at least 1.
         activation: "silu" or "gelu_tanh".
@@ -29,6 +29,7 @@ class GluWeights:
             float8_e4m3fn, which needs all three scales.
         up_scale: `[I]` or None.
         down_scale: `[H]` or None.
+        up: `[I, H]`, where gate and up are not in one buffer: such weights take the path "cublas" only.
     """
 
     gate_up: torch.Tensor
@@ -42,6 +43,12 @@ class GluWeights:
     gate_scale: torch.Tensor | None = None
     up_scale: torch.Tensor | None = None
     down_scale: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+
+    @property
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up, `[IP, H]` each, or `[I, H]` where they are not in one buffer."""
+        return self.gate_up[0], self.gate_up[1] if self.up is None else self.up
 
     @property
     def is_fp8(self) -> bool:
@@ -50,7 +57,7 @@ class GluWeights:
 
     @property
     def up_row(self) -> int:
-        """Rows from the first gate row to the first up row: IP, or I in a packed weight."""
+        """Rows of the buffer from the first gate row to the first up row: IP, or I in a packed weight."""
         return self.gate_up.stride(0) // self.gate_up.shape[2]
 
     def problem(self, x: torch.Tensor, sm: int | None = None) -> Problem:
@@ -64,7 +71,7 @@ class GluWeights:
 
         Raises:
             ValueError: wrong shapes or strides, an unknown activation, an intermediate size below 1, some scales
-                without the others, or fp8 weights on a GPU that is too old.
+                without the others, or fp8 weights that are not in one buffer or on a GPU that is too old.
             TypeError: an unsupported dtype, or tensors of different dtypes or devices.
         """
         if x.dim() != 2 or x.shape[1] < 1:
@@ -77,12 +84,15 @@ class GluWeights:
             raise TypeError(f"x must be one of {', '.join(DTYPES)}, got {x.dtype}")
         if len({scale is None for scale in (self.gate_scale, self.up_scale, self.down_scale)}) > 1:
             raise ValueError("gate_scale, up_scale and down_scale must be given together")
+        if self.is_fp8 and self.up is not None:
+            raise ValueError("fp8 weights of gate and up must be in one buffer")
         if self.is_fp8 and compute_capability(x.device) < FP8_SM:
             capability = compute_capability(x.device)
             raise ValueError(f"fp8 weights need compute capability {FP8_SM / 10}, {x.device} has {capability / 10}")
         I, H, IP = self.intermediate_size, x.shape[1], padded_width(self.intermediate_size)
         shapes = {
-            "gate_up": (2, IP, H),
+            "gate_up": (2, IP, H) if self.up is None else (1, I, H),
+            "up": (I, H),
             "down": (H, IP),
             "gate_bias": (I,),
             "up_bias": (I,),
@@ -101,8 +111,9 @@ class GluWeights:
             dtype, like = (FP8, "") if self.is_fp8 and name in ("gate_up", "down") else (x.dtype, " like x")
             if tensor.dtype != dtype or tensor.device != x.device:
                 raise TypeError(f"{name} must be {dtype} on {x.device}{like}, got {tensor.dtype} on {tensor.device}")
-            plain = self._has_halves() if name == "gate_up" else tensor.is_contiguous()
-            if not plain or (name in ("gate_up", "down") and tensor.data_ptr() % 16):
+            halved = name == "gate_up" and self.up is None
+            plain = self._has_halves() if halved else tensor.is_contiguous()
+            if not plain or (name in ("gate_up", "up", "down") and tensor.data_ptr() % 16):
                 raise ValueError(f"{name} must be contiguous from a 16-byte boundary, got strides {tensor.stride()}")
 
     def _has_halves(self) -> bool:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from csrc_triton import layout
 from csrc_triton.layout import ACTIVATIONS
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "triton", "cublas", "torch")
 KERNEL_DTYPES = tuple(layout.DTYPES.values())
-Buffers = tuple[torch.Tensor, torch.Tensor]  # gate_up [2, IP, H], down [H, IP]
+Buffers = tuple[torch.Tensor, torch.Tensor]  # gate_up [2, IP, H], or gate alone [1, I, H]; down [H, IP]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -180,24 +179,12 @@ def _path(M: int, backend: str) -> str | None:
     return None if backend == "auto" else "cublas" if backend == "cublas" else _kernels()[1].triton_path(M)
 
 
-def _buffers(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Buffers | None:
-    """Return the buffers of the weights; a down projection of an unaligned width without gaps is copied into one.
-
-    This is how an unaligned width trains: optimizers need weights without gaps between rows.
-    """
-    buffers, missing = layout.padded_buffers(gate, up, down), -down.shape[1] % layout.PAD
-    if buffers is not None or not missing:
-        return buffers
-    gate_up = layout.padded_gate_up(gate, up)
-    return None if gate_up is None else (gate_up, F.pad(down, (0, missing)))
-
-
 def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> GluWeights:
     """Return the weights for the kernels: the buffers that the operands are views of, and the operands' biases."""
     if buffers is None:
         raise ValueError("the weights are not in the layout of csrc_triton.layout")
     forward, *_ = _kernels()
-    gate, _, _, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale = operands
+    gate, up, _, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale = operands
     gate_up, down = buffers if down_scale is None else (buffer.view(FP8) for buffer in buffers)
     return forward.GluWeights(
         gate_up,
@@ -210,6 +197,7 @@ def _weights(buffers: Buffers | None, operands: Operands, activation: str) -> Gl
         gate_scale=gate_scale,
         up_scale=up_scale,
         down_scale=down_scale,
+        up=None if len(gate_up) == 2 else up.detach(),
     )
 
 
@@ -259,7 +247,8 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
 ) -> torch.Tensor:
     """Compute a GLU MLP: `down(act(gate(x)) * up(x))` (Shazeer, "GLU Variants Improve Transformer", 2020, equation 6).
 
-    Kernels run for bf16, fp16 and fp32 weights in the layout of `csrc_triton.layout`, PyTorch's operations otherwise.
+    Kernels run for bf16, fp16 and fp32 weights in the layout of `csrc_triton.layout`, and one kernel between cuBLAS's
+    products for weights that are contiguous and apart; PyTorch's operations otherwise.
 
     Args:
         x: `[..., H]`, of a floating dtype; all other tensors have its dtype and device, but fp8 weights are uint8.
@@ -294,16 +283,18 @@ def glu_mlp(  # noqa: PLR0917 - the schema of an operator is flat
         raise ValueError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     scales = gate_scale, up_scale, down_scale
     operands = gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, *scales
-    buffers = _buffers(gate_weight, up_weight, down_weight) if _runs_kernels(backend, x) else None
+    buffers = layout.usable_buffers(gate_weight, up_weight, down_weight) if _runs_kernels(backend, x) else None
     if buffers is None:
         return eager_forward(x, operands, activation)
     weights = _weights(buffers, operands, activation)
     rows = x.reshape(-1, x.shape[-1])
     weights.check(rows)
-    if layout.is_padded_down(down_weight):
+    are_apart = weights.up is not None
+    if not are_apart and layout.is_padded_down(down_weight):
         return run_kernels(x, weights.up_row, operands, activation, backend)
     forward, *_ = _kernels()
-    return forward.glu_mlp(rows, weights, path=_path(rows.shape[0], backend)).view(x.shape)
+    path = "cublas" if are_apart else _path(rows.shape[0], backend)
+    return forward.glu_mlp(rows, weights, path=path).view(x.shape)
 
 
 @glu_mlp.register_fake
@@ -346,7 +337,7 @@ def glu_mlp_backward(  # noqa: PLR0917 - the schema of an operator is flat
         The wanted of the gradients of x `[..., H]`, of gate and up `[2, I, H]`, of down `[H, I]`, and of the biases of
         gate and up `[2, I]`.
     """
-    gate_up = layout.padded_gate_up(gate_weight, up_weight)
+    gate_up = layout.usable_gate_up(gate_weight, up_weight)
     if gate_up is None or x.numel() == 0:
         each = wanted[0], wanted[1], wanted[1], wanted[2], wanted[3], wanted[3]
         tensors = x, gate_weight, up_weight, down_weight, gate_bias, up_bias

@@ -96,6 +96,12 @@ def with_fp8(weights: GluWeights, generator: torch.Generator) -> GluWeights:
     return dataclasses.replace(weights, gate_up=gate_up, down=down, **dict(zip(names, scales)))
 
 
+def apart(weights: GluWeights) -> GluWeights:
+    """The same weights with gate and up in memory of their own, without padding."""
+    gate, up = (half[: weights.intermediate_size].clone() for half in weights.gate_up)
+    return dataclasses.replace(weights, gate_up=gate[None], up=up)
+
+
 def _doubles(case: Case):
     weights, I = case.weights, case.weights.intermediate_size
     zero = torch.zeros((), dtype=torch.float64, device=case.x.device)

@@ -16,7 +16,7 @@ from gluprune.runtime.aligned import align
 from gluprune.runtime.gradients import eager_gradients
 from tests.helpers.marks import slow
 from tests.helpers.poison import poison_empty
-from tests.runtime.test_ops import DEVICE, make_operands
+from tests.runtime.test_ops import DEVICE, make_operands, with_strided_up
 
 ATOL = {torch.float32: 2e-5, torch.float16: 2e-2}
 
@@ -56,10 +56,16 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("activation", operator.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("width, has_gaps", [(128, False), (77, False), (77, True)])
-def test_kernels_compute_the_gradients(width, has_gaps, dtype, activation, launches, monkeypatch):
+@pytest.mark.parametrize(
+    "width, has_gaps, are_apart",
+    [(128, False, False), (77, False, False), (77, True, False), (128, False, True), (77, False, True)],
+)
+def test_kernels_compute_the_gradients(width, has_gaps, are_apart, dtype, activation, launches, monkeypatch):
+    """Also of weights that are apart, as FSDP gathers them."""
     poison_empty(monkeypatch)
     operands, (x, grad) = trained(width, dtype, has_gaps=has_gaps), inputs(dtype)
+    if are_apart:
+        operands = make_operands(width, 48, dtype, aligned=False, device=DEVICE)
     y = operator.glu_mlp(x, *operands, activation, "triton")
     found = gradients(y, (x, *operands), grad)
     assert launches == [["x", "gate_up", "down", "gate_up_bias"]]
@@ -115,7 +121,7 @@ def test_opcheck(bias, aligned):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_what_kernels_cannot_take_runs_pytorch(aligned, shape, launches):
     """Weights that left the layout, as torch.compile cannot notice, and no tokens."""
-    operands = trained(77) if aligned else make_operands(77, 48, aligned=False, device=DEVICE)
+    operands = trained(77) if aligned else with_strided_up(make_operands(77, 48, aligned=False, device=DEVICE))
     x, grad = inputs(shape=shape)
     found = gradients(operator.glu_mlp(x, *operands, "silu", "triton"), (x, *operands), grad)
     assert len(launches) == (aligned and x.numel() > 0)

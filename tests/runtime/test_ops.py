@@ -29,6 +29,12 @@ def make_operands(width, hidden, dtype=torch.float32, bias=True, seed=0, aligned
     return weights + biases
 
 
+def with_strided_up(operands):
+    """The operands with an up projection whose rows are not contiguous, which no kernel takes."""
+    gate, up, *others = operands
+    return [gate, nn.Parameter(up.detach().t().contiguous().t()), *others]
+
+
 def truth(x, gate, up, down, gate_bias, up_bias, down_bias, activation):
     """float64, written with exp and tanh instead of PyTorch's activations."""
     x, gate, up, down, gate_bias, up_bias, down_bias = (
@@ -74,7 +80,8 @@ def test_half_precision(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("backend, aligned", [("torch", True), ("auto", False), ("triton", False)])
 def test_pytorch_path_is_bit_equal_to_the_eager_formula(dtype, backend, aligned):
-    gate, up, down, *biases = make_operands(77, 48, dtype, aligned=aligned)
+    operands = make_operands(77, 48, dtype, aligned=aligned)
+    gate, up, down, *biases = operands if aligned else with_strided_up(operands)
     x = torch.randn(2, 5, 48).to(dtype)
     y = operator.glu_mlp(x, gate, up, down, *biases, "silu", backend)
     eager = F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
@@ -108,13 +115,19 @@ def test_kernels_run_exactly_when_backend_dtype_and_storage_allow(monkeypatch):
     monkeypatch.setattr(forward, "plan_checked", noted)
     monkeypatch.setattr(operator, "_replays", {})
     aligned, separate = make_operands(37, 48), make_operands(37, 48, aligned=False)
+    shifted = make_operands(128, 48, aligned=False)
+    shifted[2] = torch.empty(48 * 128 + 1)[1:].view(48, 128).copy_(shifted[2].detach())
     x = torch.randn(3, 48)
     for backend, operands, path in [
         ("triton", aligned, ["decode"]),
         ("cublas", aligned, ["cublas"]),
         ("auto", aligned, []),
         ("torch", aligned, []),
-        ("triton", separate, []),
+        ("triton", separate, ["cublas"]),
+        ("cublas", separate, ["cublas"]),
+        ("auto", separate, []),
+        ("triton", with_strided_up(separate), []),
+        ("triton", shifted, []),
     ]:
         calls.clear()
         operator.glu_mlp(x, *operands, "silu", backend)

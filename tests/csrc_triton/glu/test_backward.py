@@ -11,7 +11,7 @@ from csrc_triton.glu.backward import GluGradients, glu_gradient_call, glu_mlp_ba
 from csrc_triton.glu.reference import activation_reference, glu_gradient_reference
 from csrc_triton.glu.weights import GluWeights
 from csrc_triton.layout import ACTIVATIONS
-from tests.helpers.glu_cases import make_case
+from tests.helpers.glu_cases import apart, make_case
 from tests.helpers.poison import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +107,15 @@ def test_only_wanted_gradients(wanted, hidden, monkeypatch):
     case, grad = training_case(2, 5, 24, 70, biases="gu")
     assert_gradients(glu_mlp_backward(grad, case.x, case.weights, wanted.split()), case, grad, wanted.split())
     assert written == hidden
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("I", [70, 128])
+def test_weights_that_are_apart(I, dtype):
+    case, grad = training_case(8, 6, 24, I, dtype, biases="gu")
+    weights = apart(case.weights)
+    assert_gradients(glu_mlp_backward(grad, case.x, weights), case, grad)
+    assert_gradients(glu_mlp_backward(grad, case.x, weights, ["down"]), case, grad, ["down"])
 
 
 def test_a_down_projection_without_padding():

@@ -15,7 +15,7 @@ from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.configs import Launch
 from csrc_triton.launch.device import SHARED_MEMORY
 from csrc_triton.launch.paths import PATHS
-from tests.helpers.glu_cases import LAYOUTS, TOLERANCE, error, make_case
+from tests.helpers.glu_cases import LAYOUTS, TOLERANCE, apart, error, make_case
 from tests.helpers.marks import slow
 from tests.helpers.poison import poison_empty
 
@@ -59,6 +59,16 @@ def test_shipped_configurations(M, path, **shape):
     y = glu_mlp(case.x, case.weights, path=path)
     assert y.shape == case.x.shape and y.dtype == case.x.dtype
     assert error(y, case) < TOLERANCE[case.x.dtype]
+
+
+@pytest.mark.parametrize("I, M", [(7, 1), (128, 0), (128, 5), (197, 40)])
+@pytest.mark.parametrize(
+    "biases, activation, dtype", [("gud", "silu", torch.float32), ("", "gelu_tanh", torch.float16)]
+)
+def test_weights_that_are_apart(I, M, biases, activation, dtype):
+    case = make_case(I + M, M, 40, I, dtype, activation=activation, biases=biases, device=DEVICE)
+    for path in (None, "cublas"):
+        assert error(glu_mlp(case.x, apart(case.weights), path=path), case) < TOLERANCE[dtype]
 
 
 def power(low: int, high: int):
@@ -240,6 +250,15 @@ def halves_apart(distance):
         (dict(gate_up=torch.zeros(24, 2, 128).movedim(0, 2)), ValueError, "gate_up must be contiguous from a 16-byte"),
         (dict(gate_up=halves_apart(6 * 24)), ValueError, r"gate_up must be contiguous .* strides \(144, 24, 1\)"),
         (dict(gate_up=halves_apart(7 * 24 + 4)), ValueError, r"gate_up must be contiguous .* strides \(172, 24, 1\)"),
+        (dict(up=torch.zeros(7, 24)), ValueError, r"gate_up must be \[1, 7, 24\]"),
+        (dict(gate_up=torch.zeros(1, 7, 24), up=torch.zeros(8, 24)), ValueError, r"up must be \[7, 24\]"),
+        (
+            dict(gate_up=torch.zeros(1, 7, 24), up=torch.zeros(24, 7).t()),
+            ValueError,
+            "up must be contiguous from a 16-",
+        ),
+        (dict(gate_up=torch.zeros(1, 7, 24), up=torch.zeros(169)[1:].view(7, 24)), ValueError, "up must be contiguous"),
+        (dict(gate_up=torch.zeros(1, 7, 24), up=torch.zeros(7, 24).half()), TypeError, "up must be torch.float32"),
         (dict(gate_bias=torch.zeros(128)), ValueError, r"gate_bias must be \[7\]"),
         (dict(down_bias=torch.zeros(24, dtype=torch.float16)), TypeError, "down_bias must be torch.float32"),
     ],
@@ -280,6 +299,14 @@ def test_bad_path(M):
     if M > 1:
         with pytest.raises(ValueError, match="path 'gemv' takes exactly one token, got 2"):
             glu_mlp(case.x, case.weights, path="gemv")
+
+
+def test_what_needs_one_buffer():
+    case = make_case(5, 2, 24, 7)
+    with pytest.raises(ValueError, match="path 'decode' needs gate and up in one buffer; allowed: 'cublas'"):
+        glu_mlp(case.x, apart(case.weights), path="decode")
+    with pytest.raises(ValueError, match="fp8 weights of gate and up must be in one buffer"):
+        glu_mlp(case.x, apart(make_case(5, 2, 24, 7, fp8=True).weights))
 
 
 @pytest.mark.parametrize("sm", SHARED_MEMORY)

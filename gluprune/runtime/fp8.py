@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gluprune.models.families import Family
+from gluprune.runtime import sharding
 from gluprune.runtime.operator import KERNEL_DTYPES, layout
 from gluprune.runtime.rounding import LARGEST, NO_GRADIENT, dequantize, quantize
 
@@ -111,7 +112,7 @@ def _obstacle(layer: Any) -> str | None:
     if "forward" in vars(layer) or any(getattr(layer, hook) for hook in hooks):
         return "it has a hook"
     weight = layer._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.device.type == "meta":
+    if type(weight) is not nn.Parameter or weight.device.type == "meta" or sharding.is_under_fsdp(layer):
         return "its weight is sharded, offloaded or not loaded"
     if weight.dtype not in KERNEL_DTYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}; allowed: bfloat16, float16, float32"

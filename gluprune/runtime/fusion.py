@@ -127,12 +127,13 @@ def _current_obstacle(mlp: PatchedMLP) -> str | None:
     if not runs_forward_of(mlp, type(mlp)):
         return "its forward was replaced"
     if obstacle := module_obstacle(mlp):
-        return obstacle
+        between = sharding.is_under_fsdp(mlp) and obstacle.endswith("DTensor")
+        return "FSDP has its weights; examined when they are gathered for a forward" if between else obstacle
     gate, up, down, *_ = operands(mlp)
     if not operator.uses_kernels(mlp.backend, down.device):
         return f"backend {mlp.backend!r} runs PyTorch's operators on {down.device.type}"
     unaligned = trains(mlp) and down.shape[1] % aligned.ALIGNMENT  # then the operator pads a copy of down
-    if aligned.is_aligned(gate, up, None if unaligned else down):
+    if aligned.is_aligned(gate, up, None if unaligned else down) or sharding.is_under_fsdp(mlp):
         return None
     return "its weights are not in aligned storage: patch again"
 
@@ -235,7 +236,8 @@ def is_fusible(mlp: PatchedMLP, x: torch.Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    if type(down) not in _PLAIN and torch.is_grad_enabled():  # shards, whose gradients transformers' own code sums
+    # The gradients of shards are summed by transformers' own code, which also gathers them under FSDP.
+    if type(down) not in _PLAIN and (torch.is_grad_enabled() or sharding.is_under_fsdp(mlp)):
         return False
     return torch.compiler.is_compiling() or not x.is_neg()  # which cannot be traced
 

@@ -50,10 +50,11 @@ class FusedGLU(Swapped):
         if not fusion.is_fusible(self, x):
             return super().forward(x)
         operands = fusion.operands(self)
-        if operator.is_observed(x, *operands):
-            if layout.first_up_row(*operands[:2]) is None:  # the operator pads down where necessary
+        are_gathered = sharding.is_under_fsdp(self)
+        if are_gathered or operator.is_observed(x, *operands):
+            if not are_gathered and layout.first_up_row(*operands[:2]) is None:
                 return super().forward(x)
-            y = self._operator(x, operands)
+            y = self._operator(x, operands)  # which takes them apart, too, and pads down where necessary
         else:
             up_row = layout.first_up_row(*operands[:3])
             if up_row is None:
@@ -264,7 +265,7 @@ def _to_round(model: nn.Module) -> list[nn.Module]:
 
 def _unpatch(mlp: fusion.PatchedMLP) -> None:
     fp8.restore_linears(mlp)
-    parameters = sharding.local_parameters(mlp)
+    parameters = sharding.movable_parameters(mlp)
     set_class(mlp, mlp.original_class)
     hooks = mlp._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is _after_load]:
@@ -281,12 +282,12 @@ def _settle(mlp: fusion.PatchedMLP) -> None:
     """Move the weights of a patched MLP into the storage that its backend, device and mode require."""
     mlp.__dict__.pop(PREPARED, None)
     trains = fusion.trains(mlp)
-    for parameter in sharding.local_parameters(mlp):
+    for parameter in sharding.movable_parameters(mlp):
         # The rows of a padded down projection have gaps between them. Fused optimizers refuse these on CUDA and overrun
         # them on the CPU, so in training it is contiguous, and the operator pads a copy.
         if not operator.uses_kernels(mlp.backend, parameter.device) or (trains and not parameter.is_contiguous()):
             aligned.separate(parameter)
-    if fusion.module_obstacle(mlp) is not None:
+    if sharding.is_under_fsdp(mlp) or fusion.module_obstacle(mlp) is not None:
         return
     projections = GLU(mlp.family, mlp).projections.values()
     weights: list[Any] = [sharding.local(projection.weight) for projection in projections]

@@ -1,4 +1,4 @@
-"""MLPs whose neurons transformers' tensor parallelism has split over processes (`tp_plan="auto"`).
+"""MLPs that are split over processes: by transformers' tensor parallelism (`tp_plan="auto"`), or by PyTorch's FSDP2.
 
 transformers replaces the forward of each projection by a closure, which runs the projection on this rank's shard: gate
 and up by columns, down by rows, and sums the output of down over the ranks. The shards alone are a GLU MLP with fewer
@@ -6,6 +6,10 @@ neurons. So the fused operator runs on them, and one all-reduce follows, as in t
 
 Source: `ColwiseParallel` and `RowwiseParallel` in transformers/distributed/tensor_parallel.py (5.23). Where the code of
 another version differs, no shards are found, and the MLP calls its projections.
+
+FSDP2 (`fully_shard`) gathers a layer's weights for the time of its forward and again of its backward. They are plain
+tensors then, each in memory of its own, which FSDP2 frees and fills again. So they must stay where they are, nothing
+about them may be kept between calls, and the operator takes them as they are.
 """
 
 from __future__ import annotations
@@ -24,9 +28,17 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def local_parameters(mlp: Any) -> list[torch.Tensor]:
-    """Return the parameters of a patched MLP; if its neurons are split over ranks, this rank's shards of them."""
-    parameters = list(mlp.parameters())
+def is_under_fsdp(mlp: Any) -> bool:
+    """Return whether FSDP owns the memory of an MLP's weights: it leaves this mark for torch.compile."""
+    return mlp.__dict__.get("_is_fsdp_managed_module", False)
+
+
+def movable_parameters(mlp: Any) -> list[torch.Tensor]:
+    """Return the parameters of a patched MLP whose memory is its own.
+
+    If its neurons are split over ranks, this rank's shards; if FSDP owns the memory, none.
+    """
+    parameters = [] if is_under_fsdp(mlp) else list(mlp.parameters())
     return parameters if group_of(mlp) is None else [local(parameter) for parameter in parameters]
 
 

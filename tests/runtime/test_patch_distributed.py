@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from gluprune.runtime import aligned, operator
+from csrc_triton.glu import backward
+from gluprune.runtime import aligned, fusion, operator
 from gluprune.runtime.classes import PREPARED
 from gluprune.runtime.fusion import fusion_status
 from gluprune.runtime.patching import patch, unpatch
@@ -81,6 +83,10 @@ def check_tensor_parallel(path):
     for name, weight in mlp.named_parameters():
         assert torch.equal(weight.full_tensor(), stock.get_parameter(name)), name
     check_what_calls_the_projections(model, reference, ids)
+    mlp._is_fsdp_managed_module = True  # FSDP2 on top
+    with torch.no_grad():
+        assert not fusion.is_fusible(mlp, torch.ones(2, 48))
+    del mlp._is_fsdp_managed_module
     unpatch(model)
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-6, rtol=1e-6)  # products on memory aligned anew
     assert not any(aligned.is_view(weight.to_local()) for weight in mlp.parameters())
@@ -107,40 +113,137 @@ def check_what_calls_the_projections(model, reference, ids):
     assert torch.equal(logits(model, ids), expected)
 
 
-def check_fsdp():
-    mesh, ids = init_device_mesh("cpu", (2,)), token_ids()
-    for patch_first in (True, False):
-        for unit in ("layer", "mlp"):
-            model = tiny_model(width=128)
-            reference = copy.deepcopy(model)
-            if patch_first:
-                patch(model, "triton")
-            for layer in model.model.layers:
-                fully_shard(layer if unit == "layer" else layer.mlp, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            if not patch_first and unit == "mlp":
-                with pytest.raises(ValueError, match="FSDPLlamaMLP is a subclass of LlamaMLP"):
-                    patch(model, "triton")
-                continue
-            patch(model, "triton")
-            optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
-            for _ in range(2):  # gathered weights are freed, then gathered again
-                assert not any(entry.fused for entry in fusion_status(model))
-                torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=1e-5, rtol=1e-5)
-                for each, optimizer in zip((model, reference), optimizers):
-                    optimizer.zero_grad()
-                    each(ids, labels=ids).loss.backward()
-                    optimizer.step()
-                ours, theirs = (mlps(each)[0].up_proj.weight.grad for each in (model, reference))
-                torch.testing.assert_close(ours.full_tensor(), theirs, atol=1e-5, rtol=1e-4)
-            if unit == "layer":
-                unpatch(model)
-                torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=1e-4, rtol=1e-4)
+@contextmanager
+def counted_kernels():
+    """Note every forward and backward pass of the block through the operator, neither of which may run eager code."""
+    noted, patches = [], pytest.MonkeyPatch()
+    for owner, name in ((operator, "glu_mlp"), (backward, "glu_mlp_backward")):
+        real = getattr(owner, name)
+        patches.setattr(owner, name, lambda *args, name=name, real=real: noted.append(name) or real(*args))
+    for name in ("eager_forward", "eager_gradients"):
+        patches.setattr(operator, name, None)
+    try:
+        yield noted
+    finally:
+        patches.undo()
+
+
+def shard(model, unit="layer", **options):
+    for layer in model.model.layers:
+        fully_shard(layer if unit == "layer" else layer.mlp, **options)
+    return fully_shard(model, **options)
+
+
+def loss_of(model, ids):
+    return model(ids, labels=ids, use_cache=False).loss
+
+
+FSDP_CASES = {
+    "aligned": {},
+    "unaligned, with biases": dict(width=78, mlp_bias=True),
+    "patched after": dict(width=101, patch_first=False),
+    "not freed": dict(width=101, options=dict(reshard_after_forward=False)),
+    "not freed, patched after": dict(options=dict(reshard_after_forward=False), patch_first=False),
+    "packed": dict(family="phi3"),
+    "packed, unaligned": dict(family="phi3", width=101),
+    "the MLP alone": dict(width=78, unit="mlp"),
+    "recomputed": dict(width=78, recompute=True),
+    "fp16": dict(width=78, dtype=torch.float16, tolerance=3e-2),
+}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_fsdp(
+    family="llama",
+    width=128,
+    unit="layer",
+    patch_first=True,
+    recompute=False,
+    dtype=None,
+    tolerance=1e-5,
+    options=None,
+    **config,
+):
+    """Two ranks train on halves of a batch by kernels, and have the logits and weights of one process.
+
+    In mixed precision: those of two ranks that are not patched, since rounding changes more than patching.
+    """
+    ids, options = token_ids(batch=4), {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype), **(options or {})}
+    model = tiny_model(family, width, **config).train()  # in eval mode, rows of a padded down projection have gaps
+    fresh, reference = copy.deepcopy(model), copy.deepcopy(model)
+    part = ids[dist.get_rank() :: 2]
+    if dtype is not None:
+        shard(reference, **options)
+    if patch_first:
+        patch(model, "triton", norms=True)
+    shard(model, unit, **options)
+    if not patch_first:
+        patch(model, "triton", norms=True)
+    assert reasons(model) == ["FSDP has its weights; examined when they are gathered for a forward"] * 2
+    if recompute:
+        model.gradient_checkpointing_enable()
+    near = dict(atol=tolerance, rtol=tolerance, check_dtype=False)
+    seen, mlp = [], mlps(model)[1]
+    handle = mlp.register_forward_pre_hook(lambda *_: seen.extend(reasons(mlp)))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
+    for _ in range(3):  # gathered weights are freed, then gathered again with other values
+        with counted_kernels() as noted:
+            torch.testing.assert_close(logits(model.eval(), ids), logits(reference.eval(), ids), **near)
+            assert noted == ["glu_mlp"] * 2
+        patch(model.train(), "triton", norms=True)  # which must leave gathered weights where they are
+        model.reshard()
+        with counted_kernels() as noted:
+            loss_of(model, part).backward()
+            assert noted.count("glu_mlp") == (4 if recompute else 2) and noted.count("glu_mlp_backward") == 2
+        reference.train()
+        loss_of(reference, ids if dtype is None else part).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(whole(ours.grad), whole(theirs.grad), **near, msg=lambda m, name=name: name + m)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert set(seen) == {""}
+    handle.remove()
+    saved, expected = model.state_dict(), reference.state_dict()
+    assert saved.keys() == expected.keys()
+    for name, tensor in saved.items():
+        assert type(tensor) is DTensor
+        torch.testing.assert_close(whole(tensor), whole(expected[name]), **near)
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, fresh.state_dict(), options=full)
+    torch.testing.assert_close(logits(model.eval(), ids), logits(fresh.eval(), ids), **near)
+    if unit == "layer":
+        unpatch(model)
+        with counted_kernels() as noted:
+            torch.testing.assert_close(logits(model, ids), logits(fresh, ids), **near)
+        assert noted == []
+
+
+def check_fsdp_refusals():
+    """What cannot be patched, rounded or unpatched while FSDP has the weights."""
+    model = shard(tiny_model(), "mlp", reshard_after_forward=False)
+    with pytest.raises(ValueError, match="FSDPLlamaMLP is a subclass of LlamaMLP"):
+        patch(model, "triton")
+    model = shard(patch(tiny_model(width=128), "triton"), "mlp")
+    with pytest.raises(ValueError, match="became FSDPFusedLlamaMLP after it was patched"):
+        unpatch(model)
+    model, ids = shard(tiny_model(), reshard_after_forward=False), token_ids()
+    for _ in range(2):  # sharded, and gathered
+        with pytest.raises(ValueError, match="gate_proj cannot have fp8 weights: its weight is sharded"):
+            patch(model, weights="fp8")
+        expected = logits(model, ids)
+    patch(model, "torch")
+    assert torch.equal(logits(model, ids), expected)
 
 
 def check_two(path):
     check_tensor_parallel(path)
-    check_fsdp()
+    for case in FSDP_CASES.values():
+        check_fsdp(**case)
+    check_fsdp_refusals()
 
 
 def check_four(*paths):

@@ -159,6 +159,7 @@ def _to_hf(folder: Path, tensors: list[StoredTensor]) -> tuple[dict, list[int]]:
             model_type=entries["model_type"],
             family=family_of_type(entries["model_type"]),
             hidden_size=entries["hidden_size"],
+            heads=entries["num_attention_heads"],
             widths=widths,
             tied=entries["tie_word_embeddings"],
         )

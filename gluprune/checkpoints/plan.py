@@ -151,7 +151,8 @@ def make_plan(
     found = None if statistics is None else Statistics.load(statistics)
     if found is not None:
         check_statistics(found, config.widths, indices, recipe)
-    widths = planned_widths(config.widths, indices, recipe, found, width=width, model_type=config.model_type)
+    sizes = {"heads": config.heads, "hidden_size": config.hidden_size}
+    widths = planned_widths(config.widths, indices, recipe, found, width=width, model_type=config.model_type, **sizes)
     pruned = _pruned_tensors(mlps, config.family, recipe, widths, original)
     shards = [_plan_shard(shard, pruned) for shard in sources]
     counted = _parameters(shards, config)

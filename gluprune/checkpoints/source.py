@@ -39,7 +39,8 @@ _PRUNABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 _MLP_TENSOR = re.compile(r"(?P<prefix>(?:.*?\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\.mlp\.(?P<name>.+)", re.DOTALL)
 
 # The JSON types of the entries that `SourceConfig` is built from.
-_CONFIG_ENTRIES = {"hidden_size": int, "intermediate_size": int, "num_hidden_layers": int, "tie_word_embeddings": bool}
+_NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+_CONFIG_ENTRIES = {"tie_word_embeddings": bool, **dict.fromkeys(_NUMBERS, int)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SourceConfig:
         model_type: Its model type, or that of its text part.
         family: The table entry of the model type.
         hidden_size: H.
+        heads: Number of attention heads.
         widths: Intermediate size of every layer.
         tied: Whether the head is the embedding.
         is_composite: Whether the model has other parts than text, such as vision.
@@ -60,6 +62,7 @@ class SourceConfig:
     model_type: str
     family: Family
     hidden_size: int
+    heads: int
     widths: list[int]
     tied: bool
     is_composite: bool = False
@@ -97,6 +100,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
             model_type=raw["model_type"],
             family=_family(file, raw["model_type"]),
             hidden_size=raw["hidden_size"],
+            heads=raw["num_attention_heads"],
             widths=[raw["intermediate_size"]] * raw["num_hidden_layers"],
             tied=raw["tie_word_embeddings"],
         )
@@ -115,6 +119,7 @@ def read_source_config(folder: Path, tensor_count: int) -> SourceConfig:
         model_type=model_type,
         family=_family(file, model_type),
         hidden_size=text.hidden_size,
+        heads=text.num_attention_heads,
         widths=layer_widths(config),
         tied=getattr(config, "tie_word_embeddings", False),
         is_composite=is_composite,

@@ -94,7 +94,7 @@ def consumer(name: str) -> Consumer:
 def verdict(
     found: Consumer, widths: Sequence[int], model_type: str, *, heads: int = 0, hidden_size: int = 0
 ) -> Verdict:
-    """Return whether a consumer takes a model of these widths.
+    """Return whether a consumer takes a model of these sizes.
 
     Args:
         found: An entry of `CONSUMERS`.

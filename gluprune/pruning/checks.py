@@ -54,20 +54,22 @@ def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:
     return before.pop()
 
 
-def check_deploy(recipe: Recipe, widths: Sequence[int], model_type: str) -> None:
+def check_deploy(recipe: Recipe, widths: Sequence[int], model_type: str, *, heads: int, hidden_size: int) -> None:
     """Check that the program for which a model is pruned will take it.
 
     Args:
         recipe: Its `deploy` names the program, or is None.
         widths: Intermediate size of every layer after pruning.
         model_type: `config.model_type` of the text part.
+        heads: Its number of attention heads.
+        hidden_size: H.
 
     Raises:
-        ValueError: The program refuses these widths.
+        ValueError: The program refuses these sizes.
     """
     if recipe.deploy is None:
         return
-    found = verdict(consumer(recipe.deploy), widths, model_type)
+    found = verdict(consumer(recipe.deploy), widths, model_type, heads=heads, hidden_size=hidden_size)
     if found.outcome == "refused":
         raise ValueError(f"deploy={recipe.deploy!r} refuses the result: {found.reason}")
 

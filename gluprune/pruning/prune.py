@@ -117,8 +117,9 @@ def prune(
     )
     if needs.calibration and isinstance(calibration, Statistics):
         check_statistics(calibration, present, indices, recipe)
-    model_type = model.config.get_text_config().model_type
-    widths = planned_widths(present, indices, recipe, calibration, width=width, model_type=model_type)
+    text = model.config.get_text_config()
+    sizes = {"heads": text.num_attention_heads, "hidden_size": text.hidden_size}
+    widths = planned_widths(present, indices, recipe, calibration, width=width, model_type=text.model_type, **sizes)
     choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
         choices = iter(list(progress(choices, desc="scoring", unit="layer", total=len(indices))))

@@ -253,6 +253,8 @@ def planned_widths(
     *,
     width: int,
     model_type: str,
+    heads: int,
+    hidden_size: int,
 ) -> dict[int, int]:
     """Return layer index -> number of neurons that are kept, checked against the program that the recipe is for.
 
@@ -263,6 +265,8 @@ def planned_widths(
         statistics: See `allocated_widths`.
         width: The requested mean.
         model_type: `config.model_type` of the text part.
+        heads: Its number of attention heads.
+        hidden_size: H.
 
     Raises:
         ValueError: See `allocated_widths` and `check_deploy`.
@@ -275,7 +279,7 @@ def planned_widths(
         width=width,
         multiple_of=recipe.width_multiple,
     )
-    check_deploy(recipe, widths_after(present, widths), model_type)
+    check_deploy(recipe, widths_after(present, widths), model_type, heads=heads, hidden_size=hidden_size)
     return widths
 
 

@@ -206,7 +206,9 @@ def _goal(
     dense_width, width = planned.original_intermediate_size, planned.intermediate_size
     least = 1
     if recipe.allocation == "sensitivity":
-        check_deploy(recipe, [multiple, 2 * multiple], config.get_text_config().model_type)
+        text = config.get_text_config()
+        sizes = {"heads": text.num_attention_heads, "hidden_size": text.hidden_size}
+        check_deploy(recipe, [multiple, 2 * multiple], text.model_type, **sizes)
         least = dense_width - removed_counts(dense_width)[-1]
     if max_loss is None:
         return _Goal([width], dense_width)

@@ -1,5 +1,7 @@
 """`deploy=`: widths that fit the program that will run the model."""
 
+import json
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_the_report_says_which_width_was_taken_and_for_what(tmp_path, capsys):
 @pytest.mark.parametrize(
     "family, deploy, reason",
     [
-        ("llama", "tp8", "101 is not a multiple of 8"),
+        ("llama", "tp4", "101 is not a multiple of 4"),
         ("qwen3", "vllm", "the format for such layers does not hold qwen3"),
     ],
 )
@@ -70,4 +72,35 @@ def test_layers_that_the_program_would_refuse(family, deploy, reason, tmp_path):
     assert_unchanged(model, before)
     with pytest.raises(ValueError, match=reason):
         prune_checkpoint(tmp_path / "dense", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_written_out", [True, False])
+@pytest.mark.parametrize(
+    "deploy, reason",
+    [
+        ("awq", "the hidden size 32 is not a multiple of 128"),
+        ("gptq", "the hidden size 32 is not a multiple of 128"),
+        ("tp8", "4 attention heads do not divide among 8 ranks"),
+    ],
+)
+def test_sizes_that_no_width_makes_up_for(deploy, reason, is_written_out, tmp_path, capsys):
+    """`prune` and `shrink` refuse for the reason that `info` gives; before any text is read, also for defaults."""
+    model = make_tiny_model(intermediate_size=512)
+    model.save_pretrained(tmp_path / "dense")
+    if not is_written_out:  # then transformers fills in what the JSON leaves to it
+        file = tmp_path / "dense" / "config.json"
+        entries = json.loads(file.read_text())
+        del entries["tie_word_embeddings"]
+        file.write_text(json.dumps(entries))
+    assert str(gluprune.info(tmp_path / "dense").consumers[deploy]) == f"refused: {reason}"
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"deploy='{deploy}' refuses the result: {reason}"):
+        gluprune.prune(model, pruning_ratio=0.4, deploy=deploy)
+    assert_unchanged(model, before)
+    (text := tmp_path / "text.txt").write_text("a few words")
+    paths = [str(tmp_path / "dense"), "--out", str(tmp_path / "out"), "--deploy", deploy]
+    for command in (["prune", *paths, "--pruning-ratio=0.4"], ["shrink", *paths, "--ratio=0.4", "--text", str(text)]):
+        assert main(command) == 2
+        assert f"--deploy {deploy} refuses the result: {reason}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -164,19 +164,22 @@ def _step_lines(step: dict) -> list[str]:
 
 
 def _loading(architecture: str, widths: Sequence[int]) -> list[str]:
+    where = ["Run this in the folder of this file, or put the folder, or its id on the Hub, in place of the dot:", ""]
     if architecture == ARCHITECTURE:
         return [
-            *("```sh", "vllm serve PATH --trust-remote-code", "```", ""),
+            *where,
+            *("```sh", "vllm serve . --trust-remote-code", "```", ""),
             *("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-            'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)',
-            *('tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)', "```", ""),
+            'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)',
+            *('tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)', "```", ""),
             "The config is in the Nemotron-NAS (DeciLM) format, in which layers may have different widths. transformers"
             " does not know it: `trust_remote_code=True` runs `configuration_decilm.py` and `modeling_decilm.py` in"
-            " this folder, which gluprune wrote; read them first. `gluprune export PATH --format hf --out FOLDER`"
+            " this folder, which gluprune wrote; read them first. `gluprune export . --format hf --out ../stock`"
             " writes a checkpoint without code, which `gluprune.load` loads.",
         ]
     if len(set(widths)) > 1:
         imports = "import gluprune  # layers have different widths, which stock transformers cannot load"
-        return ["```python", imports, "", 'model = gluprune.load("PATH")', "```"]
+        return [*where, "```python", imports, "", 'model = gluprune.load(".")', "```"]
     name = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else architecture
-    return ["```python", f"from transformers import {name}", "", f'model = {name}.from_pretrained("PATH")', "```"]
+    code = ["```python", f"from transformers import {name}", "", f'model = {name}.from_pretrained(".")', "```"]
+    return [*where, *code]

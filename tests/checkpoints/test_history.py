@@ -38,7 +38,7 @@ def test_a_checkpoint_pruned_on_disk(llama, tmp_path, capsys):
     assert "# The dense model" not in card and "llama, pruned" in card and "25.0% removed" in card
     header = card.split("---\n")[1]
     assert "license: llama3.2\nlicense_link: LICENSE\n" in header and "dense" not in header
-    assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
+    assert 'AutoModelForCausalLM.from_pretrained(".")' in card
 
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "made from        llama: maw_gud, 25.0% of the neurons removed" in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_what_is_pruned_again_keeps_its_first_steps(llama, tmp_path):
     history, card = written(tmp_path / "saved")
     assert history["base_model"] == "llama"
     assert [step["intermediate_size"] for step in history["steps"]] == [40, 30]
-    assert 'gluprune.load("PATH")' in card and "AutoModel" not in card
+    assert 'gluprune.load(".")' in card and "AutoModel" not in card
     gluprune.save(gluprune.load(tmp_path / "saved"), tmp_path / "copy")
     assert written(tmp_path / "copy") == written(tmp_path / "saved")
 
@@ -111,7 +111,7 @@ def test_the_hubs_name_and_commit_of_a_cached_model(llama, tmp_path):
 def test_the_card_of_another_class(llama, tmp_path):
     LlamaForSequenceClassification.from_pretrained(llama, num_labels=1).save_pretrained(tmp_path / "reward")
     prune_checkpoint(tmp_path / "reward", tmp_path / "out", intermediate_size=20, multiple_of=1)
-    assert 'LlamaForSequenceClassification.from_pretrained("PATH")' in written(tmp_path / "out")[1]
+    assert 'LlamaForSequenceClassification.from_pretrained(".")' in written(tmp_path / "out")[1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from gluprune.checkpoints.card import History, read_history
 from gluprune.checkpoints.load_save import build_empty, read_config
 from gluprune.io.hub import stored_folder
 from gluprune.io.shards import DTYPES, read_checkpoint
-from gluprune.models.consumers import CONSUMERS, Verdict, verdict
+from gluprune.models.consumers import CONSUMERS, Verdict, sizes_of, verdict
 from gluprune.models.families import family_of
 from gluprune.models.glu import count_parameters, model_glus
 from gluprune.models.widths import layer_widths
@@ -156,10 +156,7 @@ def info(path: str | Path) -> ModelInfo:
         dtype=quantized or (sizes.dtype if sizes else str(model.dtype)).removeprefix("torch."),
         aligned_to=max(power for power in (1, 2, 4, 8, 16, 32, 64, 128) if all(w % power == 0 for w in widths)),
         tensor_parallel={ranks: all(size % ranks == 0 for size in (heads, *widths)) for ranks in TENSOR_PARALLEL_RANKS},
-        consumers={
-            name: verdict(entry, widths, model_type, heads=heads, hidden_size=hidden_size)
-            for name, entry in CONSUMERS.items()
-        },
+        consumers={name: verdict(entry, widths, **sizes_of(config)) for name, entry in CONSUMERS.items()},
         fusible=fusible,
         not_fusible=not_fusible,
         history=read_history(path),

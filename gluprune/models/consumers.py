@@ -11,6 +11,8 @@ Sources, as read in their public repositories, and runs:
   up, the gate must be a multiple of the block, which is 128.
 - awq, gptq: vllm/model_executor/layers/quantization/{awq,gptq}.py, `create_weights`: the input of down_proj must be a
   multiple of the group, which is usually 128, and the input of the other projections, the hidden size, as well.
+- fp8, awq, gptq of layers that differ: vllm/model_executor/models/nemotron_nas.py gives each layer's projections the
+  quantization, with the same rules. No such checkpoint has been quantized or run.
 - llama.cpp: SmolLM2-135M at several widths, and with layers that differ (docs/deploying.md). It replaces a K-quant
   whose rows are not multiples of 256 by a larger format.
 """
@@ -19,9 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gluprune.models import nemotron_nas
 
+_UNTESTED = "not tested: quantizing that export"
 _UNALIGNED = "rows of down_proj are not multiples of 16 bytes in half precision"
 
 
@@ -37,6 +41,7 @@ class Consumer:
         export: The format of `gluprune export` that layers which differ need.
         ranks: Number of processes that the attention heads are divided among.
         hidden: Hidden sizes that are not multiples of this are refused.
+        differing: What is not known about layers that differ.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Consumer:
     export: str = nemotron_nas.MODEL_TYPE
     ranks: int = 1
     hidden: int = 1
+    differing: str = ""
 
 
 CONSUMERS: dict[str, Consumer] = {
@@ -57,8 +63,8 @@ CONSUMERS: dict[str, Consumer] = {
             Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}", ranks=ranks)
             for ranks in (2, 4, 8)
         ),
-        Consumer("fp8", 128, required=128),
-        *(Consumer(name, 128, required=128, hidden=128) for name in ("awq", "gptq")),
+        Consumer("fp8", 128, required=128, differing=_UNTESTED),
+        *(Consumer(name, 128, required=128, hidden=128, differing=_UNTESTED) for name in ("awq", "gptq")),
         Consumer("llama.cpp", 256, slower="K-quants of down_proj fall back to larger formats", export="gguf"),
     )
 }
@@ -91,6 +97,12 @@ def consumer(name: str) -> Consumer:
     return CONSUMERS[name]
 
 
+def sizes_of(config: Any) -> dict[str, Any]:
+    """Return what `verdict` checks besides the widths, from a config of transformers."""
+    text = config.get_text_config()
+    return {"model_type": text.model_type, "heads": text.num_attention_heads, "hidden_size": text.hidden_size}
+
+
 def verdict(
     found: Consumer, widths: Sequence[int], model_type: str, *, heads: int = 0, hidden_size: int = 0
 ) -> Verdict:
@@ -114,7 +126,9 @@ def verdict(
         )
     if unfit := _first_unfit(widths, found.required):
         return Verdict("refused", f"{unfit} is not a multiple of {found.required}")
-    needed = f"after `gluprune export --format {found.export}`" if differ else ""
+    needed = ""
+    if differ:
+        needed = "; ".join(filter(None, (f"after `gluprune export --format {found.export}`", found.differing)))
     if unfit := _first_unfit(widths, found.multiple):
         reason = f"{unfit} is not a multiple of {found.multiple}: {found.slower}"
         return Verdict("works slower", f"{reason}; {needed}" if needed else reason)

@@ -12,6 +12,7 @@ import torch
 from gluprune.calibration.collect import calibrate_in_passes
 from gluprune.calibration.statistics import LayerStatistics, Statistics
 from gluprune.io.progress import progress
+from gluprune.models.consumers import sizes_of
 from gluprune.models.glu import GLU, count_parameters, model_glus, text_configs
 from gluprune.models.widths import set_config_widths
 from gluprune.models.wrappers import unwrapped
@@ -117,9 +118,7 @@ def prune(
     )
     if needs.calibration and isinstance(calibration, Statistics):
         check_statistics(calibration, present, indices, recipe)
-    text = model.config.get_text_config()
-    sizes = {"heads": text.num_attention_heads, "hidden_size": text.hidden_size}
-    widths = planned_widths(present, indices, recipe, calibration, width=width, model_type=text.model_type, **sizes)
+    widths = planned_widths(present, indices, recipe, calibration, width=width, **sizes_of(model.config))
     choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed
         choices = iter(list(progress(choices, desc="scoring", unit="layer", total=len(indices))))

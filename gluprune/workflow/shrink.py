@@ -28,6 +28,7 @@ from gluprune.io import atomic
 from gluprune.io.folder import complete_folder, folder_state
 from gluprune.io.hub import local_folder, model_name
 from gluprune.io.progress import announce
+from gluprune.models.consumers import sizes_of
 from gluprune.models.device import choose_device
 from gluprune.models.glu import check_head
 from gluprune.models.widths import layer_widths
@@ -206,9 +207,7 @@ def _goal(
     dense_width, width = planned.original_intermediate_size, planned.intermediate_size
     least = 1
     if recipe.allocation == "sensitivity":
-        text = config.get_text_config()
-        sizes = {"heads": text.num_attention_heads, "hidden_size": text.hidden_size}
-        check_deploy(recipe, [multiple, 2 * multiple], text.model_type, **sizes)
+        check_deploy(recipe, [multiple, 2 * multiple], **sizes_of(config))
         least = dense_width - removed_counts(dense_width)[-1]
     if max_loss is None:
         return _Goal([width], dense_width)

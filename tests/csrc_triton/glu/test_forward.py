@@ -30,6 +30,8 @@ def poisoned(monkeypatch):
 
 
 SEEDS = st.integers(0, 2**31)
+TOKENS = st.one_of(st.integers(0, 3), st.integers(0, 200))
+TOKENS_OF_SMALL_BLOCKS = st.one_of(st.just(1), st.integers(1, 70))
 CASES = dict(
     seed=SEEDS,
     H=st.integers(1, 100),
@@ -39,7 +41,6 @@ CASES = dict(
     biases=st.sampled_from(("", "", "g", "u", "d", "gu", "gud")),
     layout=st.sampled_from(LAYOUTS),
     packed=st.booleans(),
-    fp8=st.booleans(),
 )
 RANDOM = settings(
     deadline=None,
@@ -51,7 +52,7 @@ RANDOM = settings(
 
 @pytest.mark.slow
 @settings(RANDOM, max_examples=150)
-@given(M=st.one_of(st.integers(0, 3), st.integers(0, 200)), path=st.sampled_from((None, *PATHS)), **CASES)
+@given(M=TOKENS, path=st.sampled_from((None, *PATHS)), **CASES)
 def test_shipped_configurations(M, path, **shape):
     case = make_case(M=M, device=DEVICE, **shape)
     if path == "gemv" and M > 1:
@@ -76,10 +77,10 @@ def power(low: int, high: int):
 
 
 @st.composite
-def decisions(draw, M: int, IP: int) -> Launch:
+def decisions(draw, M: int, IP: int, tiled=("decode", "small", "prefill")) -> Launch:
     """Launches with small blocks, so that a small problem has many programs, K steps and tails."""
     pdl = draw(st.booleans())
-    path = draw(st.sampled_from(("decode", "small", "prefill") + ("gemv",) * (M == 1)))
+    path = draw(st.sampled_from(tiled + ("gemv",) * (M == 1)))
     if path == "gemv":
         gate_up = GateUpGemv(block_n=draw(power(3, 6)), num_warps=4, pdl=pdl)
         return Launch(
@@ -107,12 +108,11 @@ def decisions(draw, M: int, IP: int) -> Launch:
 @pytest.mark.slow
 @interpreted
 @settings(RANDOM, max_examples=200)
-@given(data=st.data(), M=st.one_of(st.just(1), st.integers(1, 70)), **CASES)
+@given(data=st.data(), M=TOKENS_OF_SMALL_BLOCKS, **CASES)
 def test_small_blocks(data, M, **shape):
     case = make_case(M=M, device=DEVICE, **shape)
     problem = case.weights.problem(case.x)
     decision = data.draw(decisions(M, problem.I_padded))
-    problem = problem._replace(fp8=False)
     if isinstance(decision.gate_up, GateUpTma) and not decision.gate_up.valid(problem):
         decision = dataclasses.replace(decision, gate_up=GateUpTile(**vars(decision.gate_up)))
     y = plan(case.x, case.weights, decision).run()

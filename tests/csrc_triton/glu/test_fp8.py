@@ -8,13 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csrc_triton.glu.dequantize import plan_dequantize
-from csrc_triton.glu.forward import glu_mlp, plan_checked, shipped_plans
+from csrc_triton.glu.forward import glu_mlp, plan, plan_checked, shipped_plans
 from csrc_triton.launch import device
 from csrc_triton.launch.chooser import choose, choose_path, heuristic
 from csrc_triton.launch.configs import Problem
 from csrc_triton.launch.paths import FP8_PATHS, PATHS
 from csrc_triton.layout import FP8
-from tests.csrc_triton.glu.test_forward import CASES, DEVICE, RANDOM
+from tests.csrc_triton.glu.test_forward import (
+    CASES,
+    DEVICE,
+    RANDOM,
+    TOKENS,
+    TOKENS_OF_SMALL_BLOCKS,
+    decisions,
+    interpreted,
+)
 from tests.csrc_triton.launch.test_tables import ENTRY, TUNED
 from tests.helpers.glu_cases import TOLERANCE, error, make_case
 from tests.helpers.marks import slow
@@ -29,12 +37,24 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.slow
-@settings(RANDOM, max_examples=40)
-@given(M=st.one_of(st.integers(0, 3), st.integers(0, 150)), path=st.sampled_from((None, *PATHS)), **CASES)
+@settings(RANDOM, max_examples=150)
+@given(M=TOKENS, path=st.sampled_from((None, *PATHS)), **CASES)
 def test_shipped_configurations(M, path, **shape):
-    case = make_case(M=M, device=DEVICE, **shape | dict(fp8=True))
+    case = make_case(M=M, device=DEVICE, fp8=True, **shape)
     y = glu_mlp(case.x, case.weights, path=None if path == "gemv" and M > 1 else path)
     assert y.shape == case.x.shape and y.dtype == case.x.dtype
+    assert error(y, case) < TOLERANCE[case.x.dtype]
+
+
+@pytest.mark.slow
+@interpreted
+@settings(RANDOM, max_examples=200)
+@given(data=st.data(), M=TOKENS_OF_SMALL_BLOCKS, **CASES)
+def test_small_blocks(data, M, **shape):
+    """On the paths whose kernels read fp8."""
+    case = make_case(M=M, device=DEVICE, fp8=True, **shape)
+    decision = data.draw(decisions(M, case.weights.down.shape[1], ("decode", "small")))
+    y = plan(case.x, case.weights, decision).run()
     assert error(y, case) < TOLERANCE[case.x.dtype]
 
 

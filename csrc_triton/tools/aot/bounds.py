@@ -49,7 +49,7 @@ def worst(rows: list[dict[str, Any]], count: int = 3) -> list[Cell]:
         for (path, tokens, hidden, neurons, _), (*_, microseconds) in zip(
             row["plans"], row.get("predicted", ()), strict=False
         ):
-            if row["kernel"].startswith(("gate_up", "down", "sum_partials", "act_mul", "dequantize")):
+            if row["kernel"].startswith(("gate_up", "down", "sum_partials", "dequantize")):
                 launches.setdefault((path, tokens, hidden, neurons), {})[row["kernel"]] = microseconds
     cells = [_cell(*call, times) for call, times in launches.items() if any(map(_is_gate_up, times))]
     cells.sort(key=lambda cell: cell.ratio, reverse=True)

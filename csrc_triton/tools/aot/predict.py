@@ -41,7 +41,7 @@ def predict(call: KernelCall, accesses: tuple[Access, ...], tokens: int) -> Pred
     Args:
         call: the launch.
         accesses: of the compiled kernel: which arguments it reads and writes.
-        tokens: M, of which whole tiles are computed.
+        tokens: M, of which whole tiles are computed; 0 for statistics of weights.
     """
     # An access of unknown origin counts nothing.
     directions = {(access.argument, access.instruction == "st") for access in accesses}
@@ -65,12 +65,12 @@ def _bytes(value: object) -> int:
 
 def _products(call: KernelCall, tokens: int) -> tuple[int, int]:
     """Return the operations of the products of a launch, and the tiles that they are divided into."""
-    name, programs = call.kernel.__name__, math.prod(call.grid)
+    programs = math.prod(call.grid)
     weight = _tensor(call.args.get("gate_up", call.args.get("down")))
-    if weight is None or not name.startswith(("gate_up", "down")):
+    if weight is None:
         return 0, programs
     block, block_n = (int(str(call.constants.get(size, 1))) for size in ("BLOCK_M", "BLOCK_N"))
     rows = cdiv(tokens, block)
-    if name == "gate_up_tma_kernel":  # persistent
+    if call.kernel.__name__ == "gate_up_tma_kernel":  # persistent
         programs = rows * (call.args["IP"] // block_n)
     return 2 * rows * block * weight.numel(), programs

@@ -11,6 +11,7 @@ from csrc_triton.glu.backward import glu_gradient_call
 from csrc_triton.glu.forward import meta_weights, plan
 from csrc_triton.launch.call import KernelCall
 from csrc_triton.launch.chooser import heuristic
+from csrc_triton.scores.kernel import plan_neuron_scores
 from csrc_triton.tools.aot import __main__ as command
 from csrc_triton.tools.aot import check, compile, ptx, table
 from csrc_triton.tools.aot.bounds import worst
@@ -176,7 +177,7 @@ def test_predicted_time_of_a_prompt(M, block_n, tiles):
 
 
 def test_calls_furthest_above_their_bound():
-    """Sums over launches, as by hand; the second fp8 call and rows without a prediction are left out."""
+    """Sums over launches, as by hand. Left out: rows without a prediction, and calls that multiply only by cuBLAS."""
 
     def row(kernel, plans, *times):
         return {
@@ -187,11 +188,13 @@ def test_calls_furthest_above_their_bound():
 
     small, wide, prompt = ("small", 64, 2048, 3000), ("small", 64, 2048, 6000), ("prefill", 4096, 2048, 4096)
     fp8 = [("fp8 small", 16, 2048, width) for width in (3000, 4000)]
+    long, cublas = ("fp8 prefill", 4096, 2048, 4096), ("fp8 cublas", 200, 2048, 4096)
     rows = [
         row("gate_up_swap_kernel", [small, wide, *fp8], 11.0, 20.0, 9.0, 8.0),
         row("down_splitk_kernel", [small, wide, *fp8], 8.0, 11.0, 7.0, 7.0),
         row("sum_partials_kernel", [small, *fp8], 3.0, 2.0, 2.0),
-        row("gate_up_tma_kernel", [prompt], 400.0),
+        row("gate_up_tma_kernel", [prompt, long], 400.0, 100.0),
+        row("dequantize_kernel", [long, cublas], 30.0, 30.0),
         row("neuron_scores_kernel", [("scores", 0, 2048, 3000)], 1e6),
         {"kernel": "gate_up_gemv_kernel", "plans": [["gemv", 1, 2048, 3000, 1]]},
     ]
@@ -202,7 +205,8 @@ def test_calls_furthest_above_their_bound():
     assert second.bound == pytest.approx((3 * 2048 * 3000 * 2 + 2 * 64 * 2048 * 2) / 3e6)
     assert (eight_bit[:4], eight_bit.microseconds) == (fp8[0], 18.0)
     assert eight_bit.bound == pytest.approx((3 * 2048 * 3000 + 2 * 16 * 2048 * 2) / 3e6)
-    assert [len(worst(rows, count)) for count in (1, 2, 9)] == [2, 4, 5]
+    assert [len(worst(rows, count)) for count in (1, 2, 9)] == [2, 4, 6]
+    assert (worst(rows)[-1][:4], worst(rows)[-1].microseconds) == (long, 130.0)
 
 
 def test_predicted_time_without_products():
@@ -212,6 +216,24 @@ def test_predicted_time_without_products():
     both = predict(call, (*touched(h="rw", a="rw"), Access("?", "ld", 2, 1)), 2048)
     assert both == (2 * 6 * 2048 * 4992, 0, pytest.approx(2.2 + 2 * 6 * 2048 * 4992 / 3e6))
     assert predict(call, touched(h="rw", a="r"), 2048).bytes == 2 * 5 * 2048 * 4992
+
+
+def test_predicted_time_with_fp8_weights():
+    """A weight of one byte; each access of an argument counts once."""
+    weights = meta_weights(2048, 4916, torch.bfloat16, fp8=True)
+    x = torch.empty((1, 2048), dtype=torch.bfloat16, device="meta")
+    problem = weights.problem(x, 90)
+    call, _ = plan(x, weights, heuristic("gemv", problem), problem).calls
+    accesses = touched(x="r", gate_up="r", a="w")
+    found = predict(call, (*accesses, Access("gate_up", "ld", 8, 1), Access("gate_up", "cp.async", 16, 1)), 1)
+    assert found.bytes == 2 * 4992 * 2048 + 2 * (2048 + 4992) and found.operations == 2 * 2 * 4992 * 2048
+
+
+def test_statistics_of_weights_have_no_products():
+    weights = meta_weights(2048, 4992, torch.bfloat16)
+    call = plan_neuron_scores(*weights.gate_up, weights.down, ("gate_ppm", "up_ppm", "down_ppm"))[0]
+    found = predict(call, touched(gate="r", up="r", down="r"), 0)
+    assert found == (2 * 3 * 2048 * 4992, 0, pytest.approx(2.2 + 2 * 3 * 2048 * 4992 / 3e6))
 
 
 PTX = """

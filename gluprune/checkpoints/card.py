@@ -47,6 +47,12 @@ class History:
             return cls(str(source))
         return cls(model_name(source), licence=_licence(Path(source)))
 
+    @property
+    def digests(self) -> set[str]:
+        """SHA-256 of the texts that the model was calibrated or trained on."""
+        calibrations = [step.get("calibration") or {} for step in self.steps]
+        return {digest for calibration in calibrations for digest in calibration.get("texts", {}).values()}
+
     def documents(
         self, steps: Sequence[dict], architecture: str, widths: Sequence[int], picture: str | None = None
     ) -> dict[str, bytes]:
@@ -143,7 +149,7 @@ def _step_lines(step: dict) -> list[str]:
             ),
             (
                 "measured on",
-                f"{step['tokens']:,} tokens held apart from the calibration text, in windows of {step['length']}",
+                f"{step['tokens']:,} tokens held apart, in windows of {step['length']}",
             ),
             *(("text", f"{name}, SHA-256 `{digest}`") for name, digest in step["texts"].items()),
         ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated
 
 import typer
 
 from gluprune.cli.options import Device, Dtype, DtypeName, Fields, Json, Length, Model, Quiet, Verbose
-from gluprune.io.text import read_texts
+from gluprune.io.text import fingerprints, read_texts
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = (
     "gluprune perplexity meta-llama/Llama-3.2-1B --text notes.txt",
@@ -50,6 +53,7 @@ def run(
     import torch
 
     from gluprune.calibration.batches import begin_token
+    from gluprune.checkpoints.card import read_history
     from gluprune.cli.calibration import computing_dtype, load_model, load_tokenizer
     from gluprune.measure.perplexity import cut_windows, perplexity
     from gluprune.models.device import choose_device
@@ -59,6 +63,10 @@ def run(
     begin = begin_token(tokenizer)
     ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]
     cut = [cut_windows(tokens, length, windows, begin) for tokens in ids]  # raises before the model is loaded
+    history = read_history(model)
+    for source, content in zip(text, texts, strict=True):
+        if history and history.digests.intersection(fingerprints([source], [content]).values()):
+            logger.warning("%s was used to prune or train %s: the perplexity on other text is higher", source, model)
     loaded = load_model(model, device=device, dtype=computing_dtype(dtype, device))
     rows = []
     for source, tokens, chunks in zip(text, ids, cut, strict=True):

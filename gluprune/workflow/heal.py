@@ -33,7 +33,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
-from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
+from gluprune.workflow.texts import GivenTexts, check_lengths
 
 _DEVICES, _DTYPES = (AUTO, "cpu", "cuda"), (AUTO, "float32", "bfloat16")
 _TIMEOUT = timedelta(days=1)  # while the first process writes text or measures, the others wait
@@ -119,7 +119,7 @@ def heal(
     folder, dense = local_folder(pruned), local_folder(teacher)
     configs = read_config(folder), read_config(dense)
     _check_pair(folder, dense, *configs, settings)
-    _check_lengths(folder, texts, length)
+    check_lengths(texts, AutoTokenizer.from_pretrained(folder), length)
     processes = PartialState(cpu=kind == "cpu", timeout=_TIMEOUT)
     at_once = settings.division(processes.num_processes)[0]
     bf16 = dtype == "bfloat16" or (dtype == AUTO and kind != "cpu")
@@ -220,16 +220,6 @@ def _check_pair(
             f"hidden_weight={settings.hidden_weight} compares hidden states: pruned has {shapes[0][1]} layers of size"
             f" {shapes[0][2]}, teacher {shapes[1][1]} of {shapes[1][2]}"
         )
-
-
-def _check_lengths(folder: Path, texts: GivenTexts, length: int) -> None:
-    """Raise ValueError for texts that are too short, before a model is loaded."""
-    tokenizer, divided = AutoTokenizer.from_pretrained(folder), Texts.of(texts)
-    for name, content in divided.calibration.items():
-        found = len(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
-        if found < length:
-            raise ValueError(f"the text to train on, {name}, has {found} tokens: one window needs {length}")
-    HeldApart(divided.test, tokenizer, length)
 
 
 def _is_sharded() -> bool:

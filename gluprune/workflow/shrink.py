@@ -19,7 +19,6 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from gluprune.calibration.batches import batches_from_text
 from gluprune.calibration.sensitivity import removed_counts
 from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.load_save import build_empty, read_config, stock_class
@@ -40,7 +39,7 @@ from gluprune.workflow import picture
 from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
+from gluprune.workflow.texts import GivenTexts, check_lengths
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,8 @@ def shrink(
     check_head(build_empty(config), "shrink")
     goal = _goal(folder, config, destination, recipe, pruning_ratio=pruning_ratio, max_loss=max_loss)
     settings = Settings(recipe, own_windows, windows, length, device, dtype)
-    _check_lengths(folder, texts, settings)
+    if check_lengths(texts, AutoTokenizer.from_pretrained(folder), length) + own_windows < 2:
+        raise ValueError(f"the calibration text has one window of {length} tokens: give two or more")
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("no picture will be drawn: pip install 'gluprune[demo]'")
     with complete_folder(destination, _key(folder, settings, texts), resume=True) as output:
@@ -212,16 +212,6 @@ def _goal(
     if max_loss is None:
         return _Goal([width], dense_width)
     return _Goal([w for w in range(multiple, dense_width, multiple) if w >= least], dense_width, max_loss)
-
-
-def _check_lengths(folder: Path, texts: GivenTexts, settings: Settings) -> None:
-    """Raise ValueError for texts that are too short, before the model writes for minutes."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    divided = Texts.of(texts)
-    batches = batches_from_text(tokenizer, list(divided.calibration.values()), settings.windows, settings.length)
-    if sum(map(len, batches)) + settings.own_windows < 2:
-        raise ValueError(f"the calibration text has one window of {settings.length} tokens: give two or more")
-    HeldApart(divided.test, tokenizer, settings.length)
 
 
 def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:

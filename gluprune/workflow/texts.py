@@ -41,7 +41,7 @@ class GivenTexts:
         """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart.
 
         Args:
-            text: Sources to calibrate on; none: `wikipedia_text`.
+            text: Sources to calibrate on. None are `wikipedia_text`.
             test_text: Sources to measure on.
             fields: Fields that hold the text in JSON files.
         """
@@ -49,7 +49,8 @@ class GivenTexts:
         contents = read_texts([*text, *test_text], fields)
         digests = fingerprints([*text, *test_text], contents)
         if len(set(digests.values())) < len(contents):
-            raise ValueError(f"two of the texts are equal: {', '.join(map(str, (*text, *test_text)))}")
+            sources = f"text {', '.join(map(str, text))}; test_text {', '.join(map(str, test_text)) or 'none'}"
+            raise ValueError(f"two texts are equal, but what is measured on must be held apart: {sources}")
         named = list(zip(digests, contents, strict=True))
         return cls(dict(named[: len(text)]), dict(named[len(text) :]), digests)
 
@@ -93,6 +94,26 @@ class Texts:
     def test_digests(self) -> dict[str, str]:
         """Name -> SHA-256 of the texts to measure on."""
         return {name: self.digests[name] for name in self.test}
+
+
+def check_lengths(given: GivenTexts, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """Check that texts are long enough; return how many windows there are to calibrate on.
+
+    Raises:
+        ValueError: A text to calibrate on, or what is to be measured on, is shorter than one window of `length` tokens.
+    """
+    divided, windows = Texts.of(given), 0
+    needed = length - (begin_token(tokenizer) is not None)
+    for name, content in divided.calibration.items():
+        tokens = len(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+        if tokens < needed:
+            part = "" if given.test else " before its last tenth"
+            raise ValueError(
+                f"{name} has {tokens} tokens{part}: one window needs {needed}; give more text, or a smaller length"
+            )
+        windows += tokens // max(needed, 1)
+    HeldApart(divided.test, tokenizer, length)
+    return windows
 
 
 class HeldApart:

@@ -291,6 +291,24 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
     assert "0 of 3 MLPs" in text and "3 x activation ReLU is not supported" in text
 
 
+def test_perplexity_on_text_of_the_calibration(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+    """A warning, since a model that was pruned on a text does better on it than on others."""
+    gluprune.save(tiny_model(seed=1, vocab_size=len(smollm2_tokenizer)), tmp_path / "dense", smollm2_tokenizer)
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for number, path in enumerate(texts):
+        path.write_text(f"Text number {number}. " * 300)
+    prune = ["prune", f"{tmp_path / 'dense'}", "--pruning-ratio", "0.4", "--score", "hybrid", "--multiple-of", "1"]
+    calibration = ["--calibration", f"{texts[0]}", "--windows", "2", "--out", f"{tmp_path / 'out'}"]
+    assert main([*prune, *calibration]) == 0
+    capsys.readouterr()
+    command = ["--text", *map(str, texts), "--length", "32", "--windows", "2"]
+    assert main(["perplexity", f"{tmp_path / 'out'}", *command]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "was used to prune or train" in line]
+    assert len(warned) == 1 and warned[0].startswith(f"{texts[0]} was used")
+    assert main(["perplexity", f"{tmp_path / 'dense'}", *command]) == 0
+    assert "was used" not in capsys.readouterr().err
+
+
 def test_perplexity(tiny_model, smollm2_tokenizer, tmp_path, capsys):
     """Of a checkpoint whose layers differ, on two texts."""
     model, texts = tiny_model(seed=1, vocab_size=len(smollm2_tokenizer)), ["One text. " * 60, "Another one, " * 50]

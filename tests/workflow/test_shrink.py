@@ -100,7 +100,7 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
     assert report.texts == ["other.txt"]
     report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **{**short, "text": ()})
     assert report.texts == ["wikipedia"] and report.tokens == 32 * LENGTH
-    with pytest.raises(ValueError, match="two of the texts are equal"):
+    with pytest.raises(ValueError, match="two texts are equal, .* text .*notes.txt; test_text .*notes.txt"):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 
+import pytest
+
 import gluprune
 from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
 
@@ -25,5 +27,7 @@ def test_wikipedia_where_no_text_is_given(text):
     assert len(articles) / 11 < len(found.test["wikipedia"]) < len(articles) / 9
     assert found.calibration_digests == {"wikipedia": sha256(articles), OWN_TEXT: sha256(own)}
     assert found.test_digests == {"wikipedia": sha256(articles)}
+    with pytest.raises(ValueError, match="two texts are equal, .* held apart: text wikipedia; test_text wikipedia"):
+        GivenTexts.read([], ["wikipedia"], ["text"])
     found = Texts.of(GivenTexts.read([], [text], ["text"]), own)
     assert found.calibration == {"wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}

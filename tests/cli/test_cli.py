@@ -298,7 +298,7 @@ def test_perplexity_on_text_of_the_calibration(tiny_model, smollm2_tokenizer, tm
     for number, path in enumerate(texts):
         path.write_text(f"Text number {number}. " * 300)
     prune = ["prune", f"{tmp_path / 'dense'}", "--pruning-ratio", "0.4", "--score", "hybrid", "--multiple-of", "1"]
-    calibration = ["--calibration", f"{texts[0]}", "--windows", "2", "--out", f"{tmp_path / 'out'}"]
+    calibration = ["--calibration", f"{texts[0]}", "--out", f"{tmp_path / 'out'}"]
     assert main([*prune, *calibration]) == 0
     capsys.readouterr()
     command = ["--text", *map(str, texts), "--length", "32", "--windows", "2"]

@@ -291,7 +291,7 @@ def test_info_of_an_activation_that_cannot_be_fused(tiny_model, tmp_path, capsys
     assert "0 of 3 MLPs" in text and "3 x activation ReLU is not supported" in text
 
 
-def test_perplexity_on_text_of_the_calibration(tiny_model, smollm2_tokenizer, tmp_path, capsys):
+def test_perplexity_on_text_of_the_calibration(tiny_model, smollm2_tokenizer, tmp_path, caplog):
     """A warning, since a model that was pruned on a text does better on it than on others."""
     gluprune.save(tiny_model(seed=1, vocab_size=len(smollm2_tokenizer)), tmp_path / "dense", smollm2_tokenizer)
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
@@ -300,13 +300,14 @@ def test_perplexity_on_text_of_the_calibration(tiny_model, smollm2_tokenizer, tm
     prune = ["prune", f"{tmp_path / 'dense'}", "--pruning-ratio", "0.4", "--score", "hybrid", "--multiple-of", "1"]
     calibration = ["--calibration", f"{texts[0]}", "--out", f"{tmp_path / 'out'}"]
     assert main([*prune, *calibration]) == 0
-    capsys.readouterr()
+    caplog.clear()
     command = ["--text", *map(str, texts), "--length", "32", "--windows", "2"]
     assert main(["perplexity", f"{tmp_path / 'out'}", *command]) == 0
-    warned = [line for line in capsys.readouterr().err.splitlines() if "was used to prune or train" in line]
+    warned = [message for message in caplog.messages if "was used to prune or train" in message]
     assert len(warned) == 1 and warned[0].startswith(f"{texts[0]} was used")
+    caplog.clear()
     assert main(["perplexity", f"{tmp_path / 'dense'}", *command]) == 0
-    assert "was used" not in capsys.readouterr().err
+    assert "was used" not in caplog.text
 
 
 def test_perplexity(tiny_model, smollm2_tokenizer, tmp_path, capsys):

@@ -72,11 +72,13 @@ def test_models_that_share_their_layers_share_the_patch():
     assert_same(logits(model, ids), expected)
 
 
-def test_replaced_weights_are_noticed_and_patching_again_aligns_them(kernel_calls):
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_replaced_weights_are_noticed_and_patching_again_aligns_them(kernel_calls, name):
     model, ids = tiny_model(device=DEVICE), token_ids(device=DEVICE)
     patch(model, "triton")
     for mlp in mlps(model):
-        mlp.up_proj.weight.data = mlp.up_proj.weight.data * 2
+        weight = getattr(mlp, name).weight
+        weight.data = (weight.data * 2).contiguous()
     expected = logits(model, ids)
     assert not kernel_calls and "patch again" in fusion_status(model)[0].reason
     patch(model, "triton")

@@ -252,7 +252,7 @@ def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkRep
         raise RuntimeError(
             f"at {widest} of {goal.dense_width} neurons, the widest multiple of {recipe.width_multiple}, perplexity is"
             f" {measured[widest].perplexity / dense.perplexity - 1:.1%} above dense; max_loss={goal.max_loss} allows"
-            f" less: allow more, or use a smaller multiple_of"
+            f" less: allow more, and the run continues from here; or use a smaller multiple_of, and it starts over"
         )
     has_picture = importlib.util.find_spec("matplotlib") is not None
     return ShrinkReport(

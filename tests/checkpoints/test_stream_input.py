@@ -208,5 +208,6 @@ def test_memory_stays_below_one_layer_and_a_few_blocks(tmp_path):
     assert run.returncode == 0, run.stderr
     maw, maw_gud = map(int, run.stdout.split()[-2:])
     print(f"{maw / 1e6:.0f} and {maw_gud / 1e6:.0f} MB for {size / 1e6:.0f} MB, one MLP has {layer / 1e6:.0f} MB")
-    assert 2 / 3 * layer * 0.9 < maw < 2 / 3 * layer + 40e6
-    assert layer * 0.9 < maw_gud < layer + 40e6
+    rest = 60e6  # blocks of the files, and what the allocator keeps: 30 to 46 MB in ten runs; two layers would be more
+    assert 2 / 3 * layer * 0.9 < maw < 2 / 3 * layer + rest
+    assert layer * 0.9 < maw_gud < layer + rest

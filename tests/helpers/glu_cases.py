@@ -146,7 +146,9 @@ def error(y: torch.Tensor, case: Case) -> float:
 def _relative(y: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> float:
     if torch.equal(y.double(), expected):  # also where nothing is expected, or nothing but zeros
         return 0.0
-    return ((y.double() - expected).abs().max() / torch.maximum(expected.abs(), size).max()).item()
+    # Below the smallest normal number, what a dtype can represent is a fixed distance apart.
+    largest = torch.maximum(expected.abs(), size).max().clamp_min(torch.finfo(y.dtype).tiny)
+    return ((y.double() - expected).abs().max() / largest).item()
 
 
 def hidden_error(a: torch.Tensor, case: Case) -> float:

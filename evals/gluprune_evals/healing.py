@@ -122,9 +122,10 @@ class Healing:
 
 def table(records: Sequence[Record]) -> str:
     """Return Markdown: perplexity over dense of pruned and healed models by ratio, and how they were trained."""
-    found = {(r.provider, r.shape["ratio"], r.shape["text"]): r.p50 for r in records if r.what == "perplexity"}
-    texts = list(dict.fromkeys(text for provider, _, text in found if provider == HEALED))
-    dense = {text: found["dense", 0.0, text] for text in texts}
+    measured = [r for r in records if r.what == "perplexity"]
+    texts = list(dict.fromkeys(r.shape["text"] for r in measured if r.provider == HEALED))
+    dense = {r.shape["text"]: r.p50 for r in measured if r.provider == "dense"}
+    before = {(*_calibration(r.shape), r.shape["text"]): r.p50 for r in measured if r.provider == PRUNED}
     lines = [
         f"# {records[0].shape['model']}: perplexity after healing",
         "",
@@ -138,13 +139,18 @@ def table(records: Sequence[Record]) -> str:
         own = [r for r in records if r.provider == HEALED and _training(r.shape) == shape]
         healed = {r.shape["text"]: r.p50 for r in own if r.what == "perplexity"}
         others = {r.what: r.p50 for r in own if r.what != "perplexity"}
-        pruned = {text: found[PRUNED, shape["ratio"], text] for text in texts}
+        pruned = {text: before[*_calibration(shape), text] for text in texts}
         cells = [" · ".join(f"{each[text] / dense[text]:.2f}" for text in texts) for each in (pruned, healed)]
         loss = " -> ".join(f"{others[f'loss at {end}']:.3f}" for end in ("first", "last") if f"loss at {end}" in others)
         times = [f"{others[w]:.0f}" if w in others else "–" for w in ("heal", "heal, processor time")]
         steps = f"{shape['tokens']:,} | {shape['train']} | {shape['learning_rate']:g}"
         lines.append(f"| {shape['ratio']:.0%} | {cells[0]} | {cells[1]} | {steps} | {loss} | {' | '.join(times)} |")
     return "\n".join(lines) + "\n"
+
+
+def _calibration(shape: dict) -> tuple:
+    """Return what tells pruned models apart: the ratio, and on which text they were calibrated and reconstructed."""
+    return shape["ratio"], shape["calibration_digest"], shape["reconstruction_digest"]
 
 
 def _training(shape: dict) -> dict:

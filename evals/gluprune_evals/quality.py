@@ -288,8 +288,7 @@ def table(records: list[Record]) -> str:
             f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
             ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
             " `reconstruct`. + own text: also calibrated on text of the model (`gluprune sample`); own text only: on no"
-            " other. Windows: of"
-            " calibration + of reconstruction. –: not measured."
+            " other. Windows: of calibration + of reconstruction. –: not measured."
         ),
     ]
     for text in texts:

@@ -1,5 +1,7 @@
 """The command that measures healed models: what it trains on, the records, the table, resuming."""
 
+import dataclasses
+
 import pytest
 from gluprune_evals import healing, quality
 
@@ -33,4 +35,10 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
     assert f"| 40% | {cells[0]} | {cells[1]} | 64 | all | 0.003 |" in table and table in capsys.readouterr().out
     assert healing.main(command) == 0 and len(windows) == 1  # nothing is measured twice
     assert (tmp_path / "out" / "healing.md").read_text() == table
+    others = [
+        dataclasses.replace(r, p50=2 * r.p50, shape=r.shape | {"calibration_digest": "another"})
+        for r in records
+        if r.provider == healing.PRUNED
+    ]
+    assert healing.table([*records, *others]) == table, "a row has the pruned model of its own calibration"
     assert healing.main([*command[:-2], "--text=one"]) == 2

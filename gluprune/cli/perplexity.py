@@ -64,8 +64,9 @@ def run(
     ids = [torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids) for content in texts]
     cut = [cut_windows(tokens, length, windows, begin) for tokens in ids]  # raises before the model is loaded
     history = read_history(model)
+    used = history.digests if history else set()
     for source, content in zip(text, texts, strict=True):
-        if history and history.digests.intersection(fingerprints([source], [content]).values()):
+        if used.intersection(fingerprints([source], [content]).values()):
             logger.warning("%s was used to prune or train %s: the perplexity on other text is higher", source, model)
     loaded = load_model(model, device=device, dtype=computing_dtype(dtype, device))
     rows = []

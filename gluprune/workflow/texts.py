@@ -38,10 +38,10 @@ class GivenTexts:
 
     @classmethod
     def read(cls, text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
-        """Read the user's texts; two equal ones are an error, since the text to measure on must be held apart.
+        """Read texts; two equal ones are an error, since the text to measure on must be held apart.
 
         Args:
-            text: Sources to calibrate on. None are `wikipedia_text`.
+            text: Sources to calibrate on; if there are none, `WIKIPEDIA`.
             test_text: Sources to measure on.
             fields: Fields that hold the text in JSON files.
         """

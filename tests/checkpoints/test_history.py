@@ -114,8 +114,15 @@ def test_the_card_of_another_class(llama, tmp_path):
     assert 'LlamaForSequenceClassification.from_pretrained(".")' in written(tmp_path / "out")[1]
 
 
+STEP = '{"base_model": "a", "base_commit": null, "licence": [], "steps": [{"step": "reconstruct", "calibration": %s}]}'
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"base_model": 1, "base_commit": 2, "steps": 3, "licence": 4}']
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"base_model": 1, "base_commit": 2, "steps": 3, "licence": 4}'),
+        *(STEP % calibration for calibration in ('"text"', '{"texts": ["a"]}', '{"texts": {"a": []}}')),
+    ],
 )
 def test_an_unreadable_history_is_none(llama, tmp_path, content):
     (llama / "gluprune.json").write_text(content)

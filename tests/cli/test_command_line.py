@@ -322,6 +322,13 @@ def test_a_missing_extra_is_one_line_that_names_it(arguments, package, extra, mo
     assert capsys.readouterr().err == expected and not list(tmp_path.iterdir())
 
 
+def test_texts_that_are_no_files_are_not_looked_up(parsed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = ["wikipedia", "hf:o/d:train:text"]
+    assert main(["shrink", "o/m", "--ratio", "0.2", "--text", *sources, "--out", "out"]) == 0
+    assert parsed[0]["text"] == sources
+
+
 @pytest.mark.slow
 def test_logs_hold_no_bars_of_transformers(tmp_path):
     """They are redrawn with carriage returns, which fill a log."""

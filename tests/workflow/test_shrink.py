@@ -157,6 +157,7 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "heal_tokens": 9, "dtype": "float16"}, "unknown dtype 'float16' for training"),
         ({"pruning_ratio": 0.2, "own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"pruning_ratio": 0.2, "length": 600}, r"the text to measure on \(notes.txt\) has"),
+        ({"pruning_ratio": 0.2, "length": 900, "own_windows": 0, "test_text": ["wikipedia"]}, "has one window of 900"),
         ({"max_loss": 0.1, "multiple_of": 128}, "no multiple of 128 is below the width 101"),
         ({"max_loss": 0.1, "deploy": "llama.cpp"}, "no multiple of 256 is below the width 101"),
         ({"pruning_ratio": 0.2, "deploy": "ollama"}, "unknown deploy 'ollama'"),

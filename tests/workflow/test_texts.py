@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 import gluprune
-from gluprune.workflow.texts import OWN_TEXT, GivenTexts, Texts
+from gluprune.workflow.texts import OWN_TEXT, GivenTexts, HeldApart, Texts, check_lengths
 
 
 def sha256(text):
@@ -31,3 +31,22 @@ def test_wikipedia_where_no_text_is_given(text):
         GivenTexts.read([], ["wikipedia"], ["text"])
     found = Texts.of(GivenTexts.read([], [text], ["text"]), own)
     assert found.calibration == {"wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}
+
+
+@pytest.mark.parametrize("tokenizer, begins", [(False, 0), (True, 1)], indirect=["tokenizer"])
+def test_the_least_text(tokenizer, begins):
+    """One window of text to calibrate on, with the token that begins it; one window and a token to measure on."""
+    length, test = 24, {"test.txt": "x" * 25}
+
+    def given(tokens, test=test):
+        return GivenTexts({"notes.txt": "y" * tokens}, test, {"notes.txt": "a", "test.txt": "b"})
+
+    assert check_lengths(given(length - begins), tokenizer, length) == 1
+    assert check_lengths(given(3 * (length - begins) - 1), tokenizer, length) == 2
+    with pytest.raises(ValueError, match=f"notes.txt has {23 - begins} tokens: one window needs {24 - begins}; give"):
+        check_lengths(given(length - begins - 1), tokenizer, length)
+    with pytest.raises(ValueError, match="notes.txt has 18 tokens before its last tenth: one window needs"):
+        check_lengths(given(20, {}), tokenizer, length)
+    assert HeldApart(test, tokenizer, length).tokens >= length
+    with pytest.raises(ValueError, match=r"the text to measure on \(test.txt\) has 24 tokens: one window needs 25"):
+        check_lengths(given(100, {"test.txt": "x" * 24}), tokenizer, length)

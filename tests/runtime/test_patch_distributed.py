@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -239,11 +239,36 @@ def check_fsdp_refusals():
     assert torch.equal(logits(model, ids), expected)
 
 
+def check_fsdp1(use_orig_params):
+    """Patched models train as stock ones; fused where modules have their own parameters, else by their modules."""
+    ids, trained = token_ids(), []
+    options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+    for patched in (False, True):
+        model = tiny_model(width=128).train()
+        if patched:
+            patch(model, "triton")
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = FullyShardedDataParallel(layer, **options)
+        model = FullyShardedDataParallel(model, **options)
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        with counted_kernels() as noted:
+            for _ in range(3):
+                losses.append(loss_of(model, ids))
+                losses[-1].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert len(noted) == (2 * 2 * 3 if patched and use_orig_params else 0)
+        trained.append(torch.stack(losses).detach())
+    torch.testing.assert_close(trained[1], trained[0], atol=1e-5, rtol=1e-5)
+
+
 def check_two(path):
     check_tensor_parallel(path)
     for case in FSDP_CASES.values():
         check_fsdp(**case)
     check_fsdp_refusals()
+    check_fsdp1(use_orig_params=True)
+    check_fsdp1(use_orig_params=False)
 
 
 def check_four(*paths):

@@ -78,7 +78,7 @@ def read_history(source: str | Path) -> History | None:
     try:
         found = read_json_object((stored_folder(source) or Path(source)) / HISTORY_FILE)
         history = History(**{name: found[name] for name in ("base_model", "base_commit", "steps", "licence")})
-        str(history), history.digests  # raise for entries of another kind
+        _ = str(history), history.digests  # raise for entries of another kind
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return history

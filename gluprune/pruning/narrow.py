@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from gluprune.models.glu import GLU
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from gluprune.pruning import host
 
 
 def _set_attribute(owner: object, name: str, value: object, undo: ExitStack) -> None:
@@ -22,13 +20,7 @@ def _set_attribute(owner: object, name: str, value: object, undo: ExitStack) -> 
 
 
 def _take(whole: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    if dim == 0 or whole.device.type != "cpu":
-        return whole.index_select(dim, index)
-    # NumPy gathers columns two to three times as fast as torch on a CPU. It has no bf16, so the bits are moved.
-    part = whole.new_empty(whole.shape[0], len(index))
-    bits = _BITS[whole.element_size()]
-    np.take(whole.view(bits).numpy(), index.numpy(), axis=1, out=part.view(bits).numpy(), mode="clip")
-    return part
+    return host.take(whole, dim, index) if whole.device.type == "cpu" else whole.index_select(dim, index)
 
 
 def _shrink(parameter: torch.Tensor, dim: int, kept: torch.Tensor, removed: torch.Tensor, undo: ExitStack) -> None:

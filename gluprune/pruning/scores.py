@@ -14,6 +14,7 @@ import torch
 
 from csrc_triton.scores.reference import WeightStatistics
 from gluprune.calibration.statistics import LayerStatistics
+from gluprune.pruning.host import HostStatistics
 from gluprune.runtime import operator
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,8 +54,12 @@ def static_score(name: str, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
 
         statistics = neuron_scores(gate, up, down, wanted)
     else:
-        statistics = WeightStatistics(gate, up, down)
+        statistics = _statistics(gate, up, down)
     return formula(*(getattr(statistics, field) for field in wanted))
+
+
+def _statistics(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> WeightStatistics:
+    return (HostStatistics if gate.device.type == "cpu" else WeightStatistics)(gate, up, down)
 
 
 def _hybrid(weights: WeightStatistics, activations: LayerStatistics) -> torch.Tensor:
@@ -98,7 +103,7 @@ def calibrated_score(
     Returns:
         float32 `[I]` on the device of the weights.
     """
-    return CALIBRATED_SCORES[name](WeightStatistics(gate, up, down), activations)
+    return CALIBRATED_SCORES[name](_statistics(gate, up, down), activations)
 
 
 class LayerWeights(Protocol):

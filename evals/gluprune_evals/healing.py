@@ -1,8 +1,8 @@
-"""Quality of healed models: perplexity relative to dense before and after training, by ratio.
+"""Quality of healed models: perplexity relative to dense before and after training, by recipe and ratio.
 
     python -m gluprune_evals.healing --text wikitext2=FILE --text lambada=FILE
 
-prunes by the recommended recipe as `gluprune_evals.quality` does, trains on the calibration text and the model's own
+prunes by the recommended recipes as `gluprune_evals.quality` does, trains on the calibration text and the model's own
 text in equal parts, and writes records (`healing.jsonl`) and a table (`healing.md`). An interrupted run can be
 continued.
 """
@@ -36,8 +36,8 @@ from gluprune_evals import quality
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
 
-PRUNED = "surgeon, reconstructed, + own text"
-HEALED = f"{PRUNED}, healed"
+METHODS = ("surgeon, reconstructed, + own text", "surgeon by layer, reconstructed, + own text")
+_HEALED = ", healed"
 
 
 class Healing:
@@ -65,9 +65,9 @@ class Healing:
         self._calibrations = quality.Calibrations(self._model, self._tokenizer, source.name, texts, measurements)
         self._shape = {"model": source.name, "window": quality.WINDOW}
 
-    def measure(self, ratio: float, settings: Settings) -> None:
-        """Measure perplexities at one ratio: dense, pruned and healed."""
-        method = quality.METHODS[PRUNED]
+    def measure(self, name: str, ratio: float, settings: Settings) -> None:
+        """Measure perplexities of one method at one ratio: dense, pruned and healed."""
+        method, healed = quality.METHODS[name], name + _HEALED
         self._perplexities("dense", self._shape | {"ratio": 0.0}, lambda: copy.deepcopy(self._model))
         shape = self._shape | {"ratio": ratio}
         shape |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
@@ -77,14 +77,14 @@ class Healing:
             quality._prune(model, self._model, method, ratio, self._calibrations)
             return model
 
-        self._perplexities(PRUNED, shape, pruned)
+        self._perplexities(name, shape, pruned)
         count = -(-settings.tokens // (len(self._texts) * settings.length))
         windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
         how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
         shape |= how
-        self._perplexities(HEALED, shape, lambda: self._healed(pruned(), windows, settings, shape))
+        self._perplexities(healed, shape, lambda: self._healed(pruned(), windows, settings, shape, healed))
         for what in ("heal", "heal, processor time", "loss at first", "loss at last"):
-            self._measurements.take(what, HEALED, shape)
+            self._measurements.take(what, healed, shape)
 
     def _perplexities(self, provider: str, shape: dict, build) -> None:
         """Measure a model on every text on which it has not been measured."""
@@ -99,7 +99,9 @@ class Healing:
                 value = quality.windows_perplexity(model, self._held_out[name])
                 self._measurements.add("perplexity", provider, shapes[name], "perplexity", value)
 
-    def _healed(self, pruned: Any, windows: torch.Tensor, settings: Settings, shape: dict) -> PreTrainedModel:
+    def _healed(
+        self, pruned: Any, windows: torch.Tensor, settings: Settings, shape: dict, provider: str
+    ) -> PreTrainedModel:
         """Return the healed model, with weights in the dtype of the checkpoint."""
         key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
         folder = cache_folder() / f"healing-{key}"
@@ -111,10 +113,10 @@ class Healing:
         is_new, wall, processor = last_checkpoint(folder) is None, time.perf_counter(), time.process_time()
         losses, state = train(student, teacher, windows, settings=settings, options=options)
         if is_new:  # the time of an interrupted training is not known
-            self._measurements.add("heal", HEALED, shape, "s", time.perf_counter() - wall)
-            self._measurements.add("heal, processor time", HEALED, shape, "s", time.process_time() - processor)
+            self._measurements.add("heal", provider, shape, "s", time.perf_counter() - wall)
+            self._measurements.add("heal, processor time", provider, shape, "s", time.process_time() - processor)
         for end, value in loss_ends(losses).items():
-            self._measurements.add(f"loss at {end}", HEALED, shape, "nats per token", value)
+            self._measurements.add(f"loss at {end}", provider, shape, "nats per token", value)
         healed: Any = with_weights(before.float(), state, settings.train)
         round_weights(healed, dtype)
         return healed
@@ -123,28 +125,33 @@ class Healing:
 def table(records: Sequence[Record]) -> str:
     """Return Markdown: perplexity over dense of pruned and healed models by ratio, and how they were trained."""
     measured = [r for r in records if r.what == "perplexity"]
-    texts = list(dict.fromkeys(r.shape["text"] for r in measured if r.provider == HEALED))
+    trained = [r for r in records if r.provider.endswith(_HEALED)]
+    texts = list(dict.fromkeys(r.shape["text"] for r in trained if r.what == "perplexity"))
     dense = {r.shape["text"]: r.p50 for r in measured if r.provider == "dense"}
-    before = {(*_calibration(r.shape), r.shape["text"]): r.p50 for r in measured if r.provider == PRUNED}
+    before = {(r.provider, *_calibration(r.shape), r.shape["text"]): r.p50 for r in measured if r.provider in METHODS}
     lines = [
         f"# {records[0].shape['model']}: perplexity after healing",
         "",
-        f"Times that of the dense model, {' · '.join(texts)}; exact widths, windows of {quality.WINDOW} tokens,"
-        f" {records[-1].hardware}. Seconds: of training, and of processor time.",
+        f"Times that of the dense model, {' · '.join(texts)}; shares of neurons removed, exact widths, windows of"
+        f" {quality.WINDOW} tokens, {records[-1].hardware}. Seconds: of training, and of processor time.",
         "",
-        "| neurons removed | pruned | healed | tokens | trained | learning rate | loss | seconds | processor |",
-        "|--:|---|---|--:|---|--:|---|--:|--:|",
+        "| method | removed | pruned | healed | tokens | trained | learning rate | loss | seconds | processor |",
+        "|---|--:|---|---|--:|---|--:|---|--:|--:|",
     ]
-    for shape in {json.dumps(_training(r.shape)): _training(r.shape) for r in records if r.provider == HEALED}.values():
-        own = [r for r in records if r.provider == HEALED and _training(r.shape) == shape]
+    runs: dict[str, list[Record]] = {}
+    for r in trained:
+        runs.setdefault(json.dumps([r.provider, _training(r.shape)]), []).append(r)
+    for own in runs.values():
+        shape, method = _training(own[0].shape), own[0].provider.removesuffix(_HEALED)
         healed = {r.shape["text"]: r.p50 for r in own if r.what == "perplexity"}
         others = {r.what: r.p50 for r in own if r.what != "perplexity"}
-        pruned = {text: before[*_calibration(shape), text] for text in texts}
+        pruned = {text: before[method, *_calibration(shape), text] for text in texts}
         cells = [" · ".join(f"{each[text] / dense[text]:.2f}" for text in texts) for each in (pruned, healed)]
         loss = " -> ".join(f"{others[f'loss at {end}']:.3f}" for end in ("first", "last") if f"loss at {end}" in others)
         times = [f"{others[w]:.0f}" if w in others else "–" for w in ("heal", "heal, processor time")]
         steps = f"{shape['tokens']:,} | {shape['train']} | {shape['learning_rate']:g}"
-        lines.append(f"| {shape['ratio']:.0%} | {cells[0]} | {cells[1]} | {steps} | {loss} | {' | '.join(times)} |")
+        row = [method, f"{shape['ratio']:.0%}", *cells, steps, loss, *times]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -160,12 +167,13 @@ def _training(shape: dict) -> dict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write the table; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m gluprune_evals.healing", description="Perplexity of healed models, by ratio."
+        prog="python -m gluprune_evals.healing", description="Perplexity of healed models, by recipe and ratio."
     )
     parser.add_argument("--calibration", metavar="FILE", default=WIKIPEDIA, help="as for `calibrate --text`")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: both")
     parser.add_argument("--ratios", type=float, nargs="+", default=quality.RATIOS, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=400_000, help="to train on (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step (default: %(default)s)")
@@ -202,8 +210,9 @@ def _measured(
     }
     both = calibration, quality.own_text(model, tokenizer, source)
     healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16)
-    for ratio in given.ratios:
-        healing.measure(ratio, settings)
+    for method in given.method or METHODS:
+        for ratio in given.ratios:
+            healing.measure(method, ratio, settings)
     result = table([r for r in read(given.out / "healing.jsonl") if r.shape["model"] == source.name])
     write_file(given.out / "healing.md", [result.encode()])
     return result

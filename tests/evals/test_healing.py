@@ -12,8 +12,9 @@ from tests.evals.test_quality import command  # noqa: F401 (a fixture)
 
 @pytest.mark.slow
 def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F811
-    methods = {healing.PRUNED: quality.Method.parse("surgeon+compensate+reconstruct", 6, text="both", reconstruction=3)}
-    monkeypatch.setattr(quality, "METHODS", methods)
+    pruned, healed = healing.METHODS[0], f"{healing.METHODS[0]}, healed"
+    method = quality.Method.parse("surgeon+compensate+reconstruct", 6, text="both", reconstruction=3)
+    monkeypatch.setattr(quality, "METHODS", {pruned: method})
     windows = []
 
     def recorded(student, teacher, given, **options):
@@ -21,24 +22,25 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
         return train(student, teacher, given, **options)
 
     monkeypatch.setattr(healing, "train", recorded)
-    command += ["--ratios", "0.4", "--tokens", "64", "--batch", "2", "--learning-rate", "3e-3"]
+    command += [f"--method={pruned}", "--ratios", "0.4", "--tokens", "64", "--batch", "2", "--learning-rate", "3e-3"]
     assert healing.main(command) == 0 and len(windows) == 1
     assert [len(each) for each in windows] == [8]  # four of each text
     records = read(tmp_path / "out" / "healing.jsonl")
     found = {(r.provider, r.shape["text"]): r.p50 for r in records if r.what == "perplexity"}
-    assert set(found) == {(p, t) for p in ("dense", healing.PRUNED, healing.HEALED) for t in ("one", "two")}
+    assert set(found) == {(p, t) for p in ("dense", pruned, healed) for t in ("one", "two")}
     table = (tmp_path / "out" / "healing.md").read_text()
     cells = [
         " · ".join(f"{found[provider, text] / found['dense', text]:.2f}" for text in ("one", "two"))
-        for provider in (healing.PRUNED, healing.HEALED)
+        for provider in (pruned, healed)
     ]
-    assert f"| 40% | {cells[0]} | {cells[1]} | 64 | all | 0.003 |" in table and table in capsys.readouterr().out
+    assert f"| {pruned} | 40% | {cells[0]} | {cells[1]} | 64 | all | 0.003 |" in table
+    assert table in capsys.readouterr().out
     assert healing.main(command) == 0 and len(windows) == 1  # nothing is measured twice
     assert (tmp_path / "out" / "healing.md").read_text() == table
     others = [
         dataclasses.replace(r, p50=2 * r.p50, shape=r.shape | {"calibration_digest": "another"})
         for r in records
-        if r.provider == healing.PRUNED
+        if r.provider == pruned
     ]
     assert healing.table([*records, *others]) == table, "a row has the pruned model of its own calibration"
     assert healing.main([*command[:-2], "--text=one"]) == 2

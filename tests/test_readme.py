@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-HUB_ID = "meta-llama/Llama-3.2-1B"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES_THAT_RUN = [ROOT / "docs" / name for name in ("quickstart.md",)]
 
 
@@ -87,7 +87,7 @@ def test_readme_runs_as_printed(folder_with_llama):
     for block in found:
         run_block(block, README, variables)
     dense = AutoModelForCausalLM.from_pretrained(HUB_ID)
-    check_checkpoints(folder_with_llama, "llama-narrow", "narrow")
+    check_checkpoints(folder_with_llama, "narrow-py", "narrow")
     # Embeddings are never changed.
     assert torch.equal(variables["model"].get_input_embeddings().weight, dense.get_input_embeddings().weight)
 
@@ -99,7 +99,7 @@ def test_pages_run_as_printed(page, folder_with_llama):
     variables = {}
     for block in blocks(page):
         run_block(block, page, variables)
-    check_checkpoints(folder_with_llama, "llama-narrow", "pruned", "narrow", "shrunk")
+    check_checkpoints(folder_with_llama, "narrow-py", "pruned", "narrow", "shrunk")
 
 
 def test_install_lines_name_extras_that_exist():

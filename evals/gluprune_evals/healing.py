@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gluprune.calibration.batches import batches_from_text
-from gluprune.checkpoints.load_save import load, round_weights
+from gluprune.checkpoints.load_save import load, round_weights, save
 from gluprune.demo.smollm2 import cache_folder, smollm2_checkpoint
 from gluprune.healing.student import TRAINED, as_student, with_weights
 from gluprune.healing.training import Settings, arguments, last_checkpoint, train
@@ -36,7 +36,11 @@ from gluprune_evals import quality
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
 
-METHODS = ("surgeon, reconstructed, + own text", "surgeon by layer, reconstructed, + own text")
+# Which of `quality.METHODS`, and the names of their checkpoints.
+METHODS = {
+    "surgeon, reconstructed, + own text": "uniform",
+    "surgeon by layer, reconstructed, + own text": "by-layer",
+}
 _HEALED = ", healed"
 
 
@@ -49,6 +53,7 @@ class Healing:
         held_out: Name -> windows to measure perplexity on.
         measurements: The file of records.
         bf16: Whether student and teacher compute in bfloat16.
+        checkpoints: Where the models that are built are saved; None: nowhere.
     """
 
     def __init__(
@@ -59,11 +64,13 @@ class Healing:
         *,
         measurements: quality.Measurements,
         bf16: bool,
+        checkpoints: Path | None,
     ):
         self._model, self._tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
         self._texts, self._held_out, self._measurements, self._bf16 = texts, held_out, measurements, bf16
         self._calibrations = quality.Calibrations(self._model, self._tokenizer, source.name, texts, measurements)
         self._shape = {"model": source.name, "window": quality.WINDOW}
+        self._checkpoints = checkpoints
 
     def measure(self, name: str, ratio: float, settings: Settings) -> None:
         """Measure perplexities of one method at one ratio: dense, pruned and healed."""
@@ -75,6 +82,7 @@ class Healing:
         def pruned() -> torch.nn.Module:
             model = copy.deepcopy(self._model)
             quality._prune(model, self._model, method, ratio, self._calibrations)
+            self._save(model, f"{METHODS[name]}-{ratio:g}")
             return model
 
         self._perplexities(name, shape, pruned)
@@ -82,9 +90,20 @@ class Healing:
         windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
         how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
         shape |= how
-        self._perplexities(healed, shape, lambda: self._healed(pruned(), windows, settings, shape, healed))
+
+        def trained() -> torch.nn.Module:
+            model = self._healed(pruned(), windows, settings, shape, healed)
+            self._save(model, f"{METHODS[name]}-{ratio:g}-healed-{settings.tokens}")
+            return model
+
+        self._perplexities(healed, shape, trained)
         for what in ("heal", "heal, processor time", "loss at first", "loss at last"):
             self._measurements.take(what, healed, shape)
+
+    def _save(self, model: PreTrainedModel, name: str) -> None:
+        if self._checkpoints and not (self._checkpoints / name).exists():
+            rounded: Any = copy.deepcopy(model)
+            save(rounded.to(self._model.dtype), self._checkpoints / name, self._tokenizer)
 
     def _perplexities(self, provider: str, shape: dict, build) -> None:
         """Measure a model on every text on which it has not been measured."""
@@ -181,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", choices=TRAINED, default="all", help="default: %(default)s")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="default: %(default)s")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 while training")
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save the models that are built")
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     settings = Settings(
@@ -209,7 +229,7 @@ def _measured(
         for name, content in texts.items()
     }
     both = calibration, quality.own_text(model, tokenizer, source)
-    healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16)
+    healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16, checkpoints=given.checkpoints)
     for method in given.method or METHODS:
         for ratio in given.ratios:
             healing.measure(method, ratio, settings)

@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 from gluprune_evals import healing, quality
+from transformers import AutoTokenizer
 
+from gluprune.calibration.batches import batches_from_text
+from gluprune.checkpoints.load_save import load
 from gluprune.healing.training import train
 from gluprune.measure.records import read
 from tests.evals.test_quality import command  # noqa: F401 (a fixture)
@@ -12,7 +15,8 @@ from tests.evals.test_quality import command  # noqa: F401 (a fixture)
 
 @pytest.mark.slow
 def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F811
-    pruned, healed = healing.METHODS[0], f"{healing.METHODS[0]}, healed"
+    pruned = next(iter(healing.METHODS))
+    healed = f"{pruned}, healed"
     method = quality.Method.parse("surgeon+compensate+reconstruct", 6, text="both", reconstruction=3)
     monkeypatch.setattr(quality, "METHODS", {pruned: method})
     windows = []
@@ -23,6 +27,8 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
 
     monkeypatch.setattr(healing, "train", recorded)
     command += [f"--method={pruned}", "--ratios", "0.4", "--tokens", "64", "--batch", "2", "--learning-rate", "3e-3"]
+    folder = tmp_path / "models"
+    command.insert(0, f"--checkpoints={folder}")
     assert healing.main(command) == 0 and len(windows) == 1
     assert [len(each) for each in windows] == [8]  # four of each text
     records = read(tmp_path / "out" / "healing.jsonl")
@@ -43,4 +49,10 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
         if r.provider == pruned
     ]
     assert healing.table([*records, *others]) == table, "a row has the pruned model of its own calibration"
+    assert {path.name for path in folder.iterdir()} == {"uniform-0.4", "uniform-0.4-healed-64"}
+    for name, provider in (("uniform-0.4", pruned), ("uniform-0.4-healed-64", healed)):
+        model, tokenizer = load(folder / name), AutoTokenizer.from_pretrained(folder / name)
+        for text in ("one", "two"):
+            held_out = batches_from_text(tokenizer, (tmp_path / f"{text}.txt").read_text(), 3, 9, batch_size=1)
+            assert quality.windows_perplexity(model, held_out) == pytest.approx(found[provider, text], rel=1e-5)
     assert healing.main([*command[:-2], "--text=one"]) == 2

@@ -1,14 +1,15 @@
 """Extremes, rows and columns of weights on a CPU, by NumPy on their bits.
 
-All of this is bound by memory. It does not use PyTorch's operators: on a CPU their threads wait for each other by
+All of this is bound by memory. It does not use the threads of PyTorch's operators: they wait for each other by
 spinning, which takes more time than the work itself where other programs use the same cores. NumPy has no bfloat16, but
 can move and compare the bits as integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
@@ -104,8 +105,23 @@ def _extremes_of_bits(weight: torch.Tensor, dim: int) -> torch.Tensor:
     return found
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch's operators use one thread of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class HostStatistics(WeightStatistics):
-    """`WeightStatistics` of weights on the CPU, with faster extremes."""
+    """`WeightStatistics` of weights on the CPU."""
+
+    def _reduced(self, weight: torch.Tensor, dim: int, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        with one_thread():
+            return super()._reduced(weight, dim, reduce)
 
     @cached_property
     def gate_ppm(self) -> torch.Tensor:

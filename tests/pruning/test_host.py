@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from csrc_triton.scores.reference import WeightStatistics
 from gluprune.pruning import host
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -81,3 +82,18 @@ def test_large_work_is_split(monkeypatch):
     assert host._spans(100, 3 * host._PIECE) == [slice(0, 33), slice(33, 66), slice(66, 100)]
     assert len(host._spans(100, 9 * host._PIECE)) == 4
     assert host._spans(2, 9 * host._PIECE) == [slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.parametrize("name", ["gate_variance", "up_l1", "gate_l2", "down_l2"])
+def test_operators_use_one_thread(name, monkeypatch):
+    weights = torch.randn(11, 23), torch.randn(11, 23), torch.randn(23, 11)
+    expected = getattr(WeightStatistics(*weights), name)
+    counts, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda pieces: counts.append(torch.get_num_threads()) or cat(pieces))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(getattr(host.HostStatistics(*weights), name), expected)
+        assert counts == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -45,7 +45,8 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor, parameters: Sequen
     """
     logits = F.linear(hidden, *(parameter.to(hidden.dtype) for parameter in parameters)).float()
     config = model.config.get_text_config()
-    logits = logits / getattr(config, "logits_scaling", 1.0)  # granite
+    scaling = getattr(config, "logits_scaling", None)  # granite
+    logits = logits if scaling is None else logits / scaling
     cap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -69,6 +70,19 @@ def divergence(
     return _Divergence.apply(hidden.flatten(0, 1), (model, teacher, chunk), *parameters)  # type: ignore[return-value]
 
 
+def _value_and_gradient(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum over tokens of KL(teacher || student), and its gradient by the student's logits: q - p.
+
+    Args:
+        student: Logits `[T, V]`, float32.
+        teacher: Logits `[T, V]`, float32.
+    """
+    expected, found = teacher.log_softmax(-1), student.log_softmax(-1)
+    p = expected.exp()
+    value = torch.dot(p.flatten(), expected.sub_(found).flatten())
+    return value, found.exp_().sub_(p)
+
+
 class _Divergence(torch.autograd.Function):
     """The divergence over tokens `[T, H]`; its backward only returns gradients that the forward has computed."""
 
@@ -82,16 +96,18 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             inputs = [x.detach().requires_grad_(n) for x, n in zip((hidden[rows], *parameters), wanted, strict=True)]
-            expected = teacher(rows).float().log_softmax(-1)
             with torch.enable_grad():
-                found = head_logits(model, inputs[0], inputs[1:]).log_softmax(-1)
-                loss = F.kl_div(found, expected, reduction="sum", log_target=True) / len(hidden)
-            total += loss.detach()
-            computed = torch.autograd.grad(loss, [x for x in inputs if x.requires_grad]) if any(wanted) else ()
+                logits = head_logits(model, inputs[0], inputs[1:])
+            value, gradient = _value_and_gradient(logits.detach(), teacher(rows).float())
+            total += value / len(hidden)
+            computed = ()
+            if any(wanted):
+                gradient.div_(len(hidden))
+                computed = torch.autograd.grad(logits, [x for x in inputs if x.requires_grad], gradient)
             slots = [i for i, needed in enumerate(wanted) if needed]
-            for slot, gradient in zip(slots, computed, strict=True):
+            for slot, part in zip(slots, computed, strict=True):
                 target: Any = gradients[slot]
-                (target[rows] if slot == 0 else target).add_(gradient)
+                (target[rows] if slot == 0 else target).add_(part)
         ctx.gradients = gradients
         return total
 

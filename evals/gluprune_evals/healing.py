@@ -38,8 +38,9 @@ from gluprune_evals.folder import StudyModel
 
 # Which of `quality.METHODS`, and the names of their checkpoints.
 METHODS = {
-    "surgeon, reconstructed, + own text": "uniform",
-    "surgeon by layer, reconstructed, + own text": "by-layer",
+    "surgeon, reconstructed, + own text": "uniform-16",
+    "surgeon, reconstructed on more, + own text": "uniform",
+    "surgeon by layer, reconstructed on more, + own text": "by-layer",
 }
 _HEALED = ", healed"
 

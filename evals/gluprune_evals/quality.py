@@ -67,6 +67,12 @@ RATIOS = (0.1, 0.2, 0.4, 0.6)
 FIELDS = ("text", "page", "question", "answer")
 # The labels are the names in the records.
 METHODS = {
+    "surgeon by layer, reconstructed on more, + own text": Method.parse(
+        "surgeon+compensate+sensitivity+reconstruct", 128, text="both", reconstruction=64
+    ),
+    "surgeon, reconstructed on more, + own text": Method.parse(
+        "surgeon+compensate+reconstruct", 128, text="both", reconstruction=64
+    ),
     "surgeon by layer, reconstructed, + own text": Method.parse(
         "surgeon+compensate+sensitivity+reconstruct", 128, text="both", reconstruction=16
     ),
@@ -326,7 +332,13 @@ def table(records: list[Record]) -> str:
 
 
 # The methods of the picture; the table has all.
-DRAWN = ("MAW", "MAW gate+up+down", "hybrid", "hybrid, re-solved, + own text", "surgeon, reconstructed, + own text")
+DRAWN = (
+    "MAW",
+    "MAW gate+up+down",
+    "hybrid",
+    "hybrid, re-solved, + own text",
+    "surgeon, reconstructed on more, + own text",
+)
 
 
 def plot(records: list[Record], path: Path) -> None:

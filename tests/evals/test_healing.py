@@ -49,8 +49,8 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
         if r.provider == pruned
     ]
     assert healing.table([*records, *others]) == table, "a row has the pruned model of its own calibration"
-    assert {path.name for path in folder.iterdir()} == {"uniform-0.4", "uniform-0.4-healed-64"}
-    for name, provider in (("uniform-0.4", pruned), ("uniform-0.4-healed-64", healed)):
+    assert {path.name for path in folder.iterdir()} == {"uniform-16-0.4", "uniform-16-0.4-healed-64"}
+    for name, provider in (("uniform-16-0.4", pruned), ("uniform-16-0.4-healed-64", healed)):
         model, tokenizer = load(folder / name), AutoTokenizer.from_pretrained(folder / name)
         for text in ("one", "two"):
             held_out = batches_from_text(tokenizer, (tmp_path / f"{text}.txt").read_text(), 3, 9, batch_size=1)

@@ -47,7 +47,7 @@ def main() -> None:
     recipe = gluprune.Recipe.parse("surgeon+compensate+reconstruct")
     model = copy.deepcopy(dense)
     print(gluprune.prune(model, pruning_ratio=options.ratio, **recipe.options(), calibration=statistics))
-    gluprune.reconstruct(model, dense, batches[::2])
+    gluprune.reconstruct(model, dense, batches[::2])  # a part of the text, to save time
     test = (files("gluprune.demo") / "data" / "demo_text.txt").read_text("utf-8")
     ids = tokenizer(test, return_tensors="pt").input_ids[0, :512]
     print(f"perplexity {gluprune.perplexity(dense, ids):.1f} -> {gluprune.perplexity(model, ids):.1f}")

@@ -34,7 +34,7 @@ def run(
     *,
     dense: DenseModel,
     text: Texts,
-    windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 32,
+    windows: Annotated[int, typer.Option(metavar="N", help="Windows from each text.")] = 64,
     length: Length = 512,
     field: Fields = ["text"],  # noqa: B006
     out: NewFolder,

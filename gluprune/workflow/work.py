@@ -35,7 +35,7 @@ from gluprune.workflow.heal import heal
 from gluprune.workflow.report import Point
 from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 
-_RECONSTRUCTION_WINDOWS = 16  # from each text: as in the records of evals/results/quality.md
+_RECONSTRUCTION_WINDOWS = 64  # from each text: as in evals/results/default-text
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ RECIPES = {
     "MAW": ("maw (the paper)", "#c0392b"),
     "MAW gate+up+down": ("maw_gud (default, no data)", "#d68910"),
     "hybrid, re-solved, + own text": ("hybrid+compensate", "#5d6d7e"),
-    "surgeon, reconstructed, + own text": ("surgeon+compensate+reconstruct", "#1f618d"),
+    "surgeon, reconstructed on more, + own text": ("surgeon+compensate+reconstruct", "#1f618d"),
 }
 TEXTS = {"wikitext2": "WikiText-2", "lambada": "LAMBADA"}
 

@@ -160,7 +160,7 @@ def test_quality_figures_of_the_readme_are_on_record():
         "MAW",
         "MAW gate+up+down",
         "hybrid, re-solved, + own text",
-        "surgeon, reconstructed, + own text",
+        "surgeon, reconstructed on more, + own text",
     )
     records = read(ROOT / "evals/results/default-text/quality.jsonl")
     perplexity = {

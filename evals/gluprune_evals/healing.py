@@ -49,7 +49,9 @@ class Healing:
     """Figures of one model before and after healing; see `quality.Measurements`.
 
     Args:
-        source: The dense model.
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        name: Name of the model.
         texts: Calibration text, and the model's own.
         held_out: Name -> windows to measure perplexity on.
         measurements: The file of records.
@@ -59,7 +61,9 @@ class Healing:
 
     def __init__(
         self,
-        source: StudyModel,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
         texts: tuple[str, str],
         held_out: dict[str, list[torch.Tensor]],
         *,
@@ -67,10 +71,10 @@ class Healing:
         bf16: bool,
         checkpoints: Path | None,
     ):
-        self._model, self._tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
+        self._model, self._tokenizer = model, tokenizer
         self._texts, self._held_out, self._measurements, self._bf16 = texts, held_out, measurements, bf16
-        self._calibrations = quality.Calibrations(self._model, self._tokenizer, source.name, texts, measurements)
-        self._shape = {"model": source.name, "window": quality.WINDOW}
+        self._calibrations = quality.Calibrations(model, tokenizer, name, texts, measurements)
+        self._shape = {"model": name, "window": quality.WINDOW}
         self._checkpoints = checkpoints
 
     def measure(self, name: str, ratio: float, settings: Settings) -> None:
@@ -129,7 +133,7 @@ class Healing:
         student = as_student(pruned.float(), settings.train, settings.hidden_weight)
         teacher: Any = copy.deepcopy(self._model)
         teacher.to(torch.bfloat16 if self._bf16 else torch.float32)
-        options = arguments(folder, settings, processes=1, device="cpu", bf16=self._bf16)
+        options = arguments(folder, settings, processes=1, device=self._model.device.type, bf16=self._bf16)
         is_new, wall, processor = last_checkpoint(folder) is None, time.perf_counter(), time.process_time()
         losses, state = train(student, teacher, windows, settings=settings, options=options)
         if is_new:  # the time of an interrupted training is not known
@@ -195,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
     parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: both")
     parser.add_argument("--ratios", type=float, nargs="+", default=quality.RATIOS, help="default: %(default)s")
+    parser.add_argument("--own-windows", type=int, default=quality.OWN_WINDOWS, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=400_000, help="to train on (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="windows per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="default: %(default)s")
@@ -204,8 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save the models that are built")
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
+    at_once = 4 if given.device == "cpu" else given.batch
     settings = Settings(
-        given.train, given.tokens, quality.WINDOW, given.batch, 4, given.learning_rate, given.hidden_weight
+        given.train, given.tokens, quality.WINDOW, given.batch, at_once, given.learning_rate, given.hidden_weight
     )
     try:
         texts = quality.named_texts(given.text)
@@ -223,14 +230,16 @@ def _measured(
     source: StudyModel, calibration: str, texts: dict[str, str], settings: Settings, given: argparse.Namespace
 ) -> str:
     """Measure all ratios and write the table of everything on record for these texts."""
-    model, tokenizer = load(source.path).eval(), AutoTokenizer.from_pretrained(source.path)
+    model: Any = load(source.path).eval().to(given.device)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
     measurements = quality.Measurements(given.out / "healing.jsonl", model.dtype)
     held_out = {
         name: batches_from_text(tokenizer, content, given.windows, quality.WINDOW + 1, batch_size=1)
         for name, content in texts.items()
     }
-    both = calibration, quality.own_text(model, tokenizer, source)
-    healing = Healing(source, both, held_out, measurements=measurements, bf16=given.bf16, checkpoints=given.checkpoints)
+    both = calibration, quality.own_text(model, tokenizer, source, given.own_windows)
+    options = {"measurements": measurements, "bf16": given.bf16, "checkpoints": given.checkpoints}
+    healing = Healing(model, tokenizer, source.name, both, held_out, **options)
     for method in given.method or METHODS:
         for ratio in given.ratios:
             healing.measure(method, ratio, settings)

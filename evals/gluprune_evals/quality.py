@@ -131,11 +131,12 @@ class Measurements:
         append(self._path, record)
 
 
-def own_text(model: PreTrainedModel, tokenizer, source: StudyModel) -> str:
+def own_text(model: PreTrainedModel, tokenizer, source: StudyModel, windows: int) -> str:
     """Return text that the model writes, kept in the user's cache for later runs."""
-    path = cache_folder() / f"quality-{source.name}-{source.revision}-own.txt"
+    count = "" if windows == OWN_WINDOWS else f"-{windows}"
+    path = cache_folder() / f"quality-{source.name}-{source.revision}-own{count}.txt"
     if not path.is_file():
-        text = sample_text(copy.deepcopy(model).float(), tokenizer, OWN_WINDOWS, WINDOW)
+        text = sample_text(copy.deepcopy(model).float(), tokenizer, windows, WINDOW)
         write_file(path, [text.encode()])
     return path.read_text(encoding="utf-8")
 
@@ -238,7 +239,7 @@ def measure(
         for text, content in texts.items()
     }
     batches_from_text(tokenizer, calibration, 1, WINDOW)  # raises for a short text before the model writes for minutes
-    both = calibration, own_text(model, tokenizer, source)
+    both = calibration, own_text(model, tokenizer, source, OWN_WINDOWS)
     calibrations = Calibrations(model, tokenizer, source.name, both, measurements)
     rows = [("dense", None, 0.0), *((label, METHODS[label], ratio) for label in methods for ratio in ratios)]
     for label, method, ratio in progress(rows, desc="quality", unit="row"):

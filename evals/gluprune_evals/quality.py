@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,69 +32,15 @@ from gluprune.io.text import WIKIPEDIA, read_text
 from gluprune.measure.perplexity import perplexity
 from gluprune.measure.records import Record, append, read
 from gluprune.pruning.prune import prune
-from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
+from gluprune_evals.methods import METHODS, Method
 from gluprune_evals.study import statistics_file
-
-
-@dataclass(frozen=True)
-class Method:
-    """A recipe, and the text that it uses.
-
-    Attributes:
-        recipe: How the model is pruned, at exact widths.
-        windows: Windows of the text to calibrate on. 0: none.
-        text: "given", the calibration text; "own", text that the model wrote; "both".
-        reconstruction: Windows of each text that `reconstruct` uses. 0: it is not run.
-    """
-
-    recipe: Recipe
-    windows: int = 0
-    text: str = "given"
-    reconstruction: int = 0
-
-    @classmethod
-    def parse(cls, name: str, windows: int = 0, *, text: str = "given", reconstruction: int = 0) -> Method:
-        """Return the method for a recipe's name."""
-        return cls(Recipe.parse(name, multiple_of=1), windows, text, reconstruction)
-
 
 RATIOS = (0.1, 0.2, 0.4, 0.6)
 # Fields that hold the text in JSON Lines: of plain text, of WikiText's pages, of questions with answers.
 FIELDS = ("text", "page", "question", "answer")
-# The labels are the names in the records.
-METHODS = {
-    "surgeon by layer, reconstructed on more, + own text": Method.parse(
-        "surgeon+compensate+sensitivity+reconstruct", 128, text="both", reconstruction=64
-    ),
-    "surgeon, reconstructed on more, + own text": Method.parse(
-        "surgeon+compensate+reconstruct", 128, text="both", reconstruction=64
-    ),
-    "surgeon by layer, reconstructed, + own text": Method.parse(
-        "surgeon+compensate+sensitivity+reconstruct", 128, text="both", reconstruction=16
-    ),
-    "surgeon, reconstructed, + own text": Method.parse(
-        "surgeon+compensate+reconstruct", 128, text="both", reconstruction=16
-    ),
-    "surgeon, reconstructed, own text only": Method.parse(
-        "surgeon+compensate+reconstruct", 128, text="own", reconstruction=16
-    ),
-    "surgeon by layer, reconstructed": Method.parse(
-        "surgeon+compensate+sensitivity+reconstruct", 128, reconstruction=10
-    ),
-    "surgeon by layer, re-solved, + own text": Method.parse("surgeon+compensate+sensitivity", 128, text="both"),
-    "surgeon, re-solved, + own text": Method.parse("surgeon+compensate", 128, text="both"),
-    "surgeon, re-solved": Method.parse("surgeon+compensate", 128),
-    "hybrid, re-solved, + own text": Method.parse("hybrid+compensate", 128, text="both"),
-    "hybrid, re-solved": Method.parse("hybrid+compensate", 128),
-    "MAW": Method.parse("maw"),
-    "hybrid": Method.parse("hybrid", 128),
-    "MAW gate+up+down": Method.parse("maw_gud"),
-    "activation, re-solved": Method.parse("activation+compensate", 128),
-    "MAW, re-solved": Method.parse("maw+compensate", 128),
-}
 WINDOW = 512  # tokens, of calibration and of evaluation
 OWN_WINDOWS = 64  # of the model's own text
 

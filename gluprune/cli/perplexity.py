@@ -45,8 +45,8 @@ def run(
     """Measure perplexity on text.
 
     Cuts each text into windows, which begin with BOS if the tokenizer begins texts with it, and predicts every token
-    from those before it in its window. On a CPU, weights in half precision are converted to float32 unless
-    --dtype is given.
+    from those before it in its window. On a CPU, with --dtype auto, weights in half precision are converted
+    to float32.
     """
     texts = read_texts(text, field)
 

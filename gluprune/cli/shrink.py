@@ -48,8 +48,8 @@ def run(
         float | None,
         typer.Option(
             metavar="P",
-            help="Choose the narrowest width whose perplexity is at most this much above dense: 0.05 is 5 %. Prunes"
-            " and measures several widths.",
+            help="Choose the narrowest width whose perplexity is at most this much above dense: 0.2 is 20 %, and 1 the"
+            " most. Prunes and measures several widths.",
             rich_help_panel=_TARGET,
         ),
     ] = None,

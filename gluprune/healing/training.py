@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def train(
     teacher.to(options.device).requires_grad_(False)  # type: ignore[arg-type]
     if getattr(trainer.accelerator, "is_fsdp2", False):
         _shard(teacher)
-    with _no_progress_bars():
+    with _quiet():
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(options.output_dir)), options.should_save))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not all(torch.tensor(losses).isfinite()):
@@ -224,15 +225,26 @@ def last_checkpoint(folder: Path, remove: bool = False) -> str | None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the bars of transformers, which would break the one of the training at every checkpoint."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """Hide what transformers prints: bars that would break the one of the training, and that tied weights are missing.
+
+    Of tied weights, its checkpoints have one, and the model has both after loading it.
+    """
+    shown, logger = logging.is_progress_bar_enabled(), logging.get_logger("transformers.trainer")
     logging.disable_progress_bar()
+    tied = _TiedWeights()
+    logger.addFilter(tied)
     try:
         yield
     finally:
+        logger.removeFilter(tied)
         if shown:
             logging.enable_progress_bar()
+
+
+class _TiedWeights(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return not record.getMessage().startswith("There were missing keys in the checkpoint")
 
 
 def _shard(teacher: PreTrainedModel) -> None:

@@ -46,6 +46,9 @@ def progress(iterable: Iterable | None = None, *, desc: str, unit: str, **option
     return kind(iterable, desc=desc, unit=unit, leave=False, **options)
 
 
+RESUMED = "continuing an interrupted run: the stages that it finished are not repeated"
+
+
 def announce(stage: str) -> None:
     """Print a line that says which stage of a long run begins, to stderr; nothing where progress is disabled."""
     if os.environ.get("TQDM_DISABLE") != "1":

@@ -22,7 +22,7 @@ _FINE = 8  # rows of as many values of 16 bits start at 16-byte boundaries
 
 def percent_hint(ratio: float) -> str:
     """Return the question that ends an error message where a ratio looks like a percentage; else an empty string."""
-    return f": did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+    return f": did you mean {ratio / 100:g}?" if 2 <= ratio < 100 else ""
 
 
 def target_width(

@@ -27,6 +27,7 @@ from gluprune.healing.student import check_trained
 from gluprune.healing.training import Settings, arguments
 from gluprune.io.folder import check_destination, complete_folder, folder_state
 from gluprune.io.hub import local_folder
+from gluprune.io.progress import RESUMED
 from gluprune.models.device import AUTO, choose_device
 from gluprune.models.glu import check_head
 from gluprune.models.widths import layer_widths
@@ -137,6 +138,8 @@ def heal(
                 output.parent / "training", settings, processes=processes.num_processes, device=kind, bf16=bf16
             ),
         )
+        if work.is_resumed:
+            work.announce(RESUMED)
         does = "the teacher writes text" if own_windows else "read the text"
         work.announce(f"1 of 4: {does}; left: measure, train, write. Memory: {memory}")
         return _run(work, output, str(destination), memory.total)

@@ -68,6 +68,11 @@ class HealingWork:
         """On how many tokens the student is trained."""
         return self.settings.steps * self.settings.batch * self.settings.length
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier run has left results."""
+        return (self._folder / "own.txt").is_file() or (self._folder / "training").is_dir()
+
     def announce(self, stage: str) -> None:
         """Print which stage begins, in the first process."""
         if self.is_first:

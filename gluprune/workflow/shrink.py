@@ -26,7 +26,7 @@ from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.io import atomic
 from gluprune.io.folder import complete_folder, folder_state
 from gluprune.io.hub import local_folder, model_name
-from gluprune.io.progress import announce
+from gluprune.io.progress import RESUMED, announce
 from gluprune.models.consumers import sizes_of
 from gluprune.models.device import choose_device
 from gluprune.models.glu import check_head
@@ -223,6 +223,8 @@ def _key(folder: Path, settings: Settings, texts: GivenTexts) -> str:
 
 def _run(work: Work, goal: _Goal, destination: str, recipe: Recipe) -> ShrinkReport:
     """Run all stages up to a checkpoint of the chosen width in the work folder."""
+    if work.is_resumed:
+        announce(RESUMED)
     does = "the model writes text" if work.settings.own_windows else "read the text"
     announce(f"1 of 5: {does}; left: calibrate, measure, prune, write")
     texts = work.texts

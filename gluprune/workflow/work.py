@@ -73,6 +73,11 @@ class Work:
         self._folder, self._source, self.settings, self._given = folder, source, settings, texts
         self._measurements = folder / "measurements.json"
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier run has left results."""
+        return any((self._folder / name).is_file() for name in ("own.txt", "statistics"))
+
     @functools.cached_property
     def _tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self._source)

@@ -270,6 +270,14 @@ def test_memory_is_that_of_a_training():
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(1, abs=0.25), done.stderr[-2000:]
 
 
+def test_a_tied_student_continues_without_a_warning(tmp_path, caplog):
+    """Its checkpoints have one of the tied weights."""
+    for _ in range(2):
+        losses, _ = trained(*models(tie_word_embeddings=True), tmp_path, settings())
+        assert len(losses) == STEPS
+    assert "missing keys" not in caplog.text
+
+
 def test_training_continues_from_a_checkpoint(tmp_path, monkeypatch):
     """Losses and weights of an interrupted training are those of one that was not interrupted, bit for bit."""
     student, teacher = models()

@@ -11,7 +11,8 @@ import pytest
 
 import gluprune
 from gluprune.io.folder import partial_folders
-from gluprune.workflow import texts, work
+from gluprune.io.progress import RESUMED
+from gluprune.workflow import shrink, texts, work
 from tests.helpers.streaming import contents
 
 SCRIPT = """
@@ -114,6 +115,8 @@ def test_finished_stages_are_not_computed_again(source, tmp_path, short, monkeyp
 
     for name, module in places.items():
         monkeypatch.setattr(module, name, counting(name))
+    said = []
+    monkeypatch.setattr(shrink, "announce", said.append)
     first = ["sample_text", "calibrate_to_file", "perplexity", "prune"]
     second = [*first, "prune", "perplexity"]
     interrupted = [first, second]
@@ -122,5 +125,5 @@ def test_finished_stages_are_not_computed_again(source, tmp_path, short, monkeyp
             gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **short)
         assert not (tmp_path / "out").exists() and len(partial_folders(tmp_path / "out")) == 1
     gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **short)
-    assert calls == [*second, "perplexity"]
+    assert calls == [*second, "perplexity"] and said.count(RESUMED) == 2 and said[0] != RESUMED
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+_LEAST_TOKENS = 4  # for each neuron
 
 
 def calibrate(
@@ -218,11 +219,12 @@ class _Pass:
         if self._gradients is not None:
             self._add_sensitivities(found, self._gradients, tokens)
         widest = max(self._glus[index].intermediate_size for index in layers)
-        if self._gram and tokens < widest:
+        if self._gram and tokens < _LEAST_TOKENS * widest:
             logger.warning(
-                "%d calibration tokens are fewer than the %d neurons of a layer: give more text",
+                "%d calibration tokens are too few for the %d neurons of a layer: give at least %d, better many more",
                 tokens,
                 widest,
+                _LEAST_TOKENS * widest,
             )
         return Statistics(found, tokens)
 

@@ -145,4 +145,4 @@ def test_dropout_is_off():
 
 def test_few_tokens_are_logged(caplog):
     calibrate(make_tiny_model(seed=8), random_batches([(2, 9)]))
-    assert "18 calibration tokens are fewer than the 101 neurons of a layer" in caplog.text
+    assert "18 calibration tokens are too few for the 101 neurons of a layer: give at least 404" in caplog.text

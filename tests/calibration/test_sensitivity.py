@@ -338,5 +338,5 @@ def test_a_decoder_without_a_lm_head(unchanged):
 
 def test_calibration_logs_nothing_about_other_weights(caplog):
     with caplog.at_level("INFO"):
-        calibrate(make_tiny_model(seed=1), random_batches(((8, 40),)), sensitivity=True)
+        calibrate(make_tiny_model(seed=1), random_batches(((8, 60),)), sensitivity=True)
     assert not caplog.records

@@ -12,7 +12,6 @@ _LINES = 512
 
 
 def _ppm(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    # On a CPU this is twice as fast as the extremes of bf16, and ten times as fast as aminmax of bf16.
     weight = weight.float()
     return weight.amax(dim) + weight.amin(dim).abs()
 
@@ -41,20 +40,23 @@ class WeightStatistics:
         """Return the results of a reduction along `dim`, concatenated."""
         return torch.cat([reduce(piece) for piece in weight.split(_LINES, 1 - dim)])
 
+    def _peak_to_peak(self, weight: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._reduced(weight, dim, lambda piece: _ppm(piece, dim))
+
     @cached_property
     def gate_ppm(self) -> torch.Tensor:
         """Peak-to-peak magnitude of the rows of gate."""
-        return self._reduced(self._gate, 1, lambda rows: _ppm(rows, 1))
+        return self._peak_to_peak(self._gate, 1)
 
     @cached_property
     def up_ppm(self) -> torch.Tensor:
         """Peak-to-peak magnitude of the rows of up."""
-        return self._reduced(self._up, 1, lambda rows: _ppm(rows, 1))
+        return self._peak_to_peak(self._up, 1)
 
     @cached_property
     def down_ppm(self) -> torch.Tensor:
         """Peak-to-peak magnitude of the columns of down."""
-        return self._reduced(self._down, 0, lambda columns: _ppm(columns, 0))
+        return self._peak_to_peak(self._down, 0)
 
     @cached_property
     def down_l2(self) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
@@ -123,17 +122,5 @@ class HostStatistics(WeightStatistics):
         with one_thread():
             return super()._reduced(weight, dim, reduce)
 
-    @cached_property
-    def gate_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the rows of gate."""
-        return peak_to_peak(self._gate, 1)
-
-    @cached_property
-    def up_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the rows of up."""
-        return peak_to_peak(self._up, 1)
-
-    @cached_property
-    def down_ppm(self) -> torch.Tensor:
-        """Peak-to-peak magnitude of the columns of down."""
-        return peak_to_peak(self._down, 0)
+    def _peak_to_peak(self, weight: torch.Tensor, dim: int) -> torch.Tensor:
+        return peak_to_peak(weight, dim)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from csrc_triton.scores import reference
 from csrc_triton.scores.reference import WeightStatistics
 from gluprune.pruning import host
 
@@ -97,3 +98,12 @@ def test_operators_use_one_thread(name, monkeypatch):
         assert counts == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_extremes_do_not_use_operators(monkeypatch):
+    weights = torch.randn(11, 23), torch.randn(11, 23), torch.randn(23, 11)
+    names = ("gate_ppm", "up_ppm", "down_ppm")
+    expected = [getattr(WeightStatistics(*weights), name) for name in names]
+    monkeypatch.setattr(reference, "_ppm", None)
+    found = host.HostStatistics(*weights)
+    assert all(torch.equal(getattr(found, name), each) for name, each in zip(names, expected, strict=True))

@@ -3,8 +3,8 @@
     python -m gluprune_evals.healing --text wikitext2=FILE --text lambada=FILE
 
 prunes by the recommended recipes as `gluprune_evals.quality` does, trains on the calibration text and the model's own
-text in equal parts, and writes records (`healing.jsonl`) and a table (`healing.md`). An interrupted run can be
-continued.
+text, on equal numbers of windows as far as there are, and writes records (`healing.jsonl`) and a table (`healing.md`).
+An interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -81,24 +81,24 @@ class Healing:
         """Measure perplexities of one method at one ratio: dense, pruned and healed."""
         method, healed = quality.METHODS[name], name + _HEALED
         self._perplexities("dense", self._shape | {"ratio": 0.0}, lambda: copy.deepcopy(self._model))
-        shape = self._shape | {"ratio": ratio}
-        shape |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
+        before = self._shape | {"ratio": ratio}
+        before |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
 
         def pruned() -> torch.nn.Module:
             model = copy.deepcopy(self._model)
             quality._prune(model, self._model, method, ratio, self._calibrations)
-            self._save(model, f"{METHODS[name]}-{ratio:g}")
+            self._save(model, f"{METHODS[name]}-{ratio:g}-{_digest(before)}")
             return model
 
-        self._perplexities(name, shape, pruned)
+        self._perplexities(name, before, pruned)
         count = -(-settings.tokens // (len(self._texts) * settings.length))
         windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
         how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
-        shape |= how
+        shape = before | how
 
         def trained() -> torch.nn.Module:
             model = self._healed(pruned(), windows, settings, shape, healed)
-            self._save(model, f"{METHODS[name]}-{ratio:g}-healed-{settings.tokens}")
+            self._save(model, f"{METHODS[name]}-{ratio:g}-healed-{_digest(shape)}")
             return model
 
         self._perplexities(healed, shape, trained)
@@ -127,8 +127,7 @@ class Healing:
         self, pruned: Any, windows: torch.Tensor, settings: Settings, shape: dict, provider: str
     ) -> PreTrainedModel:
         """Return the healed model, with weights in the dtype of the checkpoint."""
-        key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-        folder = cache_folder() / f"healing-{key}"
+        folder = cache_folder() / f"healing-{_digest(shape)}"
         dtype, before = pruned.dtype, copy.deepcopy(pruned)
         student = as_student(pruned.float(), settings.train, settings.hidden_weight)
         teacher: Any = copy.deepcopy(self._model)
@@ -144,6 +143,10 @@ class Healing:
         healed: Any = with_weights(before.float(), state, settings.train)
         round_weights(healed, dtype)
         return healed
+
+
+def _digest(shape: dict) -> str:
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table(records: Sequence[Record]) -> str:
@@ -197,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
-    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: both")
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=quality.RATIOS, help="default: %(default)s")
     parser.add_argument("--own-windows", type=int, default=quality.OWN_WINDOWS, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")

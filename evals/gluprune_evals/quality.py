@@ -232,15 +232,17 @@ def table(records: list[Record]) -> str:
     seconds = {(r.provider, r.shape["ratio"]): r.p50 for r in records if r.what == "prune"}
     texts = list(dict.fromkeys(text for _, text, _ in found))
     ratios = sorted({ratio for _, _, ratio in found} - {0.0})
+    hardware = " and ".join(dict.fromkeys(r.hardware for r in records))
     lines = [
         f"# {settings['model']}: perplexity after pruning, without a gradient step",
         "",
         (
             f"Weights in {records[-1].dtype}, computed in float32, exact widths, windows of {WINDOW} tokens,"
-            f" {records[-1].hardware}. Each cell: perplexity, and how many times that of the dense model it is."
+            f" {hardware}. Each cell: perplexity, and how many times that of the dense model it is."
             ' Re-solved: `compensate=True`. By layer: `allocation="sensitivity"`. Reconstructed: re-solved, then'
-            " `reconstruct`. + own text: also calibrated on text of the model (`gluprune sample`); own text only: on no"
-            " other. Windows: of calibration + of reconstruction. –: not measured."
+            " `reconstruct`; on more: on more text. + own text: also calibrated on text of the model"
+            " (`gluprune sample`); own text only: on no other. Windows: of calibration + of reconstruction."
+            " –: not measured."
         ),
     ]
     for text in texts:
@@ -283,6 +285,7 @@ DRAWN = (
     "MAW gate+up+down",
     "hybrid",
     "hybrid, re-solved, + own text",
+    "surgeon, reconstructed, + own text",
     "surgeon, reconstructed on more, + own text",
 )
 

@@ -49,10 +49,13 @@ def test_records_and_table(command, tmp_path, monkeypatch, capsys):  # noqa: F81
         if r.provider == pruned
     ]
     assert healing.table([*records, *others]) == table, "a row has the pruned model of its own calibration"
-    assert {path.name for path in folder.iterdir()} == {"uniform-16-0.4", "uniform-16-0.4-healed-64"}
-    for name, provider in (("uniform-16-0.4", pruned), ("uniform-16-0.4-healed-64", healed)):
-        model, tokenizer = load(folder / name), AutoTokenizer.from_pretrained(folder / name)
+    saved = sorted(folder.iterdir(), key=lambda path: "healed" in path.name)
+    for path, provider in zip(saved, (pruned, healed), strict=True):
+        assert path.name.startswith("uniform-16-0.4-")
+        model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
         for text in ("one", "two"):
             held_out = batches_from_text(tokenizer, (tmp_path / f"{text}.txt").read_text(), 3, 9, batch_size=1)
             assert quality.windows_perplexity(model, held_out) == pytest.approx(found[provider, text], rel=1e-5)
+    assert healing.main([*command[:-1], "1e-3"]) == 0 and len(windows) == 2
+    assert len(list(folder.iterdir())) == 3, "another training is another model; the pruned one is the same"
     assert healing.main([*command[:-2], "--text=one"]) == 2

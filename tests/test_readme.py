@@ -175,6 +175,10 @@ def test_quality_figures_of_the_readme_are_on_record():
                 value = perplexity[provider, text, ratio] / perplexity["dense", text, 0.0]
                 decimals = len(printed.partition(".")[2])
                 assert f"{value:.{decimals}f}" == printed, (provider, text, ratio)
+    by_layer = "surgeon by layer, reconstructed on more, + own text"
+    dense = perplexity["dense", "wikitext2", 0.0]
+    values = ", ".join(f"{perplexity[by_layer, 'wikitext2', ratio] / dense:.2f}" for ratio in (0.1, 0.2, 0.4, 0.6))
+    assert f"Widths by layer do better ({values} on WikiText-2)" in README.read_text(encoding="utf-8")
 
 
 def test_speed_figures_of_the_readme_are_on_record():

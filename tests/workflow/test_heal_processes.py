@@ -11,6 +11,7 @@ import torch
 
 import gluprune
 from gluprune.io.folder import partial_folders
+from gluprune.io.progress import RESUMED
 from tests.helpers.processes import ROOT
 from tests.helpers.streaming import contents
 
@@ -76,8 +77,9 @@ def run(folder, name, train="all", *, processes=1, kill_at=0, **environment):
     """Run the script; return its exit code and what it reports."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, folder / "script.py", folder, name, train, kill_at]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "TQDM_DISABLE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    (folder / f"{name}.log").write_text(done.stderr)
     report = folder / f"{name}.json"
     assert report.is_file() or kill_at, done.stderr[-3000:]
     return done.returncode, json.loads(report.read_text()) if report.is_file() else None
@@ -116,7 +118,8 @@ def test_killed_it_continues(folder):
     assert code == 137 and report is None and not (folder / "out").exists()
     (left,) = partial_folders(folder / "out")
     assert [path.name for path in (left / "training").iterdir()] == ["checkpoint-4"]
-    assert run(folder, "out")[1]["losses"] == expected["losses"]
+    assert RESUMED not in (folder / "out.log").read_text()
+    assert run(folder, "out")[1]["losses"] == expected["losses"] and RESUMED in (folder / "out.log").read_text()
     assert contents(folder / "out") == contents(folder / "expected") and not partial_folders(folder / "out")
     code, report = run(folder, "sharded", processes=2, kill_at=4 * 2 + 1, **FSDP)
     assert code and report is None

@@ -149,6 +149,7 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
     [
         ({}, "give exactly one of pruning_ratio and max_loss"),
         ({"pruning_ratio": 0.2, "max_loss": 0.1}, "give exactly one of pruning_ratio and max_loss"),
+        ({"max_loss": 1.5}, "max_loss must be above 0 and at most 1, got 1.5$"),
         ({"max_loss": 5}, "max_loss must be above 0 and at most 1, got 5: did you mean 0.05?"),
         ({"pruning_ratio": 20}, "did you mean 0.2"),
         ({"pruning_ratio": 0.2, "windows": 1}, "windows must be at least 2, got 1"),

@@ -12,6 +12,7 @@ from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.cli import main
 from gluprune.io.folder import partial_folders
 from gluprune.workflow import shrink as module
+from gluprune.workflow import work
 from gluprune.workflow.texts import OWN_TEXT
 from tests.helpers.tokenizers import byte_tokenizer
 
@@ -89,6 +90,20 @@ def test_families_with_a_norm_behind_the_mlp(family, tiny_model, tokenizer, tmp_
     assert model.config.intermediate_size == 64
     for (name, expected), found in zip(model.named_parameters(), same.parameters(), strict=True):
         assert torch.equal(expected, found), name
+
+
+@pytest.mark.parametrize("windows, used", [(100, 64), (40, 40)])
+def test_text_of_the_reconstruction(source, tmp_path, short, monkeypatch, windows, used):
+    """Half of the default of 128 windows of each text to calibrate on; all of fewer."""
+    asked, real = [], work.batches_from_text
+
+    def counting(tokenizer, texts, count, length):
+        asked.append(count)
+        return real(tokenizer, texts, count, length)
+
+    monkeypatch.setattr(work, "batches_from_text", counting)
+    gluprune.shrink(source, tmp_path / "out", pruning_ratio=0.2, **short | {"windows": windows})
+    assert asked == [windows, used]
 
 
 @pytest.mark.slow

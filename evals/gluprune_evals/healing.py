@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Healing:
         held_out: Name -> windows to measure perplexity on.
         measurements: The file of records.
         bf16: Whether student and teacher compute in bfloat16.
-        checkpoints: Where the models that are built are saved; None: nowhere.
+        checkpoints: Where the models that are built are saved, and found by later runs; None: nowhere.
     """
 
     def __init__(
@@ -84,31 +84,40 @@ class Healing:
         before = self._shape | {"ratio": ratio}
         before |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
 
-        def pruned() -> torch.nn.Module:
+        def pruned() -> PreTrainedModel:
             model = copy.deepcopy(self._model)
             quality._prune(model, self._model, method, ratio, self._calibrations)
-            self._save(model, f"{METHODS[name]}-{ratio:g}-{_digest(before)}")
             return model
 
-        self._perplexities(name, before, pruned)
+        def kept() -> PreTrainedModel:
+            return self._kept(f"{METHODS[name]}-{ratio:g}-{_digest(before)}", pruned)
+
+        self._perplexities(name, before, kept)
         count = -(-settings.tokens // (len(self._texts) * settings.length))
         windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
         how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
         shape = before | how
 
-        def trained() -> torch.nn.Module:
-            model = self._healed(pruned(), windows, settings, shape, healed)
-            self._save(model, f"{METHODS[name]}-{ratio:g}-healed-{_digest(shape)}")
-            return model
+        def trained() -> PreTrainedModel:
+            return self._healed(kept(), windows, settings, shape, healed)
 
-        self._perplexities(healed, shape, trained)
+        self._perplexities(
+            healed, shape, lambda: self._kept(f"{METHODS[name]}-{ratio:g}-healed-{_digest(shape)}", trained)
+        )
         for what in ("heal", "heal, processor time", "loss at first", "loss at last"):
             self._measurements.take(what, healed, shape)
 
-    def _save(self, model: PreTrainedModel, name: str) -> None:
-        if self._checkpoints and not (self._checkpoints / name).exists():
-            rounded: Any = copy.deepcopy(model)
-            save(rounded.to(self._model.dtype), self._checkpoints / name, self._tokenizer)
+    def _kept(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """Return the model that an earlier run saved, or build and save it."""
+        if self._checkpoints is None:
+            return build()
+        path = self._checkpoints / name
+        model: Any
+        if not path.exists():
+            model = build()
+            save(model.to(self._model.dtype), path, self._tokenizer)
+        model = load(path).eval()
+        return model.to(self._model.device)
 
     def _perplexities(self, provider: str, shape: dict, build) -> None:
         """Measure a model on every text on which it has not been measured."""
@@ -210,7 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", choices=TRAINED, default="all", help="default: %(default)s")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="default: %(default)s")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 while training")
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save the models that are built")
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        help="where to save the models that are built, so that later runs find them",
+    )
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)
     at_once = 4 if given.device == "cpu" else given.batch

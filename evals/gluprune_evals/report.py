@@ -29,7 +29,7 @@ from gluprune_evals.series import (
     series_correlation,
 )
 from gluprune_evals.significance import Correlation
-from gluprune_evals.summary import LEGEND, score
+from gluprune_evals.summary import LEGEND, STANDARD_ERROR, by_size, compared, comparison_legend, score
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"
@@ -62,18 +62,19 @@ def write(folder: Folder, out: str | Path, records: Sequence[Record] = ()) -> Pa
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     every = all_series(results)
+    pruned = [series for series in every if series.ratios]
+    unchanged = by_size([series for series in every if not series.ratios])
+    subject = "capability against width" if pruned else "scores"
     parts = [
-        "# " + ", ".join(dict.fromkeys(series.model for series in every)) + ": capability against width\n",
+        "# " + ", ".join(dict.fromkeys(series.model for series in [*pruned, *unchanged])) + f": {subject}\n",
         _conditions(results),
-        _in_short(every),
-        *(_scores(series) for series in every),
-        _groups(every),
-        _findings(every),
-        _against_published(every),
-        _correlations(every, out),
-        _lengths(every),
-        _pictures(every, records, out),
+        _in_short(pruned) if pruned else "",
+        *(_scores(series) for series in pruned),
+        _side_by_side(unchanged) if unchanged else "",
     ]
+    if pruned:
+        parts += [_groups(pruned), _findings(pruned), _against_published(pruned), _correlations(pruned, out)]
+    parts += [_lengths(every), _pictures(pruned, records, out) if pruned else ""]
     write_file(out / NAME, ["\n".join(part for part in parts if part).encode()])
     return out / NAME
 
@@ -102,12 +103,10 @@ def _conditions(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _in_short(every: list[Series]) -> str:
+def _in_short(pruned: list[Series]) -> str:
     """What the results show, and what is within their noise."""
     lines = ["## In short", ""]
-    for series in every:
-        if not series.ratios:
-            continue
+    for series in pruned:
         shown, hidden, bare = [], [], []
         for task, found in series.results.items():
             counts = mark_counts(series, [task])
@@ -128,13 +127,13 @@ def _in_short(every: list[Series]) -> str:
             f"- A loss cannot show, the dense model is not above chance, or at zero: {', '.join(bare) or 'nowhere'}.",
             "",
         ]
-    return "\n".join(lines) if len(lines) > 2 else ""
+    return "\n".join(lines)
 
 
 def _scores(series: Series) -> str:
     ratios = [0.0, *series.ratios]
     heads = [
-        f"{f'{ratio:.0%}' if ratio else DENSE if series.ratios else 'score'} ({series.expansion_ratio(ratio):.2f})"
+        f"{f'{ratio:.0%}' if ratio else DENSE} ({series.expansion_ratio(ratio):.2f})"
         for ratio in ratios
         if any(ratio in found for found in series.results.values())
     ]
@@ -143,20 +142,44 @@ def _scores(series: Series) -> str:
         "",
         f"Columns: share of the neurons removed (expansion ratio). {LEGEND} –: missing.",
         "",
-        f"| task | metric | shots | documents | {' | '.join(heads)} |",
-        "|---|---|--:|--:|" + "--:|" * len(heads),
+        *_head(heads),
     ]
-    for task, found in series.results.items():
-        any_result = next(iter(found.values()))
-        cells = [f"{score(found[r])} {series.mark(task, r)}".strip() if r in found else "–" for r in ratios]
-        lines.append(
-            f"| {task} | {any_result.metric.partition(',')[0]} | {any_result.shots} | {any_result.documents} of"
-            f" {any_result.available} | {' | '.join(cells)} |"
-        )
+    for found in series.results.values():
+        cells = [f"{score(found[r])} {series.mark(found[r].task, r)}".strip() if r in found else "–" for r in ratios]
+        lines.append(_row(next(iter(found.values())), cells))
     return "\n".join(lines) + "\n"
 
 
-def _groups(every: list[Series]) -> str:
+def _side_by_side(models: Sequence[Series]) -> str:
+    """The scores of models that were not pruned in the study, the largest first."""
+    legend = comparison_legend(models[0]) if len(models) > 1 else STANDARD_ERROR
+    lines = [
+        "## " + ", ".join(series.title for series in models),
+        "",
+        f"Columns: model (expansion ratio). {legend} –: missing.",
+        "",
+        *_head([f"{series.model} ({series.expansion_ratio(0.0):.2f})" for series in models]),
+    ]
+    for task in TASKS:
+        found = [series.results.get(task, {}).get(0.0) for series in models]
+        if any_result := next(filter(None, found), None):
+            lines.append(_row(any_result, [compared(result, found[0]) for result in found]))
+    return "\n".join(lines) + "\n"
+
+
+def _head(heads: Sequence[str]) -> list[str]:
+    return [
+        f"| task | metric | shots | documents | {' | '.join(heads)} |",
+        "|---|---|--:|--:|" + "--:|" * len(heads),
+    ]
+
+
+def _row(result: Result, cells: Sequence[str]) -> str:
+    documents = f"{result.documents} of {result.available}"
+    return f"| {result.task} | {result.metric.partition(',')[0]} | {result.shots} | {documents} | {' | '.join(cells)} |"
+
+
+def _groups(pruned: list[Series]) -> str:
     lines = [
         "## Fragile and robust",
         "",
@@ -168,7 +191,7 @@ def _groups(every: list[Series]) -> str:
         f"| model | recipe | group | tasks | {BETTER} | {WORSE} | {NOISE} |",
         "|---|---|---|---|--:|--:|--:|",
     ]
-    for series in every:
+    for series in pruned:
         for group, words in GROUPS.items():
             tasks = [task for task in series.results if TASKS[task].group == group]
             counts = mark_counts(series, tasks)
@@ -180,10 +203,7 @@ def _groups(every: list[Series]) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 6 else ""
 
 
-def _findings(every: list[Series]) -> str:
-    pruned = [series for series in every if series.ratios]
-    if not pruned:
-        return ""
+def _findings(pruned: list[Series]) -> str:
     lines = [
         "## Which of the published findings hold here",
         "",
@@ -214,11 +234,9 @@ def _correlation_cell(found: Correlation | None) -> str:
     return f"{word}: {found}"
 
 
-def _against_published(every: list[Series]) -> str:
+def _against_published(pruned: list[Series]) -> str:
     lines = []
-    for series in every:
-        if not series.ratios:
-            continue
+    for series in pruned:
         heads = [series.recipe, *scores.MODELS]
         lines += [
             f"## {series.model}, {series.recipe}, and the published Llama-3.2",
@@ -247,10 +265,10 @@ def _published_correlation(model: str, first: str = "mmlu", second: str = "truth
     return correlate(first, second, scores.series(model, first), scores.series(model, second))
 
 
-def _correlations(every: list[Series], out: Path) -> str:
+def _correlations(pruned: list[Series], out: Path) -> str:
     """Every pair of tasks of every series and of the published models, as a CSV file and a picture."""
     table: dict[tuple[str, str], dict[tuple[str, str], Correlation]] = {}
-    for series in every:
+    for series in pruned:
         pairs = {pair: series_correlation(series, *pair) for pair in combinations(series.results, 2)}
         table[series.model, series.recipe] = {pair: found for pair, found in pairs.items() if found}
     for model in scores.MODELS:
@@ -319,10 +337,7 @@ def _lengths(every: list[Series]) -> str:
     )
 
 
-def _pictures(every: list[Series], records: Sequence[Record], out: Path) -> str:
-    pruned = [series for series in every if series.ratios]
-    if not pruned:
-        return ""
+def _pictures(pruned: list[Series], records: Sequence[Record], out: Path) -> str:
     lines = ["## Pictures", ""]
     for index, model in enumerate(dict.fromkeys(series.model for series in pruned)):
         suffix = f"-{index + 1}" if index else ""

@@ -10,9 +10,9 @@ from gluprune_evals.series import BETTER, DENSE, NOISE, WORSE, Series, all_serie
 from gluprune_evals.significance import paired_change
 from gluprune_evals.tasks import TASKS
 
-_STANDARD_ERROR = "± is one standard error of the score."
+STANDARD_ERROR = "± is one standard error of the score."
 _MARKS = f"on the same documents, at 95 %: {BETTER} better, {WORSE} worse, {NOISE}"
-LEGEND = f"{_STANDARD_ERROR} The marks compare with the dense model {_MARKS} **within the noise**."
+LEGEND = f"{STANDARD_ERROR} The marks compare with the dense model {_MARKS} **within the noise**."
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -29,12 +29,22 @@ def summary(results: Sequence[Result]) -> str:
         lines += ["", f"{series.title}: {results[0].limits}", "", *aligned(_by_ratio(series), names=2)]
     legend = [LEGEND.replace("**", "")] if pruned else []
     if unchanged:
-        ordered = sorted(unchanged, key=_parameters, reverse=True)
+        ordered = by_size(unchanged)
         title = ", ".join(series.title for series in ordered)
         lines += ["", f"{title}: {results[0].limits}", "", *aligned(_side_by_side(ordered), names=2)]
         if len(ordered) > 1:
-            legend += [f"{_STANDARD_ERROR} The marks compare with {ordered[0].model} {_MARKS} within the noise."]
-    return "\n".join([*lines, "", *(legend or [_STANDARD_ERROR])])
+            legend += [comparison_legend(ordered[0])]
+    return "\n".join([*lines, "", *(legend or [STANDARD_ERROR])])
+
+
+def by_size(models: Sequence[Series]) -> list[Series]:
+    """Return models that were not pruned in the study, the one with the most parameters first."""
+    return sorted(models, key=_parameters, reverse=True)
+
+
+def comparison_legend(first: Series) -> str:
+    """Return what the cells of `compared` mean."""
+    return f"{STANDARD_ERROR} The marks compare with {first.model} {_MARKS} within the noise."
 
 
 def _by_ratio(series: Series) -> list[list[str]]:
@@ -52,11 +62,12 @@ def _side_by_side(models: Sequence[Series]) -> list[list[str]]:
     for task in TASKS:
         found = [series.results.get(task, {}).get(0.0) for series in models]
         if any(found):
-            rows.append([task, _metric(task), *(_compared(result, found[0]) for result in found)])
+            rows.append([task, _metric(task), *(compared(result, found[0]) for result in found)])
     return rows
 
 
-def _compared(result: Result | None, first: Result | None) -> str:
+def compared(result: Result | None, first: Result | None) -> str:
+    """Return the score of one model with a mark that compares it with that of the first; – if it is missing."""
     if result is None:
         return "–"
     if first is None or first is result:

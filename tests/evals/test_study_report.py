@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gluprune_evals import findings, plots, report, summary
+from gluprune_evals.configuration import Configuration
 from gluprune_evals.findings import CLAIMS, published_verdict, verdict
 from gluprune_evals.folder import Folder
 from gluprune_evals.harness import Metric, Result
@@ -161,7 +162,7 @@ def test_the_summary_of_one_model_is_its_scores():
         ["lambada_openai", "perplexity", "1,097", "±0.05"],
         ["piqa", "acc_norm", "0.500", "±0.050"],
     ]
-    assert lines[4:] == [summary._STANDARD_ERROR.split()]
+    assert lines[4:] == [summary.STANDARD_ERROR.split()]
     assert "dense" not in text
 
 
@@ -330,6 +331,34 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     row = next(r for r in rows if (r["model"], r["task"], r["other_task"]) == ("m", "mmlu", "truthfulqa_mc2"))
     assert float(row["r"]) < -0.9 and row["n"] == "5" and float(row["low_95"]) < float(row["r"]) < float(row["high_95"])
     assert sum(r["recipe"] == "published" for r in rows) == 78 + 78 + 21
+
+
+def test_report_of_models_that_were_not_pruned(tmp_path):
+    """One table, compared with the largest model, and nothing about recipes or the published models."""
+    study = Folder(tmp_path / "study")
+    study.path.mkdir()
+    study.claim({"limits": "budget small"}, {})
+    for model, more, share in (("a small one", 0, 0.2), ("b", 1, 0.9), ("c", 0, 0.85)):
+        for task in ("piqa", "hellaswag")[: 1 + more]:
+            result = make_result(task, 0, some(share), model=model)
+            result.configuration["parameters"] += more
+            path = study.file(model, Configuration(), task)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_file(path, [result.to_json().encode()])
+    text = report.write(study, tmp_path / "out").read_text()
+    assert text.startswith("# b, a small one, c: scores\n")
+    assert text[text.index("## b") :].splitlines() == [
+        "## b, a small one, c",
+        "",
+        "Columns: model (expansion ratio). ± is one standard error of the score. The marks compare with b on the same"
+        " documents, at 95 %: ▲ better, ▼ worse, ≈ within the noise. –: missing.",
+        "",
+        "| task | metric | shots | documents | b (4.00) | a small one (4.00) | c (4.00) |",
+        "|---|---|--:|--:|--:|--:|--:|",
+        "| hellaswag | acc_norm | 0 | 60 of 99 | 0.900 ±0.050 | – | – |",
+        "| piqa | acc_norm | 0 | 60 of 99 | 0.900 ±0.050 | 0.200 ±0.050 ▼ | 0.850 ±0.050 ≈ |",
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["study.md"]
 
 
 def test_a_task_at_chance_shows_nothing(monkeypatch):

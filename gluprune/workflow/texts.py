@@ -81,9 +81,11 @@ class Texts:
         digests = {**given.digests, OWN_TEXT: hashlib.sha256(own.encode()).hexdigest()}
         if given.test:
             return cls({**written, **given.calibration}, given.test, digests)
-        parts = {name: _divided(text) for name, text in given.calibration.items()}
-        kept = {name: first for name, (first, _) in parts.items()}
-        return cls({**written, **kept}, {name: last for name, (_, last) in parts.items()}, digests)
+        kept, test = {}, {}
+        for name, text in given.calibration.items():
+            kept[name], test[f"last tenth of {name}"] = _divided(text)
+            digests[f"last tenth of {name}"] = digests[name]
+        return cls({**written, **kept}, test, digests)
 
     @property
     def calibration_digests(self) -> dict[str, str]:

@@ -65,7 +65,9 @@ def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsy
     assert (prune["step"], heal["step"], measure["step"]) == ("prune", "heal", "measure")
     assert (heal["teacher"], heal["train"], heal["calibration"]["tokens"]) == ("source", "all", 480)
     assert heal["loss"] == {"first": report.losses[0], "last": report.losses[-1]}
-    assert set(heal["calibration"]["texts"]) == {"notes.txt", OWN_TEXT} and set(measure["texts"]) == {"notes.txt"}
+    assert set(heal["calibration"]["texts"]) == {"notes.txt", OWN_TEXT} and set(measure["texts"]) == {
+        "last tenth of notes.txt"
+    }
     card = (out / "README.md").read_text()
     assert "| teacher | source |" in card and f"{report.healed:.2f}, " in card
     assert [line[:6] for line in capsys.readouterr().err.splitlines() if " of 4: " in line] == [
@@ -81,7 +83,7 @@ def test_what_is_written(pruned, source, tmp_path, brief, tokenizer, text, capsy
         assert gluprune.perplexity(loaded, ids, 24, windows=32, begin=begin) == value
     assert report.test_tokens == min(len(ids) - (begin is None), 32 * 24) and measure["perplexity"] == report.healed
     assert (report.length, measure["length"]) == (24, 24) and ", in windows of 24" in card
-    assert f"on {report.test_tokens:,} tokens held apart, in windows of 24: notes.txt" in str(report)
+    assert f"on {report.test_tokens:,} tokens held apart, in windows of 24: last tenth of notes.txt" in str(report)
     long = dataclasses.replace(report, losses=[4.0, 2.0, *[9.0] * 16, 1.0, 2.0])
     assert "480 tokens in 20 steps; mean loss 3.0000 in the first tenth, 1.5000 in the last" in str(long)
     assert "healed" in str(report) and report.to_dict()["healed"] == report.healed
@@ -129,7 +131,7 @@ def test_layers_of_different_widths(source, tmp_path, brief):
 @pytest.mark.slow
 def test_wikipedia_where_no_text_is_given(pruned, source, tmp_path, brief):
     report = gluprune.heal(pruned, source, tmp_path / "out", **{**brief, "text": ()})
-    assert report.texts == ["wikipedia"]
+    assert report.texts == ["last tenth of wikipedia"]
     steps = json.loads((tmp_path / "out/gluprune.json").read_text())["steps"]
     (heal,) = (step for step in steps if step["step"] == "heal")
     assert set(heal["calibration"]["texts"]) == {"wikipedia", OWN_TEXT}
@@ -147,7 +149,7 @@ def test_wikipedia_where_no_text_is_given(pruned, source, tmp_path, brief):
         ({"device": "cuda:1"}, "unknown device 'cuda:1' for training; allowed: auto, cpu, cuda"),
         ({"own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"length": 100_000}, "notes.txt has .* tokens before its last tenth: one window needs 100000"),
-        ({"length": 600}, r"the text to measure on \(notes.txt\) has"),
+        ({"length": 600}, r"the text to measure on \(last tenth of notes.txt\) has"),
     ],
 )
 def test_bad_arguments_are_noticed_before_a_model_is_loaded(pruned, source, tmp_path, brief, given, message, no_load):

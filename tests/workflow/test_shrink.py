@@ -36,7 +36,7 @@ def test_what_is_written(source, text, tmp_path, short, capsys):
         "reconstruct",
     )
     assert set(prune["calibration"]["texts"]) == {"notes.txt", OWN_TEXT}
-    assert set(measure["texts"]) == {"notes.txt"} == set(report.texts)
+    assert set(measure["texts"]) == {"last tenth of notes.txt"} == set(report.texts)
     assert (measure["perplexity"], measure["dense_perplexity"]) == (report.chosen.perplexity, report.dense.perplexity)
     card = (out / "README.md").read_text()
     assert "![perplexity against width](shrink.png)" in card and f"{report.chosen.perplexity:.2f}, " in card
@@ -114,7 +114,7 @@ def test_the_text_to_measure_on(source, text, tmp_path, short):
     report = gluprune.shrink(source, tmp_path / "a", pruning_ratio=0.2, **short, test_text=[other])
     assert report.texts == ["other.txt"]
     report = gluprune.shrink(source, tmp_path / "b", pruning_ratio=0.2, **{**short, "text": ()})
-    assert report.texts == ["wikipedia"] and report.tokens == 32 * LENGTH
+    assert report.texts == ["last tenth of wikipedia"] and report.tokens == 32 * LENGTH
     with pytest.raises(ValueError, match="two texts are equal, .* text .*notes.txt; test_text .*notes.txt"):
         gluprune.shrink(source, tmp_path / "c", pruning_ratio=0.2, **short, test_text=[text])
 
@@ -172,7 +172,7 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "heal_tokens": -1}, "heal_tokens must be at least 0, got -1"),
         ({"pruning_ratio": 0.2, "heal_tokens": 9, "dtype": "float16"}, "unknown dtype 'float16' for training"),
         ({"pruning_ratio": 0.2, "own_windows": -1}, "own_windows must be at least 0, got -1"),
-        ({"pruning_ratio": 0.2, "length": 600}, r"the text to measure on \(notes.txt\) has"),
+        ({"pruning_ratio": 0.2, "length": 600}, r"the text to measure on \(last tenth of notes.txt\) has"),
         ({"pruning_ratio": 0.2, "length": 900, "own_windows": 0, "test_text": ["wikipedia"]}, "has one window of 900"),
         ({"max_loss": 0.1, "multiple_of": 128}, "no multiple of 128 is below the width 101"),
         ({"max_loss": 0.1, "deploy": "llama.cpp"}, "no multiple of 256 is below the width 101"),

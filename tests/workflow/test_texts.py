@@ -15,18 +15,21 @@ def sha256(text):
 def test_digests_are_of_the_whole_texts(text):
     notes, own = text.read_text(), "What the model wrote. " * 20
     found = Texts.of(GivenTexts.read([text], [], ["text"]), own)
-    assert found.calibration["notes.txt"] + found.test["notes.txt"] == notes and found.calibration[OWN_TEXT] == own
-    assert found.test_digests == {"notes.txt": sha256(notes)}
+    assert (
+        found.calibration["notes.txt"] + found.test["last tenth of notes.txt"] == notes
+        and found.calibration[OWN_TEXT] == own
+    )
+    assert found.test_digests == {"last tenth of notes.txt": sha256(notes)}
     assert found.calibration_digests == {"notes.txt": sha256(notes), OWN_TEXT: sha256(own)}
 
 
 def test_wikipedia_where_no_text_is_given(text):
     own, articles = "What the model wrote. " * 20, gluprune.wikipedia_text()
     found = Texts.of(GivenTexts.read([], [], ["text"]), own)
-    assert found.calibration["wikipedia"] + found.test["wikipedia"] == articles
-    assert len(articles) / 11 < len(found.test["wikipedia"]) < len(articles) / 9
+    assert found.calibration["wikipedia"] + found.test["last tenth of wikipedia"] == articles
+    assert len(articles) / 11 < len(found.test["last tenth of wikipedia"]) < len(articles) / 9
     assert found.calibration_digests == {"wikipedia": sha256(articles), OWN_TEXT: sha256(own)}
-    assert found.test_digests == {"wikipedia": sha256(articles)}
+    assert found.test_digests == {"last tenth of wikipedia": sha256(articles)}
     with pytest.raises(ValueError, match="two texts are equal, .* held apart: text wikipedia; test_text wikipedia"):
         GivenTexts.read([], ["wikipedia"], ["text"])
     found = Texts.of(GivenTexts.read([], [text], ["text"]), own)

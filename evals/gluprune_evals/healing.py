@@ -35,6 +35,7 @@ from gluprune.pruning.history import loss_ends
 from gluprune_evals import quality
 from gluprune_evals.digests import digest
 from gluprune_evals.folder import StudyModel
+from gluprune_evals.methods import Method
 
 # Which of `quality.METHODS`, and the names of their checkpoints.
 METHODS = {
@@ -85,25 +86,19 @@ class Healing:
         before |= self._calibrations.shape(method) | self._calibrations.reconstruction_shape(method)
 
         def pruned() -> PreTrainedModel:
-            model = copy.deepcopy(self._model)
-            quality._prune(model, self._model, method, ratio, self._calibrations)
-            return model
+            return self._kept(f"{METHODS[name]}-{ratio:g}-{_digest(before)}", lambda: self._pruned(method, ratio))
 
-        def kept() -> PreTrainedModel:
-            return self._kept(f"{METHODS[name]}-{ratio:g}-{_digest(before)}", pruned)
-
-        self._perplexities(name, before, kept)
+        self._perplexities(name, before, pruned)
         count = -(-settings.tokens // (len(self._texts) * settings.length))
         windows = torch.cat(batches_from_text(self._tokenizer, self._texts, count, settings.length))
         how = {**asdict(settings), "bf16": self._bf16, "training_digest": digest([windows])}
         shape = before | how
 
         def trained() -> PreTrainedModel:
-            return self._healed(kept(), windows, settings, shape, healed)
+            file = f"{METHODS[name]}-{ratio:g}-healed-{_digest(shape)}"
+            return self._kept(file, lambda: self._healed(pruned(), windows, settings, shape, healed))
 
-        self._perplexities(
-            healed, shape, lambda: self._kept(f"{METHODS[name]}-{ratio:g}-healed-{_digest(shape)}", trained)
-        )
+        self._perplexities(healed, shape, trained)
         for what in ("heal", "heal, processor time", "loss at first", "loss at last"):
             self._measurements.take(what, healed, shape)
 
@@ -112,12 +107,17 @@ class Healing:
         if self._checkpoints is None:
             return build()
         path = self._checkpoints / name
-        model: Any
         if not path.exists():
-            model = build()
-            save(model.to(self._model.dtype), path, self._tokenizer)
-        model = load(path).eval()
-        return model.to(self._model.device)
+            built: Any = build()
+            save(built.to(self._model.dtype), path, self._tokenizer)
+        found: Any = load(path).eval()
+        return found.to(self._model.device)
+
+    def _pruned(self, method: Method, ratio: float) -> PreTrainedModel:
+        """Return a pruned copy of the dense model."""
+        model = copy.deepcopy(self._model)
+        quality._prune(model, self._model, method, ratio, self._calibrations)
+        return model
 
     def _perplexities(self, provider: str, shape: dict, build) -> None:
         """Measure a model on every text on which it has not been measured."""

@@ -29,7 +29,7 @@ from gluprune_evals.series import (
     series_correlation,
 )
 from gluprune_evals.significance import Correlation
-from gluprune_evals.summary import LEGEND, STANDARD_ERROR, by_size, compared, comparison_legend, score
+from gluprune_evals.summary import LEGEND, STANDARD_ERROR, by_size, compared_scores, comparison_legend, score
 from gluprune_evals.tasks import FRAGILE, OTHER, ROBUST, TASKS
 
 NAME = "study.md"
@@ -159,11 +159,8 @@ def _side_by_side(models: Sequence[Series]) -> str:
         f"Columns: model (expansion ratio). {legend} –: missing.",
         "",
         *_head([f"{series.model} ({series.expansion_ratio(0.0):.2f})" for series in models]),
+        *(_row(result, cells) for result, cells in compared_scores(models)),
     ]
-    for task in TASKS:
-        found = [series.results.get(task, {}).get(0.0) for series in models]
-        if any_result := next(filter(None, found), None):
-            lines.append(_row(any_result, [compared(result, found[0]) for result in found]))
     return "\n".join(lines) + "\n"
 
 

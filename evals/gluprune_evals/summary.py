@@ -43,7 +43,7 @@ def by_size(models: Sequence[Series]) -> list[Series]:
 
 
 def comparison_legend(first: Series) -> str:
-    """Return what the cells of `compared` mean."""
+    """Return what the cells of `compared_scores` mean."""
     return f"{STANDARD_ERROR} The marks compare with {first.model} {_MARKS} within the noise."
 
 
@@ -59,15 +59,24 @@ def _by_ratio(series: Series) -> list[list[str]]:
 def _side_by_side(models: Sequence[Series]) -> list[list[str]]:
     """Rows of scores, one column for each model, with marks that compare with the first."""
     rows = [["task", "metric", *([series.model for series in models] if len(models) > 1 else ["score"])]]
+    return rows + [[result.task, _metric(result.task), *cells] for result, cells in compared_scores(models)]
+
+
+def compared_scores(models: Sequence[Series]) -> list[tuple[Result, list[str]]]:
+    """Return, for every task, a result of it, and the score of each model with a mark that compares it with the first.
+
+    Args:
+        models: Not pruned in the study.
+    """
+    rows = []
     for task in TASKS:
         found = [series.results.get(task, {}).get(0.0) for series in models]
-        if any(found):
-            rows.append([task, _metric(task), *(compared(result, found[0]) for result in found)])
+        if present := list(filter(None, found)):
+            rows.append((present[0], [_compared(result, found[0]) for result in found]))
     return rows
 
 
-def compared(result: Result | None, first: Result | None) -> str:
-    """Return the score of one model with a mark that compares it with that of the first; – if it is missing."""
+def _compared(result: Result | None, first: Result | None) -> str:
     if result is None:
         return "–"
     if first is None or first is result:

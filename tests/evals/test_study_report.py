@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,11 +312,16 @@ def test_report_of_a_study(folder, tmp_path, capsys):
     for width, seconds in ((1000, 0.02), (800, 0.017), (600, 0.015)):
         shape = {"model": "m", "H": 250, "I": width}
         append(records, Record.of("generation: TPOT", "stock", shape, torch.float32, unit="s", values=[seconds]))
+    result = make_result("mmlu", 0, some(0.8), model="not pruned")
+    (folder.path / "not pruned/unchanged").mkdir(parents=True)
+    atomic.write_file(folder.file("not pruned", Configuration(), "mmlu"), [result.to_json().encode()])
     out = tmp_path / "report"
     assert main(["report", str(folder.path), str(records), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(out / "study.md")
     text = (out / "study.md").read_text()
+    assert text.startswith("# m, not pruned: capability against width\n")
     assert "| mmlu | acc | 0 | 60 of 99 | 0.900 ±0.050 | 0.750 ±0.050 ▼ |" in text
+    assert "## not pruned\n" in text and "| mmlu | acc | 0 | 60 of 99 | 0.800 ±0.050 |\n" in text
     assert (
         "the noise of these documents: lambada_openai (▼ 4 of 4), mmlu (▼ 4 of 4), truthfulqa_mc2 (▲ 4 of 4)." in text
     )
@@ -359,6 +365,10 @@ def test_report_of_models_that_were_not_pruned(tmp_path):
         "| piqa | acc_norm | 0 | 60 of 99 | 0.900 ±0.050 | 0.200 ±0.050 ▼ | 0.850 ±0.050 ≈ |",
     ]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["study.md"]
+    for other in ("a small one", "c"):
+        shutil.rmtree(study.path / other)
+    text = report.write(study, tmp_path / "out").read_text()
+    assert f"Columns: model (expansion ratio). {summary.STANDARD_ERROR} –: missing." in text, "compared with nothing"
 
 
 def test_a_task_at_chance_shows_nothing(monkeypatch):

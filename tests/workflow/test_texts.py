@@ -15,10 +15,8 @@ def sha256(text):
 def test_digests_are_of_the_whole_texts(text):
     notes, own = text.read_text(), "What the model wrote. " * 20
     found = Texts.of(GivenTexts.read([text], [], ["text"]), own)
-    assert (
-        found.calibration["notes.txt"] + found.test["last tenth of notes.txt"] == notes
-        and found.calibration[OWN_TEXT] == own
-    )
+    assert found.calibration["notes.txt"] + found.test["last tenth of notes.txt"] == notes
+    assert found.calibration[OWN_TEXT] == own
     assert found.test_digests == {"last tenth of notes.txt": sha256(notes)}
     assert found.calibration_digests == {"notes.txt": sha256(notes), OWN_TEXT: sha256(own)}
 

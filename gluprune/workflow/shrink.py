@@ -280,7 +280,11 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
     shutil.copytree(checkpoint, output, copy_function=atomic.link_file)
     history, config = read_history(checkpoint), read_config(checkpoint)
     assert history is not None
-    history = replace(history, steps=[step for step in history.steps if step["step"] != "measure"])
+    steps = [step for step in history.steps if step["step"] != "measure"]
+    if tokens:  # `heal` was given parts of the texts: name the whole ones, as the other steps do
+        entry = {**steps[-1]["calibration"], "texts": work.texts.calibration_digests}
+        steps[-1] = {**steps[-1], "calibration": entry}
+    history = replace(history, steps=steps)
     step = measure_step(
         perplexity=report.chosen.perplexity,
         dense_perplexity=report.dense.perplexity,

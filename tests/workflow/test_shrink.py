@@ -2,6 +2,7 @@
 
 import copy
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -229,7 +230,10 @@ def test_healed(source, tmp_path, short, monkeypatch):
     steps = json.loads((out / "gluprune.json").read_text())["steps"]
     assert [step["step"] for step in steps] == ["prune", "reconstruct", "heal", "measure"]
     assert steps[-1]["perplexity"] == healed.perplexity and steps[2]["batch"] == 16
-    assert set(steps[2]["calibration"]["texts"]) == {"notes.txt", OWN_TEXT}
+    digests = steps[2]["calibration"]["texts"]
+    assert digests["notes.txt"] == sha256(short["text"][0].read_bytes()).hexdigest()
+    assert digests == steps[0]["calibration"]["texts"] and set(digests) == {"notes.txt", OWN_TEXT}
+    assert steps[-1]["texts"] == {"last tenth of notes.txt": digests["notes.txt"]}
     assert "<- healed, written" in str(report) and not partial_folders(out)
     content = short["text"][0].read_text()
     (given,) = seen

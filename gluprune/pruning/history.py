@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from torch import nn
 
+from gluprune import __version__
 from gluprune.calibration.statistics import Statistics
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport
@@ -98,7 +99,7 @@ def calibration_entry(calibration: object) -> dict:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the result depends on."""
-    return {name: _version(name) for name in ("gluprune", "torch", "transformers")}
+    return {"gluprune": __version__, **{name: _version(name) for name in ("torch", "transformers")}}
 
 
 # Each is read from a file: together a tenth of the time of pruning a small model.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from importlib import metadata
 from importlib.metadata import version
 
 import pytest
@@ -14,6 +15,7 @@ from gluprune.calibration.collect import calibrate
 from gluprune.checkpoints.card import read_history
 from gluprune.checkpoints.stream import prune_checkpoint
 from gluprune.cli import main
+from gluprune.pruning.history import _version
 from tests.helpers.calibrations import random_batches
 from tests.helpers.streaming import contents
 
@@ -46,6 +48,22 @@ def test_a_checkpoint_pruned_on_disk(llama, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["history"] == history
     assert main(["info", str(llama), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["history"] is None
+
+
+def test_from_a_source_tree_that_is_not_installed(llama, tmp_path, monkeypatch):
+    """`PYTHONPATH=checkout` is enough: no metadata of an installed package are needed."""
+    found = metadata.distribution
+
+    def distribution(name):
+        if name == "gluprune":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    _version.cache_clear()
+    prune_checkpoint(llama, tmp_path / "out", pruning_ratio=0.25, multiple_of=1)
+    (step,) = written(tmp_path / "out")[0]["steps"]
+    assert step["versions"]["gluprune"] == gluprune.__version__
 
 
 def test_what_is_pruned_again_keeps_its_first_steps(llama, tmp_path):

@@ -33,6 +33,20 @@ class Scaled(nn.Module):
         return y.detach() + self.factors[1] * (y - y.detach())
 
 
+class Keeping(nn.Module):
+    """Reads the tokens of one call again in all later ones."""
+
+    def __init__(self, weights, call):
+        super().__init__()
+        self.mlp, self.left, self.kept = eager(weights), call, None
+
+    def forward(self, x):
+        self.left -= 1
+        if self.left == 0:
+            self.kept = x
+        return self.mlp(x if self.kept is None else self.kept)
+
+
 def unsupported(weights):
     raise ValueError("width must be a multiple of 8")
 
@@ -79,6 +93,12 @@ def test_a_wrong_result_is_not_timed(kept, what, factors):
     found, _ = kept(what, eager=eager, wrong=lambda weights: Scaled(weights, **factors), right=Scaled)
     assert found["wrong"].p50 is None and "ArithmeticError: wrong by 1.0e-03" in found["wrong"].refusal
     assert found["right"].p50 and found["eager"].p50
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_module_that_reads_the_tokens_of_an_earlier_call_is_not_timed(kept, call):
+    found, _ = kept(FORWARD, eager=eager, keeping=lambda weights: Keeping(weights, call))
+    assert found["keeping"].p50 is None and "ArithmeticError: wrong by" in found["keeping"].refusal
 
 
 def test_a_wrong_gradient_does_not_matter_forward(kept):

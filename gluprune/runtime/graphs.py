@@ -198,7 +198,7 @@ def capture(run: Callable[[], Any], reset: Callable[[], None], device: torch.dev
                 reset()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # its default is a stream of the device that captured first
             outputs = run()
 
     def replay() -> None:

@@ -19,8 +19,8 @@ from gluprune.measure.random_models import CONFIGS, random_model
 
 SHORT, LONG = (tuple(Workload(batch, prompt, 64) for batch in (1, 8)) for prompt in (128, 1024))
 PLANS = {
-    "called": BenchPlan(SHORT, ("generate", "graph_decoding"), repeats=3, energy_seconds=1.0, idle_seconds=3.0),
-    "static": BenchPlan(SHORT, ("static",), repeats=3, energy_seconds=1.0, idle_seconds=3.0),
+    "called": BenchPlan(SHORT, ("generate", "graph_decoding"), repeats=3, energy_seconds=2.0, idle_seconds=3.0),
+    "static": BenchPlan(SHORT, ("static",), repeats=3, energy_seconds=2.0, idle_seconds=3.0),
     "graph": BenchPlan(SHORT, ("graph",), repeats=3, energy_seconds=None),
     "energy": BenchPlan(SHORT[1:], ("graph",), repeats=1, energy_seconds=2.0, idle_seconds=3.0),
     "generate": BenchPlan(SHORT[:1], ("generate",), repeats=3, energy_seconds=None),

@@ -184,7 +184,7 @@ class RaplPackages:
 class NvmlDevice:
     """One GPU: its total-energy counter, and sampled power where the counter fails."""
 
-    shortest_window: float | None = 1.0
+    shortest_window: float | None = 2.0
     settling: float = 1.0
 
     def __init__(self, nvml, handle, note: str = ""):

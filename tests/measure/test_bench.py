@@ -226,9 +226,7 @@ def test_no_cuda(tmp_path, capsys):
 @pytest.mark.cuda
 def test_patched_and_not_through_every_decoding_on_a_gpu(tiny_model):
     model = tiny_model(dtype=torch.bfloat16, intermediate_size=256, seed=1)
-    plan = BenchPlan(
-        (Workload(1, 5, 4),), ("generate", "compiled", "graph"), repeats=2, energy_seconds=1, idle_seconds=1
-    )
+    plan = BenchPlan((Workload(1, 5, 4),), ("generate", "compiled", "graph"), repeats=2, energy_seconds=None)
     found = []
     bench.bench(model, "tiny", plan, torch.device("cuda"), found.append)
     cells = {(r.shape["I"], r.provider, r.shape["decoding"]) for r in found if r.what == "generation: TPOT" and r.p50}

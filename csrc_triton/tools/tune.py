@@ -284,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=tables.M_BUCKETS, choices=tables.M_BUCKETS)
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--out", type=Path, help="default: the package's table of this GPU")
+    parser.add_argument("--missing", action="store_true", help="only shapes that the table does not have yet")
     parser.add_argument(
         "--paths-only",
         action="store_true",
@@ -327,14 +328,17 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu") if interpreted else torch.device("cuda", torch.cuda.current_device())
     gpu = "Triton's interpreter" if interpreted else torch.cuda.get_device_name(device)
     path = options.out or tables.table_path(gpu)
+    known: tables.Table = {}
     if path.exists():
         try:
-            tables.load_table(path)
+            known = tables.load_table(path)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     halves = () if options.paths_only else HALVES
     shapes = _shapes(options, compute_capability(device))
+    if options.missing:
+        shapes = {problem: I for problem, I in shapes.items() if problem not in known}
     if not interpreted:
         points = (Point(problem, I, launch) for problem, I in shapes.items() for launch in launches(problem, halves))
         precompile(distinct(points), os.cpu_count() or 1)

@@ -239,6 +239,20 @@ def test_rehearsal_in_the_interpreter(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
+def test_missing_shapes_only(tmp_path, capsys):
+    """A tuner that was stopped continues where it was."""
+    out = tmp_path / "table.json"
+    tune.write_table(out, "GPU", {Problem(1, 48, 128, torch.float16, 90): (ENTRY, 1.0)})
+    arguments = ["--hidden", "48", "--intermediate", "100", "--dtype", "float16", "--device", "cpu", "--paths-only"]
+    arguments += ["--missing", "--tokens", "1", "8", "--out", str(out)]
+    for found in (["H 48, I 100, M 8"], []):
+        assert tune.main(arguments) == 0
+        assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == found
+    assert {key.M for key in tables.load_table(out)} == {1, 8}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="runs in the interpreter")
 def test_widths_of_one_padding_are_tuned_once(tmp_path, capsys):
     arguments = [
         "--hidden",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import shlex
@@ -20,16 +20,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
+from benchmarks.lib.gpu_steps import Step, installed, rehearsal, steps
 
 ROOT = Path(__file__).parent.parent
 _print_now = functools.partial(print, flush=True)
 LEAST_SECONDS = 30  # no step is started with less time left
-PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 REQUIRED = (
     "torch",
     "triton",
@@ -46,130 +45,6 @@ OPTIONAL = {
     "flash_swiglu_mlp": "its MLP will be recorded as unsupported",
     "hypothesis": "the tests that use it cannot be collected",
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the run, executed in a separate process.
-
-    Attributes:
-        name: Unique name.
-        arguments: Arguments of `python -m`; {records} stands for the step's folder of records, {tuned} for the table.
-        minutes: Limit after which the step is stopped.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    minutes: float
-
-
-def _tests(name: str, *arguments: str, minutes: float) -> Step:
-    workers = ("-n", "8") if _installed("xdist") else ()  # they mostly wait for the compiler
-    return Step(name, (*PYTEST, *workers, *arguments), minutes)
-
-
-def _benchmarks(name: str, files: str, select: str | None = None, *options: str, minutes: float = 3) -> Step:
-    chosen = ("-k", select) if select else ()
-    common = ("--benchmark-only", "--resume", "--records", "{records}")
-    return Step(name, (*PYTEST, *files.split(), *common, *options, *chosen), minutes)
-
-
-def _tuner(name: str, model: str) -> Step:
-    H, dense = MODELS[model]
-    tokens = sorted(SETS["full"].tokens)
-    sizes = ("--hidden", str(H), "--intermediate", *map(str, all_widths(dense)), "--tokens", *map(str, tokens))
-    return Step(name, ("csrc_triton.tools.tune", *sizes, "--out", "{tuned}"), minutes=3)
-
-
-def _any(widths: Iterable[int]) -> str:
-    """Return a `-k` expression that selects the benchmarks of these widths."""
-    return f"({' or '.join(f'I{width}' for width in widths)})"
-
-
-def steps() -> list[Step]:
-    """Return the steps on a GPU, in order: about 12 minutes up to the scores, some hours in total."""
-    small, large, huge = MODELS
-    exact = {name: (dense, *paper_widths(dense)) for name, (_, dense) in MODELS.items()}
-    few = {name: [widths[0], widths[4], aligned(widths[4]), widths[6]] for name, widths in exact.items()}  # 0, 40, 60 %
-    mlp, whole = "benchmarks/test_mlp.py", "benchmarks/test_model.py"
-
-    def forward(name: str) -> Step:
-        select = f"forward and {name} and {_any(exact[name])}"
-        return _benchmarks(f"forward-{name}", mlp, select, "--without", "torch.compile")
-
-    select = f"backward and {small} and M2048 and {_any(few[small])}"
-    training = _benchmarks(f"training-{small}", mlp, select, "--without", "torch.compile")
-
-    def model(name: str, plan: str, widths: Iterable[int]) -> Step:
-        return _benchmarks(f"model-{name}-{plan}", whole, f"{name} and {plan} and {_any(widths)}")
-
-    def user(plan: str, width: int) -> Step:
-        return _benchmarks(f"model-{plan}-{width}", whole, f"{small} and {plan} and I{width}")
-
-    def rest(name: str) -> Step:
-        early = "energy or called or static" if name == small else "energy"
-        done = f"(graph and {_any(exact[name])}) or (({early}) and {_any(few[name])})"
-        return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
-
-    runtime = ("ops", "gradients", "fp8", "prepared", "norms", "graphs", "patch_changes")
-    kernels = ("csrc_triton/glu", "csrc_triton/scores", "csrc_triton/test_norm.py")
-    called, static = ([user(plan, width) for width in few[small]] for plan in ("called", "static"))
-    return [
-        _tests("tests-runtime", *(f"tests/runtime/test_{name}.py" for name in runtime), minutes=3),
-        _tests("tests-cuda", "-m", "cuda", "tests", minutes=3),
-        # What users call, stock and patched, at the dense width and at 40 and 60 % pruned.
-        *called,
-        *static[::2],  # dense, and 40 % at a multiple of 128
-        _benchmarks("scores", "benchmarks/test_scores.py", minutes=1),
-        _benchmarks("ceilings", "benchmarks/test_ceilings.py benchmarks/test_timer.py", minutes=2),
-        _tuner(f"tune-{small}", small),
-        forward(small),
-        _benchmarks("recipe", "benchmarks/test_recipe.py", "test_large"),
-        training,
-        _benchmarks(f"backward-{small}", mlp, f"backward and {small}"),
-        _tests("tests-kernels", *(f"tests/{name}" for name in kernels), minutes=3),
-        *static[1::2],
-        *(model(small, plan, widths[small]) for plan, widths in (("graph", exact), ("energy", few))),
-        _tuner(f"tune-{large}", large),
-        forward(large),
-        # torch.compile tunes for many seconds per shape: a few shapes now, the others after all other steps.
-        _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
-        *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
-        _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=3),
-        _benchmarks(f"backward-{large}", mlp, f"backward and {large}"),
-        *(rest(name) for name in (small, large)),
-        *(_benchmarks(f"all-{name}", mlp, f"forward and {name}") for name in (small, large)),
-        _tuner(f"tune-{huge}", huge),
-    ]
-
-
-def rehearsal() -> list[Step]:
-    """Return the same kinds of steps with tiny shapes, for a CPU with the interpreter."""
-    tiny = ("--shapes", "tiny")
-    tuner = ("--hidden", "64", "--intermediate", "153", "256", "--dtype", "float16", "--device", "cpu", "--paths-only")
-    picked = [
-        _tests(
-            "tests-kernels",
-            "tests/csrc_triton/glu/test_forward.py",
-            "-k",
-            "test_bad or test_no_tokens or same_bits",
-            minutes=5,
-        ),
-        _tests("tests-cuda", "-m", "cuda", "tests/csrc_triton/glu/test_forward.py", minutes=2),
-        _benchmarks("ceilings", "benchmarks/test_ceilings.py", minutes=2),
-        Step(
-            "paths-tiny", ("csrc_triton.tools.tune", *tuner, "--tokens", "1", "16", "64", "--out", "{tuned}"), minutes=5
-        ),
-        _benchmarks("mlp-tiny-M0001", "benchmarks/test_mlp.py", "forward and M0001 and I153", minutes=5),
-        _benchmarks("scores", "benchmarks/test_scores.py", minutes=3),
-        _benchmarks("recipe", "benchmarks/test_recipe.py", "smollm2", minutes=8),
-        _benchmarks("backward-tiny-M0016", "benchmarks/test_mlp.py", "backward and I153", minutes=5),
-        _benchmarks("model-tiny", "benchmarks/test_model.py", "smollm2", minutes=8),
-    ]
-    return [
-        dataclasses.replace(step, arguments=step.arguments + tiny) if "--records" in step.arguments else step
-        for step in picked
-    ]
 
 
 @dataclass
@@ -296,18 +171,16 @@ def summarize(todo: Sequence[Step], state: State, out: Path, absent: dict[str, s
     return text
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=(__doc__ or "").split("\n\n")[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu_output"), metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=28, help="total time (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: gpu_output, with --rehearse gpu_output/rehearsal"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="total time (default: %(default)s)")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="run only these steps, in this order")
     parser.add_argument(
         "--wheels",
@@ -360,16 +233,17 @@ def _tuned_table(rehearse: bool, out: Path) -> Path:
 def _run_all(options: argparse.Namespace, todo: list[Step]) -> int:
     """Run the steps and write the summary; return the exit code. Raises ValueError if nothing can run."""
     todo = _chosen(todo, options.steps)
-    out = options.out.resolve()
+    default = Path("gpu_output/rehearsal" if options.rehearse else "gpu_output")
+    out = (options.out or default).resolve()
     out.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     if options.wheels:
         _install(options.wheels, out / "peers")
         paths.append(str(out / "peers"))
     environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(paths))
-    if missing := [module for module in REQUIRED if not _installed(module)]:
+    if missing := [module for module in REQUIRED if not installed(module)]:
         raise ValueError(f"not installed: {', '.join(missing)}; pass a folder with their wheels as --wheels")
-    absent = {module: consequence for module, consequence in OPTIONAL.items() if not _installed(module)}
+    absent = {module: consequence for module, consequence in OPTIONAL.items() if not installed(module)}
     for name, consequence in absent.items():
         print(f"not installed: {name}; {consequence}")
     tuned = _tuned_table(options.rehearse, out)

@@ -12,7 +12,8 @@ import torch
 from _pytest.mark.expression import Expression
 
 from benchmarks import gpu
-from benchmarks.gpu import Step, main, rehearsal, run, steps
+from benchmarks.gpu import main, run
+from benchmarks.lib.gpu_steps import Step, rehearsal, steps
 from benchmarks.lib.shapes import SETS, paper_widths
 from benchmarks.test_model import CASES as MODEL_CASES
 
@@ -153,13 +154,35 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_rehearsal_leaves_the_state_of_a_run(tmp_path, monkeypatch):
+    """They have steps of the same names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "run", lambda todo, out, *_, **__: gpu.State(out / "state.json"))
+    monkeypatch.setattr(gpu, "_tuned_table", lambda rehearse, out: out / "table.json")
+    for arguments, folder in ([], "gpu_output"), (["--rehearse"], "gpu_output/rehearsal"):
+        main(arguments)
+        assert (tmp_path / folder / "summary.md").is_file()
+        (tmp_path / folder / "summary.md").unlink()
+    assert not (tmp_path / "gpu_output" / "summary.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tests-cuda", "tests-energy"])
+def test_steps_collect_the_tests_that_need_cuda(name):
+    (step,) = [step for step in steps() if step.name == name]
+    command = [sys.executable, "-m", *step.arguments, "--collect-only"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "::test_" in done.stdout
+
+
 def test_missing_packages(tmp_path, monkeypatch, capsys):
     """Missing required packages are an error; missing optional ones are reported and left out."""
-    monkeypatch.setattr(gpu, "_installed", lambda module: module not in ("liger_kernel", "pytest_benchmark"))
+    monkeypatch.setattr(gpu, "installed", lambda module: module not in ("liger_kernel", "pytest_benchmark"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["--out", str(tmp_path)]) == 2
     assert "not installed: pytest_benchmark; pass a folder with their wheels" in capsys.readouterr().err
-    monkeypatch.setattr(gpu, "_installed", lambda module: module != "liger_kernel")
+    monkeypatch.setattr(gpu, "installed", lambda module: module != "liger_kernel")
     main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "not installed: liger_kernel; both of Liger's MLPs will be recorded as unsupported" in printed

@@ -129,7 +129,7 @@ def _address_range(parameter: torch.Tensor) -> tuple[int, int]:
 
 
 def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequence[int], recipe: Recipe) -> None:
-    """Check that statistics belong to a model and hold what a recipe needs.
+    """Check that statistics may be those of a model, by the widths of its layers, and hold what a recipe needs.
 
     Args:
         statistics: From `calibrate`.
@@ -138,8 +138,14 @@ def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequ
         recipe: How they are pruned.
 
     Raises:
-        ValueError: A layer is missing or has another width, or Gram matrices or sensitivities are needed and missing.
+        ValueError: A layer is missing, is not in the model or has another width, or Gram matrices or sensitivities are
+            needed and missing.
     """
+    if statistics.layers and max(statistics.layers) >= len(widths):
+        raise ValueError(
+            f"the calibration statistics have layer {max(statistics.layers)}, but the model has {len(widths)} layers:"
+            " they are those of another model"
+        )
     for index in layers:
         if index not in statistics.layers:
             raise ValueError(

@@ -205,6 +205,9 @@ def test_statistics_of_another_model_are_rejected(tiny_model, unchanged):
         pytest.raises(ValueError, match="layer 0 has 101 neurons, but the statistics were collected at 90"),
     ):
         gluprune.prune(model, **arguments(calibration=narrow))
+    deep = calibrate(tiny_model(num_hidden_layers=4), [IDS])
+    with unchanged(model), pytest.raises(ValueError, match="have layer 3, but the model has 3 layers: they are those"):
+        gluprune.prune(model, **arguments(calibration=deep))
     some = calibrate(model, [IDS], layers=[0, 2])
     with unchanged(model), pytest.raises(ValueError, match=r"have no layer 1: they have layers \[0, 2\]"):
         gluprune.prune(model, **arguments(calibration=some))

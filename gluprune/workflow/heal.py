@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
 from gluprune.workflow.texts import GivenTexts, check_lengths
+
+logger = logging.getLogger(__name__)
 
 _DEVICES, _DTYPES = (AUTO, "cpu", "cuda"), (AUTO, "float32", "bfloat16")
 _TIMEOUT = timedelta(days=1)  # while the first process writes text or measures, the others wait
@@ -222,6 +225,17 @@ def _check_pair(
         raise ValueError(
             f"hidden_weight={settings.hidden_weight} compares hidden states: pruned has {shapes[0][1]} layers of size"
             f" {shapes[0][2]}, teacher {shapes[1][1]} of {shapes[1][2]}"
+        )
+    if shapes[0] != shapes[1]:
+        (kind, layers, size), (other, teachers, teacher_size) = shapes
+        logger.warning(
+            "the teacher is not the dense model: it is %s with %d layers of size %d, the pruned model %s with %d of %d",
+            other,
+            teachers,
+            teacher_size,
+            kind,
+            layers,
+            size,
         )
 
 

@@ -181,6 +181,18 @@ def test_models_that_do_not_belong_together(pruned, source, tmp_path, brief, tin
     assert not partial_folders(tmp_path / "out")
 
 
+def test_a_teacher_that_is_not_the_dense_model(pruned, tmp_path, brief, tiny_model, tokenizer, monkeypatch, caplog):
+    other = gluprune.save(tiny_model(num_hidden_layers=4, vocab_size=len(tokenizer)), tmp_path / "other", tokenizer)
+
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr("gluprune.workflow.heal._run", stop)
+    with pytest.raises(InterruptedError):
+        gluprune.heal(pruned, other, tmp_path / "out", **brief)
+    assert "the teacher is not the dense model: it is llama with 4 layers of size 32, the pruned model" in caplog.text
+
+
 def test_without_peft(pruned, source, tmp_path, brief, monkeypatch):
     monkeypatch.setattr("gluprune.healing.student.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs peft"):

@@ -133,6 +133,8 @@ def run(
     tasks = check_tasks(tasks)
     calibrated = any(c.recipe and c.recipe.needs.calibration for c in configurations)
     _check(models, calibrated, settings)
+    for model in models if calibrated else ():
+        _batches(model, settings, windows=1)  # raises for a text that is too short, before hours of scoring
     if settings.data is not None:
         check_data(tasks, settings.data)
     is_first = int(os.environ.get("RANK", "0")) == 0  # accelerate and torchrun start one process for each rank
@@ -274,14 +276,19 @@ def statistics_file(label: str, batches: Sequence[torch.Tensor], sensitivity: bo
 
 def _statistics(model: StudyModel, recipe: Recipe, settings: Settings) -> Statistics:
     """The statistics of the dense model, collected once and cached for all ratios and later runs."""
-    tokenizer = AutoTokenizer.from_pretrained(model.path)
-    batches = batches_from_text(tokenizer, settings.calibration, settings.windows, CALIBRATION_LENGTH)
+    batches = _batches(model, settings, settings.windows)
     sensitivity = recipe.needs.sensitivity
     path = statistics_file(f"study-{model.name}-{model.revision}-{settings.dtype}", batches, sensitivity)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate(_load_dense(model, settings), batches, sensitivity=sensitivity).save(path)
     return Statistics.load(path)
+
+
+def _batches(model: StudyModel, settings: Settings, windows: int) -> list[torch.Tensor]:
+    """Return at most so many windows of each calibration text."""
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    return batches_from_text(tokenizer, settings.calibration, windows, CALIBRATION_LENGTH)
 
 
 def _shape(model) -> dict:

@@ -71,7 +71,7 @@ def batches_from_text(
         ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
         available = ids.numel() // length
         if not available:
-            label = "the calibration text" if len(texts) == 1 else f"calibration text {number} of {len(texts)}"
+            label = "the text" if len(texts) == 1 else f"text {number} of {len(texts)}"
             raise ValueError(f"{label} has {ids.numel()} tokens: one window needs {length}")
         chosen = torch.arange(min(windows, available)) * available // min(windows, available)
         rows.append(ids[: available * length].view(available, length)[chosen])

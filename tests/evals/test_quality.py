@@ -132,4 +132,4 @@ def test_bad_input(command, tmp_path, capsys):
     (tmp_path / "calibration.txt").write_text("w01 w02")
     assert quality.main(command) == 2
     assert not (tmp_path / "cache").exists(), "the error must come before text is generated"
-    assert "the calibration text has 2 tokens" in capsys.readouterr().err
+    assert "the text has 2 tokens" in capsys.readouterr().err

@@ -204,6 +204,14 @@ def test_data_without_a_field_is_noticed_before_a_model_is_loaded(inputs, tmp_pa
     assert not list((tmp_path / "out").glob("*/*/*.json"))
 
 
+def test_a_short_calibration_text_is_noticed_before_anything_is_scored(inputs, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    more = ["--scores", "maw", "hybrid", "--calibration", tmp_path / "short.txt"]
+    assert main(arguments(inputs, tmp_path / "out", *more)) == 2
+    assert "tokens: one window needs 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
     """WikiText's tokenised release and the same text before tokenisation count as the same calibration."""
     words = (inputs / "text.txt").read_text()

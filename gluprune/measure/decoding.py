@@ -10,6 +10,7 @@ CUDA graph. The time of "generate" beyond "graph" is launch overhead.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 import weakref
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from gluprune.runtime.graphs import graph_decoding
+from gluprune.runtime.graphs import CACHE_NAMES, graph_decoding
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class StaticGenerator:
     @torch.no_grad()
     def __init__(self, model, prompt: torch.Tensor, new_tokens: int, prepare: Callable[[Callable[[], None]], Callable]):
         self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = next(name for name in CACHE_NAMES if name in parameters)
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         layers: Any = self.cache.layers
         if any(layer.is_sliding for layer in layers):
@@ -155,7 +158,7 @@ class StaticGenerator:
             input_ids=ids,
             position_ids=positions[None],
             cache_position=positions,  # the caches of earlier transformers do not count their tokens
-            past_key_values=self.cache,
+            **{self._cache_name: self.cache},
             use_cache=True,
             logits_to_keep=1,
         )

@@ -20,6 +20,8 @@ from transformers.cache_utils import StaticLayer
 
 logger = logging.getLogger(__name__)
 
+# The argument of a model's forward that is the cache: from transformers 5.24 on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 MOST_GRAPHS = 4  # kept per model, each with the cache that it writes; the oldest goes first
 
 
@@ -97,8 +99,8 @@ class GraphDecoding:
     @torch.no_grad()
     def _step(self, **inputs: Any) -> Any:
         """Run the model on the inputs of one call of `generate`, by a graph where that is possible."""
-        cache = inputs.get("past_key_values")
-        others = {name: value for name, value in inputs.items() if name != "past_key_values"}
+        name = next((name for name in CACHE_NAMES if name in inputs), CACHE_NAMES[0])
+        others, cache = {key: value for key, value in inputs.items() if key != name}, inputs.get(name)
         if _query_length(inputs) != 1:
             return self._model(**inputs)  # a part of a prompt
         values, structure = tree_flatten(others, is_leaf=_is_cache)
@@ -106,13 +108,13 @@ class GraphDecoding:
         if key not in self._steps:
             while len(self._steps) >= MOST_GRAPHS:
                 del self._steps[next(iter(self._steps))]
-            self._steps[key] = self._capture(values, structure, cache)
+            self._steps[key] = self._capture(values, structure, name, cache)
         step = self._steps[key]
         if step is None or not step.adopt(cache):
             return self._model(**inputs)
         return step.run(values, cache)
 
-    def _capture(self, values: list, structure: Any, cache: Any) -> _Step | None:
+    def _capture(self, values: list, structure: Any, name: str, cache: Any) -> _Step | None:
         reason = _obstacle(self._model, values, cache)
         if reason is None:
             lengths = [layer.cumulative_length.clone() for layer in cache.layers]
@@ -122,7 +124,7 @@ class GraphDecoding:
                     layer.cumulative_length.copy_(length)
 
             try:
-                return _Step(self._model, values, structure, cache, reset)
+                return _Step(self._model, values, structure, {name: cache}, reset)
             except RuntimeError as error:  # an operation that waits for the GPU, or too little memory
                 reason = str(error).partition("\n")[0]
             finally:
@@ -138,17 +140,18 @@ class _Step:
         model: The model.
         values: The inputs except the cache, flattened.
         structure: Their structure.
-        cache: A static cache, whose tensors the graph will read and write.
+        named: The name of the cache, and a static cache, whose tensors the graph will read and write.
         reset: Takes back what a step counts in the cache.
     """
 
-    def __init__(self, model: Any, values: list, structure: Any, cache: Any, reset: Callable[[], None]):
+    def __init__(self, model: Any, values: list, structure: Any, named: dict[str, Any], reset: Callable[[], None]):
+        ((name, cache),) = named.items()
         self._inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in values]
         self._layers = [(layer.keys, layer.values, layer.cumulative_length) for layer in cache.layers]
         self._owner = weakref.ref(cache)
 
         def run() -> Any:
-            return model(**tree_unflatten(self._inputs, structure), past_key_values=cache)
+            return model(**tree_unflatten(self._inputs, structure), **{name: cache})
 
         self._replay, outputs = capture(run, reset, model.device)
         outputs, self._structure = tree_flatten(outputs, is_leaf=_is_cache)

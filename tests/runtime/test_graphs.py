@@ -4,12 +4,20 @@ Without a GPU, a stand-in for the capture runs the step again at each replay, on
 """
 
 import copy
+import inspect
 import logging
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import CompileConfig, MistralConfig, MistralForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import gluprune
 from gluprune.runtime import graphs
@@ -111,6 +119,21 @@ def test_lengths_and_batches_are_captured_by_themselves(model, captures):
         for ids, _ in cases[:2]:
             generate(model, ids)
         assert captures[0] == before + 1, "a shorter prompt runs in the cache of a longer one"
+
+
+@pytest.mark.parametrize("name", graphs.CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_both_names_of_the_cache(model, captures, name):
+    """transformers 5.24 renamed it."""
+    if name == "cache" and name not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers calls it past_key_values")
+    ids = prompt(length=1)
+    with gluprune.graph_decoding(model), torch.no_grad():
+        step = model.get_compiled_call(None)
+        cache = StaticCache(config=model.config, max_cache_len=4)
+        found = step(input_ids=ids, use_cache=True, **{name: cache})
+        torch.testing.assert_close(found.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert captures == [1] and next(value for value in found.values() if isinstance(value, StaticCache)) is cache
 
 
 def test_streaming_and_stopping(model, captures):

@@ -61,6 +61,21 @@ def _qwen2_5_vl():
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen3_vl():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
+    vision = dict(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=32,
+        patch_size=14,
+        deepstack_visual_indexes=[0],
+    )
+    config = transformers.Qwen3VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
 def _mllama():
     """Layer 1 attends to images, and does not run without one."""
     text = {key: value for key, value in TEXT.items() if key != "head_dim"}
@@ -90,6 +105,7 @@ COMPOSITES = {
     "gemma3": _gemma3,
     "mistral3": _mistral3,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "mllama": _mllama,
 }
 

@@ -209,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="to measure on; repeatable")
     parser.add_argument("--model", help="model folder or Hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
     parser.add_argument("--windows", type=int, default=24, help="to measure on, of each text (default: %(default)s)")
-    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: all")
+    names = f"one of: {'; '.join(METHODS)}. Repeatable; default: all"
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help=names)
     parser.add_argument("--ratios", type=float, nargs="+", default=quality.RATIOS, help="default: %(default)s")
     parser.add_argument("--own-windows", type=int, default=quality.OWN_WINDOWS, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")

@@ -183,8 +183,10 @@ def measure(
         text: batches_from_text(tokenizer, content, windows, WINDOW + 1, batch_size=1)
         for text, content in texts.items()
     }
-    batches_from_text(tokenizer, calibration, 1, WINDOW)  # raises for a short text before the model writes for minutes
-    both = calibration, own_text(model, tokenizer, source, OWN_WINDOWS)
+    both = calibration, ""
+    if any(METHODS[label].windows for label in methods):
+        batches_from_text(tokenizer, calibration, 1, WINDOW)  # raises for a short text before minutes of sampling
+        both = calibration, own_text(model, tokenizer, source, OWN_WINDOWS)
     calibrations = Calibrations(model, tokenizer, source.name, both, measurements)
     rows = [("dense", None, 0.0), *((label, METHODS[label], ratio) for label in methods for ratio in ratios)]
     for label, method, ratio in progress(rows, desc="quality", unit="row"):
@@ -265,16 +267,15 @@ def table(records: list[Record]) -> str:
             windows = " + ".join(counts) or "none"
             lines.append(f"| {name} | {windows} | {' | '.join(cells)} | {total:.0f} |")
     times = {str(r.shape): r for r in records if r.what == "calibrate"}.values()
+    seconds_of_calibrations = ", ".join(
+        f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
+        + (", sensitivities included" if r.shape.get("sensitivity") else "")
+        for r in times
+    )
     lines += [
         "",
         f"Seconds: scoring, selecting, re-solving, narrowing and reconstructing at all {len(ratios)} ratios together."
-        " Calibration, once for all ratios: "
-        + ", ".join(
-            f"{r.p50:.0f} s for {r.shape['calibration_windows']} windows"
-            + (", sensitivities included" if r.shape.get("sensitivity") else "")
-            for r in times
-        )
-        + ".",
+        + (f" Calibration, once for all ratios: {seconds_of_calibrations}." if times else ""),
     ]
     return "\n".join(lines) + "\n"
 
@@ -331,7 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--windows", type=int, default=24, help="evaluation windows of each text (default: %(default)s)"
     )
-    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="repeatable; default: all")
+    names = f"one of: {'; '.join(METHODS)}. Repeatable; default: all"
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help=names)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default="evals/results", metavar="FOLDER", help="default: %(default)s")
     given = parser.parse_args(arguments)

@@ -109,6 +109,13 @@ def test_chosen_methods_and_ratios(command, tmp_path):
     assert "| method | windows | 25% | 50% | seconds |" in table and "at all 2 ratios" in table
 
 
+def test_methods_without_data_need_no_calibration_text(command, tmp_path):
+    (tmp_path / "calibration.txt").write_text("w01 w02")
+    assert quality.main([*command, "--method", "MAW", "--ratios", "0.5"]) == 0
+    assert not (tmp_path / "cache").exists(), "the model wrote text"
+    assert "Calibration" not in (tmp_path / "out/quality.md").read_text()
+
+
 def test_perplexity_of_windows():
     model = make_tiny_model(seed=2)
     windows = list(torch.randint(3, 64, (3, 1, quality.WINDOW + 1), generator=torch.Generator().manual_seed(3)))

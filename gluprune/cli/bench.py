@@ -54,12 +54,14 @@ Decodings = Annotated[
     list[Decoding] | None,
     typer.Option(
         metavar="NAME...",
-        help="generate: plain `generate`; compiled: a compiled decode step; graph: a CUDA graph of the step. By"
-        " default all that the device supports.",
+        help="generate: plain `generate`; static: `generate` over a static cache; graph_decoding: `generate` within"
+        " `gluprune.graph_decoding`; compiled: a compiled decode step; graph: a CUDA graph of the step. By default all"
+        " on a GPU, and generate and compiled on a CPU.",
     ),
 ]
 OptionalPreset = Annotated[
-    Preset | None, typer.Option(help="The paper's workloads, widths, seeds and idle calibration.")
+    Preset | None,
+    typer.Option(metavar="paper", help="The paper's workloads, widths, seeds and idle calibration."),
 ]
 Batch = Annotated[
     list[int] | None,

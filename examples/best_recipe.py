@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="calibration texts of your own")
     parser.add_argument(
-        "--windows", type=int, default=24, help="windows of 128 tokens from each text (default: %(default)s)"
+        "--windows", type=int, default=12, help="windows of 128 tokens from each text (default: %(default)s)"
     )
     parser.add_argument("--out", default="narrow", help="folder to write (default: %(default)s)")
     options = parser.parse_args()
@@ -38,9 +38,9 @@ def main() -> None:
     where = {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
     dense = AutoModelForCausalLM.from_pretrained(name, **where).eval()
 
-    # Text from your own domain, or Wikipedia's. Better with text that the model generates as well, which takes longer:
-    # texts.append(gluprune.sample_text(dense, tokenizer)).
+    # Text from your own domain, or Wikipedia's; and text that the model writes.
     texts = [Path(file).read_text(encoding="utf-8") for file in options.text] or [gluprune.wikipedia_text()]
+    texts.append(gluprune.sample_text(dense, tokenizer, windows=options.windows, length=128))
     batches = gluprune.batches_from_text(tokenizer, texts, windows=options.windows, length=128)
     statistics = gluprune.calibrate(dense, batches, sensitivity=True)
 

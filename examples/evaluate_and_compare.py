@@ -1,14 +1,13 @@
 """Compare recipes by perplexity: `python examples/evaluate_and_compare.py [MODEL] [--ratio 0.2] [--text FILE]`.
 
-Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI wheel. Without texts, it calibrates on the topics of Python's
-help() and measures on the text included with the demo.
+Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI wheel. Without texts, it calibrates on the articles of
+Wikipedia that come with gluprune and measures on the text included with the demo.
 """
 
 import argparse
 import copy
 from importlib.resources import files
 from pathlib import Path
-from pydoc_data import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +19,7 @@ RECIPES = ("maw", "maw_gud", "hybrid+compensate")
 
 
 def main() -> None:
-    """Print perplexity and parameters of the dense model and of each recipe."""
+    """Print the perplexity of the dense model and of each recipe."""
     parser = argparse.ArgumentParser(description="Compare recipes by perplexity.")
     parser.add_argument("model", nargs="?", help="folder or Hub id")
     parser.add_argument(
@@ -34,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     name = options.model or smollm2_checkpoint()
 
-    text = options.text.read_text("utf-8") if options.text else "\n".join(topics.topics.values())
+    text = options.text.read_text("utf-8") if options.text else gluprune.wikipedia_text()
     shipped = files("gluprune.demo") / "data" / "demo_text.txt"
     test = options.test.read_text("utf-8") if options.test else shipped.read_text("utf-8")
 

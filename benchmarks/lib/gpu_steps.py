@@ -10,6 +10,19 @@ from dataclasses import dataclass
 from benchmarks.lib.shapes import MODELS, SETS, aligned, all_widths, paper_widths
 
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+RUNTIME_TESTS = tuple(
+    f"tests/runtime/test_{name}.py"
+    for name in ("ops", "gradients", "fp8", "prepared", "norms", "graphs", "patch_changes")
+)
+KERNEL_TESTS = ("tests/csrc_triton/glu", "tests/csrc_triton/scores", "tests/csrc_triton/test_norm.py")
+# Where tests are marked cuda, besides those of the kernels.
+CUDA_TESTS = (
+    "tests/calibration/test_sensitivity_prune.py",
+    "tests/pruning/test_reconstruct_input.py",
+    "tests/pruning/test_scores.py",
+    "tests/measure/test_generation.py",
+    "tests/measure/test_bench.py",
+)
 
 
 @dataclass(frozen=True)
@@ -75,22 +88,13 @@ def steps() -> list[Step]:
         done = f"(graph and {_any(exact[name])}) or (({early}) and {_any(few[name])})"
         return _benchmarks(f"model-{name}-rest", whole, f"{name} and not ({done})")
 
-    runtime = ("ops", "gradients", "fp8", "prepared", "norms", "graphs", "patch_changes")
-    runtime_files = [f"tests/runtime/test_{name}.py" for name in runtime]
-    kernel_files = [f"tests/csrc_triton/{name}" for name in ("glu", "scores", "test_norm.py")]
-    # Besides the kernels: what runs only where CUDA is.
-    files = (
-        *("calibration/test_sensitivity_prune.py", "pruning/test_reconstruct_input.py", "pruning/test_scores.py"),
-        *("measure/test_generation.py", "measure/test_bench.py"),
-    )
-    on_cuda = [f"tests/{name}" for name in files]
     called, static = ([user(plan, width) for width in few[small]] for plan in ("called", "static"))
     return [
-        _tests("tests-runtime", *runtime_files, "-m", "not slow", minutes=3),
+        _tests("tests-runtime", *RUNTIME_TESTS, "-m", "not slow", minutes=3),
         _tuner(f"tune-{small}", small),
         # What users call, stock and patched, at the dense width and at 40 and 60 % pruned.
         *called[::2],  # dense, and 40 % at a multiple of 128
-        _tests("tests-cuda", *on_cuda, "-m", "cuda", minutes=3),
+        _tests("tests-cuda", *CUDA_TESTS, "-m", "cuda", minutes=3),
         *called[1::2],
         *static[::2],
         _benchmarks("scores", "benchmarks/test_scores.py", minutes=1),
@@ -99,7 +103,7 @@ def steps() -> list[Step]:
         _benchmarks("recipe", "benchmarks/test_recipe.py", "test_large"),
         training,
         _benchmarks(f"backward-{small}", mlp, f"backward and {small}"),
-        _tests("tests-kernels", *kernel_files, "-m", "not slow", minutes=3),
+        _tests("tests-kernels", *KERNEL_TESTS, "-m", "not slow", minutes=3),
         *static[1::2],
         *(model(small, plan, widths[small]) for plan, widths in (("graph", exact), ("energy", few))),
         _tuner(f"tune-{large}", large),
@@ -108,8 +112,8 @@ def steps() -> list[Step]:
         _benchmarks(f"compile-{small}", mlp, f"forward and {small} and (M0001 or M2048) and {_any(few[small])}"),
         *(model(large, plan, widths[large]) for plan, widths in (("graph", exact), ("energy", few))),
         _tests("tests-patching", "tests/runtime/test_patching.py", "tests/runtime/test_patch_interop.py", minutes=3),
-        _tests("tests-runtime-slow", *runtime_files, "-m", "slow", minutes=3),
-        _tests("tests-kernels-slow", *kernel_files, "-m", "slow", minutes=3),
+        _tests("tests-runtime-slow", *RUNTIME_TESTS, "-m", "slow", minutes=3),
+        _tests("tests-kernels-slow", *KERNEL_TESTS, "-m", "slow", minutes=3),
         Step("tests-energy", (*PYTEST, "tests/measure/test_energy.py", "-m", "cuda"), minutes=1),  # nothing beside it
         _benchmarks(f"backward-{large}", mlp, f"backward and {large}"),
         *(rest(name) for name in (small, large)),

@@ -46,34 +46,11 @@ def _mistral3():
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-def _qwen2_5_vl():
+def _qwen_vl(name, **more):
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
-    vision = dict(
-        depth=1,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        out_hidden_size=32,
-        patch_size=14,
-        fullatt_block_indexes=[0],
-    )
-    config = transformers.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _qwen3_vl():
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
-    vision = dict(
-        depth=1,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        out_hidden_size=32,
-        patch_size=14,
-        deepstack_visual_indexes=[0],
-    )
-    config = transformers.Qwen3VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    vision = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, patch_size=14, **more)
+    configure, build = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForConditionalGeneration"))
+    return build(configure(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision))
 
 
 def _mllama():
@@ -104,8 +81,8 @@ COMPOSITES = {
     "llava": _llava,
     "gemma3": _gemma3,
     "mistral3": _mistral3,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
+    "qwen2_5_vl": lambda: _qwen_vl("Qwen2_5_VL", fullatt_block_indexes=[0]),
+    "qwen3_vl": lambda: _qwen_vl("Qwen3VL", deepstack_visual_indexes=[0]),
     "mllama": _mllama,
 }
 

@@ -100,7 +100,8 @@ class GraphDecoding:
     def _step(self, **inputs: Any) -> Any:
         """Run the model on the inputs of one call of `generate`, by a graph where that is possible."""
         name = next((name for name in CACHE_NAMES if name in inputs), CACHE_NAMES[0])
-        others, cache = {key: value for key, value in inputs.items() if key != name}, inputs.get(name)
+        cache = inputs.get(name)
+        others = {key: value for key, value in inputs.items() if key != name}
         if _query_length(inputs) != 1:
             return self._model(**inputs)  # a part of a prompt
         values, structure = tree_flatten(others, is_leaf=_is_cache)
@@ -124,7 +125,7 @@ class GraphDecoding:
                     layer.cumulative_length.copy_(length)
 
             try:
-                return _Step(self._model, values, structure, {name: cache}, reset)
+                return _Step(self._model, values, structure, name=name, cache=cache, reset=reset)
             except RuntimeError as error:  # an operation that waits for the GPU, or too little memory
                 reason = str(error).partition("\n")[0]
             finally:
@@ -140,12 +141,12 @@ class _Step:
         model: The model.
         values: The inputs except the cache, flattened.
         structure: Their structure.
-        named: The name of the cache, and a static cache, whose tensors the graph will read and write.
+        name: The name of the cache among the inputs.
+        cache: A static cache, whose tensors the graph will read and write.
         reset: Takes back what a step counts in the cache.
     """
 
-    def __init__(self, model: Any, values: list, structure: Any, named: dict[str, Any], reset: Callable[[], None]):
-        ((name, cache),) = named.items()
+    def __init__(self, model: Any, values: list, structure: Any, *, name: str, cache: Any, reset: Callable[[], None]):
         self._inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in values]
         self._layers = [(layer.keys, layer.values, layer.cumulative_length) for layer in cache.layers]
         self._owner = weakref.ref(cache)

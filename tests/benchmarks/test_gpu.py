@@ -65,7 +65,7 @@ def test_every_shape_of_the_tables_is_tuned():
     for name, (H, widths) in SETS["full"].models.items():
         (step,) = [step for step in steps() if step.name == f"tune-{name}"]
         words = " ".join(step.arguments)
-        assert f"--hidden {H} " in words
+        assert f"--hidden {H} " in words and "--missing" in step.arguments
         sizes, tokens = words.partition("--intermediate ")[2].partition(" --out")[0].split(" --tokens ")
         assert set(map(str, widths)) == set(sizes.split())
         assert set(map(str, SETS["full"].tokens)) == set(tokens.split())

@@ -138,6 +138,11 @@ def test_the_compiled_step_gives_the_tokens_of_generate(tiny_model):
     assert time_generator(generator, [prompt] * 3, NEW_TOKENS).ttlt > 0
 
 
+@pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
+def test_the_static_step_calls_the_cache_as_this_version_of_transformers_does(tiny_model):
+    StaticGenerator(tiny_model(seed=3), torch.ones(2, 9, dtype=torch.long), NEW_TOKENS, lambda step: step)
+
+
 def test_a_static_cache_gives_the_tokens_of_generate(tiny_model):
     model, prompt = tiny_model(seed=3), torch.randint(3, 64, (2, 9))
     assert_same_tokens(model, make_generator("static", model, prompt, NEW_TOKENS))

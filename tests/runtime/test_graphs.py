@@ -6,6 +6,8 @@ Without a GPU, a stand-in for the capture runs the step again at each replay, on
 import copy
 import inspect
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,26 @@ def test_lengths_and_batches_are_captured_by_themselves(model, captures):
         for ids, _ in cases[:2]:
             generate(model, ids)
         assert captures[0] == before + 1, "a shorter prompt runs in the cache of a longer one"
+
+
+def test_captured_on_the_stream_of_the_warm_up(monkeypatch):
+    """Without a stream, torch takes one of the device on which the process captured first."""
+    streams, given = [], []
+
+    def make_stream():
+        streams.append(SimpleNamespace(wait_stream=lambda other: None))
+        return streams[-1]
+
+    def graph(graph, stream=None):
+        given.append(stream)
+        return nullcontext()
+
+    replaced = {"Stream": make_stream, "graph": graph, "CUDAGraph": SimpleNamespace, "current_stream": make_stream}
+    for name, value in {**replaced, "stream": nullcontext, "device": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls = []
+    graphs.capture(lambda: calls.append(1), lambda: None, torch.device("cuda", 1))
+    assert given == streams[:1] and len(calls) == 3
 
 
 @pytest.mark.parametrize("name", graphs.CACHE_NAMES)

@@ -227,16 +227,8 @@ def _check_pair(
             f" {shapes[0][2]}, teacher {shapes[1][1]} of {shapes[1][2]}"
         )
     if shapes[0] != shapes[1]:
-        (kind, layers, size), (other, teachers, teacher_size) = shapes
-        logger.warning(
-            "the teacher is not the dense model: it is %s with %d layers of size %d, the pruned model %s with %d of %d",
-            other,
-            teachers,
-            teacher_size,
-            kind,
-            layers,
-            size,
-        )
+        found, wanted = ("{} with {} layers of size {}".format(*shape) for shape in reversed(shapes))
+        logger.warning("the teacher is not the dense model: it is %s, the pruned model is %s", found, wanted)
 
 
 def _is_sharded() -> bool:

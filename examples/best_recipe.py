@@ -2,7 +2,7 @@
 
 Neurons are ranked by how much the loss on calibration text rises without them, the down projections are refitted, and
 the layers are corrected in order to match the dense model. Without MODEL, it uses SmolLM2-135M-Instruct from its PyPI
-wheel. `--windows` is small so that the example runs in two minutes on two cores. For real use, take 128 windows of 512
+wheel. `--windows` is small so that the example runs in minutes on a CPU. For real use, take 128 windows of 512
 tokens and your own text: with so little text, the model loses more quality than necessary.
 """
 

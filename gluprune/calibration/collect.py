@@ -24,6 +24,7 @@ from gluprune.calibration.sensitivity import (
 from gluprune.calibration.statistics import LayerStatistics, Statistics, write_statistics
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
+from gluprune.models.widths import check_layers
 from gluprune.models.wrappers import check_weights, unwrapped
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def calibrate(
         model: A Hugging Face causal LM of a supported family, patched or not. It is not changed.
         calibration: An iterable of batches, such as a DataLoader: int tensors of token ids `[B, S]`, dicts with
             `input_ids` and optionally `attention_mask` `[B, S]` (0 is padding and ignored), or tuples of these two.
+            Of a dict, `labels` and columns of the data set are not used; inputs other than text are an error.
         gram: Whether to collect the Gram matrices, which `compensate=True` needs. Decoder layers in half precision on a
             CPU then run in float32.
         sensitivity: Whether to measure, by backward passes over some of the text, how much the loss rises when neurons
@@ -65,9 +67,9 @@ def calibrate(
 
     Raises:
         TypeError: `calibration` or a batch has the wrong type.
-        ValueError: No batches, no tokens, a batch of the wrong shape, a token id outside the vocabulary, NaN or Inf in
-            the activations or gradients (names the layer), or `sensitivity` without `gram` or for a model without a
-            language-model head.
+        ValueError: No batches, no tokens, a batch of the wrong shape or with inputs that are not passed on
+            (`position_ids`, `pixel_values`), a token id outside the vocabulary, NaN or Inf in the activations or
+            gradients (names the layer), or `sensitivity` without `gram` or for a model without a language-model head.
 
     Example:
         >>> import gluprune
@@ -84,12 +86,10 @@ def calibrate(
     model = unwrapped(model)
     glus = model_glus(model)
     check_weights(model)
-    layers = range(len(glus)) if layers is None else layers
-    if not layers or not all(index in range(len(glus)) for index in layers):
-        raise ValueError(f"layers must hold indices from 0 to {len(glus) - 1}, got {list(layers)}")
+    indices = check_layers(layers, len(glus))
     batches = read_batches(model, calibration)
-    gradients = _output_gradients(model, batches, layers) if sensitivity else None
-    return _Pass(model, glus, batches, gram=gram, gradients=gradients).collect(layers, "calibrating")
+    gradients = _output_gradients(model, batches, indices) if sensitivity else None
+    return _Pass(model, glus, batches, gram=gram, gradients=gradients).collect(indices, "calibrating")
 
 
 def calibrate_in_passes(

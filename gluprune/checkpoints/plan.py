@@ -15,8 +15,8 @@ from gluprune.checkpoints.card import History
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
 from gluprune.io.shards import INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, encode_header, read_checkpoint
 from gluprune.models.families import Family
-from gluprune.models.widths import widths_after, with_widths
-from gluprune.pruning.checks import check_layers, check_statistics, common_width
+from gluprune.models.widths import check_layers, widths_after, with_widths
+from gluprune.pruning.checks import check_statistics, common_width
 from gluprune.pruning.history import calibration_entry, prune_step
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.report import PruneReport

@@ -1,8 +1,9 @@
-"""Intermediate sizes in transformers configs: the only module that knows how a config stores them."""
+"""Indices and intermediate sizes of layers; only this module knows how a transformers config stores the sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,3 +53,27 @@ def set_config_widths(config: PreTrainedConfig, widths: Sequence[int]) -> None:
     config.per_layer_config = None
     for key, value in width_entries(widths).items():
         setattr(config, key, value)
+
+
+def check_layers(layers: Iterable[int] | None, count: int) -> list[int]:
+    """Return layer indices in ascending order; None means all of `count` layers.
+
+    Raises:
+        ValueError: No index, an index out of range or given twice.
+        TypeError: Not a list, or an index that is not an integer.
+    """
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of layer indices, got {layers!r}")
+    given = list(layers)
+    if not given:
+        raise ValueError("layers is empty: give at least one layer index, or None for all")
+    for index in given:
+        if isinstance(index, bool) or not isinstance(index, Integral):
+            raise TypeError(f"layers must hold integers, got {index!r}")
+        if not 0 <= index < count:
+            raise ValueError(f"layer index {index} is out of range: the model has layers 0 to {count - 1}")
+        if given.count(index) > 1:
+            raise ValueError(f"layer index {index} is given twice")
+    return sorted(map(int, given))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,30 +12,6 @@ from gluprune.models.consumers import consumer, verdict
 from gluprune.models.glu import GLU
 from gluprune.models.wrappers import check_weight
 from gluprune.pruning.recipe import Recipe
-
-
-def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
-    """Return layer indices in ascending order; None means all of `count` layers.
-
-    Raises:
-        ValueError: No index, an index out of range or given twice.
-        TypeError: Not a list, or an index that is not an integer.
-    """
-    if layers is None:
-        return list(range(count))
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of layer indices, got {layers!r}")
-    layers = list(layers)
-    if not layers:
-        raise ValueError("layers is empty: give at least one layer index, or None for all")
-    for index in layers:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"layers must hold integers, got {index!r}")
-        if not 0 <= index < count:
-            raise ValueError(f"layer index {index} is out of range: the model has layers 0 to {count - 1}")
-        if layers.count(index) > 1:
-            raise ValueError(f"layer index {index} is given twice")
-    return sorted(layers)
 
 
 def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:

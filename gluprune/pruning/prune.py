@@ -14,9 +14,9 @@ from gluprune.calibration.statistics import LayerStatistics, Statistics
 from gluprune.io.progress import progress
 from gluprune.models.consumers import sizes_of
 from gluprune.models.glu import GLU, count_parameters, model_glus, text_configs
-from gluprune.models.widths import set_config_widths
+from gluprune.models.widths import check_layers, set_config_widths
 from gluprune.models.wrappers import unwrapped
-from gluprune.pruning.checks import check_layers, check_prunable, check_statistics, common_width
+from gluprune.pruning.checks import check_prunable, check_statistics, common_width
 from gluprune.pruning.compensate import refitted_down, replace_down
 from gluprune.pruning.history import calibration_entry, prune_step, record
 from gluprune.pruning.narrow import narrow
@@ -74,8 +74,8 @@ def prune(
         deploy: Where the model will run: "transformers", "vllm", "tp2", "tp4", "tp8" (ranks of tensor parallelism),
             "fp8", "awq", "gptq" or "llama.cpp". Widths become multiples of what it needs as well; layers that it would
             refuse are an error (`gluprune.models.consumers`).
-        calibration: Text for calibrated scores, `compensate` and `allocation`; an error otherwise. Batches as
-            `gluprune.calibrate` takes them, or the `Statistics` that it returned.
+        calibration: Needed by calibrated scores, `compensate` and `allocation`; an error if nothing uses it. Batches
+            as `gluprune.calibrate` takes them, or the `Statistics` that it returned.
         compensate: Refit the down projections to the kept neurons by least squares (`gluprune.pruning.compensate`).
         allocation: "uniform" gives every layer the same width. "sensitivity" takes the width as the mean, and gives
             every layer the width at which the total loss rises least, as measured for `score="surgeon",

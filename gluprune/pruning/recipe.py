@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from gluprune.models.consumers import consumer
 from gluprune.pruning.scores import CALIBRATED_SCORES, STATIC_SCORES, Score
@@ -72,6 +73,7 @@ class Recipe:
 
     def __post_init__(self):
         self.validate()
+        object.__setattr__(self, "multiple_of", int(self.multiple_of))
 
     def validate(self) -> None:
         """Raise the constructor's errors for these values."""
@@ -83,7 +85,7 @@ class Recipe:
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"unknown allocation {self.allocation!r}; allowed: {', '.join(ALLOCATIONS)}")
         multiple = self.multiple_of
-        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
             raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple!r}")
         if self.deploy is not None:
             consumer(self.deploy)

@@ -14,7 +14,7 @@ class PruneReport:
     Attributes:
         kept: Layer index -> int64 `[widths[layer]]`, the neurons that were kept, ascending.
         widths: Layer index -> number of neurons after pruning.
-        intermediate_size: The requested width; the mean of all layers if they differ.
+        intermediate_size: The requested width, rounded to `multiple_of`; the mean of all layers if they differ.
         original_intermediate_size: Neurons per pruned layer before pruning.
         hidden_size: H.
         parameters: Parameters of the whole model after pruning; tied weights count once.

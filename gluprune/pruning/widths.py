@@ -6,6 +6,8 @@ import heapq
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +56,11 @@ def target_width(
         ValueError: No target or more than one, a target out of range, or a width that rounds to 0 or to I or above.
         TypeError: A target that is not a number.
     """
-    targets = {"expansion_ratio": expansion_ratio, "pruning_ratio": pruning_ratio, "intermediate_size": width}
+    targets: dict[str, Any] = {
+        "expansion_ratio": expansion_ratio,
+        "pruning_ratio": pruning_ratio,
+        "intermediate_size": width,
+    }
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
@@ -62,18 +68,19 @@ def target_width(
             f"got {' and '.join(f'{name}={value}' for name, value in given.items()) or 'none'}"
         )
     (name, value), *_ = given.items()
-    if isinstance(value, bool) or not isinstance(value, int if name == "intermediate_size" else (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Integral if name == "intermediate_size" else Real):
         kind = "an integer" if name == "intermediate_size" else "a number"
         raise TypeError(f"{name} must be {kind}, got {value!r}")
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, Integral) or multiple_of < 1:
         raise ValueError(f"multiple_of must be an integer of at least 1, got {multiple_of!r}")
 
+    number = float(value)  # of Python, whose arithmetic is in double precision
     if name == "pruning_ratio":
         if not 0 < value < 1:
             raise ValueError(
                 f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}{percent_hint(value)}"
             )
-        wanted = intermediate_size - int(value * intermediate_size)
+        wanted = intermediate_size - int(number * intermediate_size)
     elif name == "expansion_ratio":
         current = intermediate_size / hidden_size
         if not 0 < value < current:
@@ -81,7 +88,7 @@ def target_width(
             raise ValueError(
                 f"expansion_ratio must lie between 0 and the current {current:.4g} (both excluded), got {value}{hint}"
             )
-        wanted = round(value * hidden_size)
+        wanted = round(number * hidden_size)
     else:
         if not 0 < value < intermediate_size:
             raise ValueError(
@@ -96,7 +103,7 @@ def target_width(
             f"{name}={value} asks for {wanted} neurons, which rounds to {rounded} with multiple_of={multiple_of};"
             f" allowed is 1 to {intermediate_size - 1}: use another target or a smaller multiple_of"
         )
-    return rounded
+    return int(rounded)
 
 
 def _lower_hull(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

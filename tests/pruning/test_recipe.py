@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
@@ -14,6 +15,11 @@ from gluprune.pruning.recipe import ALLOCATIONS, SCORES, Recipe
 def test_every_recipe_is_parsed_from_its_name(score, compensate, allocation, reconstruct):
     recipe = Recipe(score, compensate, allocation, reconstruct, multiple_of=1)
     assert Recipe.parse(str(recipe), multiple_of=1) == recipe
+
+
+def test_a_multiple_of_numpy_is_stored_as_int():
+    recipe = Recipe(multiple_of=np.int64(64))
+    assert recipe == Recipe(multiple_of=64) and type(recipe.multiple_of) is int
 
 
 @pytest.mark.parametrize(

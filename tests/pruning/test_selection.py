@@ -115,6 +115,13 @@ def test_bad_targets(arguments, message):
         target_width(400, 100, **arguments)
 
 
+def test_targets_may_be_numbers_of_numpy():
+    assert target_width(400, 100, width=np.int64(64), multiple_of=np.int32(64)) == 64
+    for name, value, expected in (("pruning_ratio", 0.3, 280), ("expansion_ratio", 2.5, 250)):
+        found = target_width(400, 100, **{name: np.float32(value)}, multiple_of=1)
+        assert found == expected and type(found) is int
+
+
 @pytest.mark.parametrize(
     "arguments", [{"width": 10.0}, {"width": True}, {"pruning_ratio": "0.4"}, {"expansion_ratio": True}]
 )

@@ -97,9 +97,9 @@ class _Accumulator:
     def __init__(self, down: nn.Linear, step: int):
         device, hidden_size, size = down.weight.device, down.out_features, down.in_features
         self._weight, self._step = down.weight.detach(), step
-        self._fisher = torch.zeros(hidden_size, hidden_size, device=device)
+        self._fisher = torch.zeros(hidden_size, hidden_size, dtype=torch.float32, device=device)
         # Sums of x_i^2, of (w_i^T g)^2 and of their product.
-        self._active, self._sensitive, self._joint = torch.zeros(3, size, device=device).unbind()
+        self._active, self._sensitive, self._joint = torch.zeros(3, size, dtype=torch.float32, device=device).unbind()
         self._sample: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property

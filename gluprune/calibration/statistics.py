@@ -62,8 +62,8 @@ class LayerStatistics:
     def empty(cls, glu: GLU, *, gram: bool) -> LayerStatistics:
         """Return statistics of no tokens for a GLU."""
         size, device = glu.intermediate_size, glu.down.weight.device
-        squares, batch_norms = torch.zeros(2, size, device=device).unbind()
-        return cls(squares, batch_norms, torch.zeros(size, size, device=device) if gram else None)
+        squares, batch_norms = torch.zeros(2, size, dtype=torch.float32, device=device).unbind()
+        return cls(squares, batch_norms, torch.zeros(size, size, dtype=torch.float32, device=device) if gram else None)
 
     def to(self, device: torch.device) -> LayerStatistics:
         """Return the statistics on a device."""

@@ -92,7 +92,7 @@ class _Divergence(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
         sources = hidden, *parameters
         gradients = [torch.zeros_like(x) if needed else None for x, needed in zip(sources, wanted, strict=True)]
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             inputs = [x.detach().requires_grad_(n) for x, n in zip((hidden[rows], *parameters), wanted, strict=True)]

@@ -240,7 +240,8 @@ class _Sums:
 
     def __init__(self, glu: GLU):
         self._statistics = LayerStatistics.empty(glu, gram=True)
-        self.cross = torch.zeros(glu.intermediate_size, glu.hidden_size, device=glu.down.weight.device)
+        shape = glu.intermediate_size, glu.hidden_size
+        self.cross = torch.zeros(shape, dtype=torch.float32, device=glu.down.weight.device)
 
     @property
     def gram(self) -> torch.Tensor:

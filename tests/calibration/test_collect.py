@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,10 +114,22 @@ def test_without_gram_and_for_some_layers():
     assert list(some.layers) == [2] and some.layers[2].gram is None
     assert torch.equal(some.layers[2].squares, every.layers[2].squares)
 
+    chosen = calibrate(model, batches, layers=np.array([2, 0]))
+    assert list(chosen.layers) == [0, 2] and torch.equal(chosen.layers[2].gram, every.layers[2].gram)
 
-@pytest.mark.parametrize("layers", [[], [0, 3], [-1]])
-def test_layers_that_do_not_exist(layers):
-    with pytest.raises(ValueError, match="layers must hold indices from 0 to 2"):
+
+@pytest.mark.parametrize(
+    "layers, error, message",
+    [
+        ([], ValueError, "layers is empty"),
+        ([0, 3], ValueError, "layer index 3 is out of range: the model has layers 0 to 2"),
+        ([-1], ValueError, "layer index -1 is out of range"),
+        (0, TypeError, "layers must be a list of layer indices, got 0"),
+        (["1"], TypeError, "layers must hold integers, got '1'"),
+    ],
+)
+def test_layers_that_do_not_exist(layers, error, message):
+    with pytest.raises(error, match=message):
         calibrate(make_tiny_model(seed=5), random_batches(), layers=layers)
 
 
@@ -146,3 +159,15 @@ def test_dropout_is_off():
 def test_few_tokens_are_logged(caplog):
     calibrate(make_tiny_model(seed=8), random_batches([(2, 9)]))
     assert "18 calibration tokens are too few for the 101 neurons of a layer: give at least 404" in caplog.text
+
+
+def test_sums_are_in_float32_under_another_default_dtype():
+    model, batches = make_tiny_model(seed=7), random_batches()
+    expected = calibrate(model, batches, sensitivity=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = calibrate(model, batches, sensitivity=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("squares", "batch_norms", "gram", "saliency", "costs"):
+        assert torch.equal(getattr(found.layers[1], name), getattr(expected.layers[1], name)), name

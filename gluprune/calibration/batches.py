@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Token ids `[B, S]` and mask (bool `[B, S]`, True is a token; None if all are).
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+# Entries of a batch that change what a model computes, and that calibration does not pass on.
+_NOT_PASSED_ON = ("inputs_embeds", "position_ids", "pixel_values", "pixel_values_videos")
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -31,11 +33,12 @@ def batches_from_text(
     length: int = 512,
     batch_size: int = 4,
 ) -> list[torch.Tensor]:
-    """Cut windows, evenly spread over a text, into calibration batches.
+    r"""Cut windows, evenly spread over a text, into calibration batches.
 
     Args:
         tokenizer: A Hugging Face tokenizer. If it begins texts with a token (BOS), so does every window.
-        text: One text or several. A text that is too short for this number yields fewer windows.
+        text: One text, or a list of one text for each kind (domain, language, the model's own). Join the documents of
+            one kind: `"\n\n".join(documents)`. A text that is too short for this number yields fewer windows.
         windows: Number of windows per text.
         length: Tokens per window, with that token.
         batch_size: Windows per batch.
@@ -72,7 +75,8 @@ def batches_from_text(
         available = ids.numel() // length
         if not available:
             label = "the text" if len(texts) == 1 else f"text {number} of {len(texts)}"
-            raise ValueError(f"{label} has {ids.numel()} tokens: one window needs {length}")
+            hint = "; join short texts of one kind" if len(texts) > 1 else ""
+            raise ValueError(f"{label} has {ids.numel()} tokens: one window needs {length}{hint}")
         chosen = torch.arange(min(windows, available)) * available // min(windows, available)
         rows.append(ids[: available * length].view(available, length)[chosen])
     found = torch.cat(rows)
@@ -88,10 +92,14 @@ def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
 
     Raises:
         TypeError: `calibration` or a batch has the wrong type.
-        ValueError: A batch has the wrong shape or dtype, a token id is outside the vocabulary, or there are no tokens.
+        ValueError: A batch has the wrong shape, dtype or entries, a token id is outside the vocabulary, or there are no
+            tokens.
     """
+    name = type(calibration).__name__
     if not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
+        raise TypeError(f"calibration must be an iterable of batches, got {name}")
+    if isinstance(calibration, Mapping) or (isinstance(calibration, torch.Tensor) and calibration.dim() == 2):
+        raise TypeError(f"calibration must be an iterable of batches, got one batch ({name}): put it into a list")
     embedding: Any = model.get_input_embeddings()
     vocabulary = embedding.num_embeddings
     batches = []
@@ -115,6 +123,12 @@ def _read_batch(batch: object, label: str) -> Batch:
             raise ValueError(
                 f"{label} is a dict without input_ids: its keys are {', '.join(map(str, batch)) or 'nothing'}"
             )
+        ignored = [key for key in _NOT_PASSED_ON if batch.get(key) is not None]
+        if ignored:
+            raise ValueError(
+                f"{label} has {', '.join(ignored)}: calibration passes on only input_ids and attention_mask; give rows"
+                " of text, each with one document"
+            )
         ids, mask = batch["input_ids"], batch.get("attention_mask")
     elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2:
         ids, mask = batch if len(batch) == 2 else (*batch, None)
@@ -131,6 +145,8 @@ def _read_batch(batch: object, label: str) -> Batch:
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
         found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"the attention_mask of {label} must have the shape of its ids {list(ids.shape)}, got {found}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"the attention_mask of {label} must hold 1 (a token) and 0 (padding); labels are not a mask")
     return ids, None if bool((mask != 0).all()) else mask != 0
 
 

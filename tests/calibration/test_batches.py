@@ -36,7 +36,7 @@ def test_several_texts_give_as_many_windows_each():
     assert torch.equal(torch.cat(batches_from_text(Characters(), ordered, windows=4, length=10)), torch.cat(single))
     for given, message in [
         ([], "give at least one calibration text"),
-        ([*texts, "x" * 9], "text 4 of 4 has 9 tokens: one window needs 10"),
+        ([*texts, "x" * 9], "text 4 of 4 has 9 tokens: one window needs 10; join short texts of one kind"),
     ]:
         with pytest.raises(ValueError, match=message):
             batches_from_text(Characters(), given, windows=8, length=10)

@@ -180,13 +180,25 @@ IDS = torch.full((2, 5), 7)
         (arguments(calibration=[(IDS, IDS * 0)]), ValueError, "calibration holds no tokens"),
         (arguments(calibration=5), TypeError, "calibration must be an iterable of batches, got int"),
         (arguments(calibration="text"), TypeError, "calibration batch 0 must be a tensor.* got str"),
-        (arguments(calibration=IDS), ValueError, r"batch 0 must hold .* got torch.int64 of shape \[5\]"),
+        (arguments(calibration=IDS), TypeError, r"got one batch \(Tensor\): put it into a list"),
+        (arguments(calibration={"input_ids": IDS}), TypeError, r"got one batch \(dict\): put it into a list"),
+        (arguments(calibration=[IDS[0]]), ValueError, r"batch 0 must hold .* got torch.int64 of shape \[5\]"),
         (arguments(calibration=[IDS, IDS.float()]), ValueError, "batch 1 must hold .* got torch.float32"),
         (arguments(calibration=[IDS, IDS.bool()]), ValueError, "batch 1 must hold .* got torch.bool"),
         (arguments(calibration=[{"ids": IDS}]), ValueError, "batch 0 is a dict without input_ids: its keys are ids"),
         (arguments(calibration=[{"input_ids": [[7, 7]]}]), TypeError, "batch 0 must be a tensor.* got list"),
         (arguments(calibration=[(IDS, IDS[:1])]), ValueError, r"calibration batch 0 must have the shape .* \[1, 5\]"),
         (arguments(calibration=[(IDS, "mask")]), ValueError, "calibration batch 0 must have the shape .* got str"),
+        (arguments(calibration=[(IDS, IDS)]), ValueError, r"batch 0 must hold 1 \(a token\) .* labels are not a mask"),
+        (arguments(calibration=[(IDS, IDS * 0 - 100)]), ValueError, "labels are not a mask"),
+        *(
+            (
+                arguments(calibration=[{"input_ids": IDS, name: IDS}]),
+                ValueError,
+                f"batch 0 has {name}: .* passes on only",
+            )
+            for name in ("inputs_embeds", "position_ids", "pixel_values", "pixel_values_videos")
+        ),
         (arguments(calibration=[IDS + 57]), ValueError, "calibration batch 0 has token ids from 64 to 64"),
         (arguments(calibration=[IDS - 8]), ValueError, "calibration batch 0 has token ids from -1 to -1"),
     ],

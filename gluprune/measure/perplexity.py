@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from gluprune.calibration.running import evaluating
 from gluprune.io.progress import progress
 from gluprune.models.glu import check_head
 
@@ -57,8 +58,8 @@ def perplexity(
     """Return exp of the mean negative log-likelihood per token of a text, over consecutive windows.
 
     Args:
-        model: A causal LM in eval mode; it runs on its device and in its dtype.
-        ids: int64 `[T]`, the token ids of the text, T >= 2.
+        model: A causal LM; it runs on its device, in its dtype and in eval mode.
+        ids: Integers `[T]` or `[1, T]`, the token ids of the text, T >= 2.
         length: Tokens of context, at most.
         windows: Measure on at most this many windows, evenly spread over the text. None: on all of it.
         begin: Token id before every window. Give the tokenizer's BOS if it begins texts with one, and `ids` without
@@ -68,21 +69,41 @@ def perplexity(
         The perplexity.
 
     Raises:
-        ValueError: Fewer than two tokens, a number below 1, or a model without a language-model head.
+        TypeError: `ids` is not a tensor.
+        ValueError: Fewer than two tokens, ids of another shape or outside the vocabulary, a number below 1, or a model
+            without a language-model head.
 
     Example:
         >>> import gluprune
         >>> from transformers import AutoTokenizer
         >>> model, tokenizer = gluprune.load(model_path), AutoTokenizer.from_pretrained(model_path)
-        >>> ids = tokenizer("A long text. " * 100, return_tensors="pt").input_ids[0]
+        >>> ids = tokenizer("A long text. " * 100, return_tensors="pt").input_ids
         >>> gluprune.perplexity(model, ids, windows=2) > 1
         True
     """
     check_head(model, "perplexity")
+    chunks = cut_windows(_one_row(model, ids).to(model.device), length, windows, begin)
     total = tokens = 0
-    chunks = cut_windows(ids.to(model.device), length, windows, begin)
-    for chunk in progress(chunks, desc="perplexity", unit="window", delay=1):  # no bar if it takes no time
-        logits = model(chunk[None, :-1]).logits[0].float()
-        total += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
-        tokens += chunk.numel() - 1
+    with evaluating(model):
+        for chunk in progress(chunks, desc="perplexity", unit="window", delay=1):  # no bar if it takes no time
+            logits = model(chunk[None, :-1]).logits[0].float()
+            total += F.cross_entropy(logits, chunk[1:], reduction="sum").item()
+            tokens += chunk.numel() - 1
     return math.exp(total / tokens)
+
+
+def _one_row(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return token ids as int64 `[T]`, checked."""
+    if not isinstance(ids, torch.Tensor):
+        hint = "tokenizer(text, return_tensors='pt').input_ids"
+        raise TypeError(f"ids must be a tensor of token ids, got {type(ids).__name__}: give {hint}")
+    row = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if row.dim() != 1 or row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+        raise ValueError(f"ids must be integers of shape [T] or [1, T], got {ids.dtype} of shape {list(ids.shape)}")
+    embedding: Any = model.get_input_embeddings()
+    if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < embedding.num_embeddings:
+        raise ValueError(
+            f"ids go from {int(row.min())} to {int(row.max())}; the model's vocabulary goes from 0 to"
+            f" {embedding.num_embeddings - 1}"
+        )
+    return row.long()

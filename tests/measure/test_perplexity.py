@@ -59,3 +59,32 @@ def test_numbers_below_one(given, tiny_model):
 def test_a_model_without_a_head(tiny_model):
     with pytest.raises(ValueError, match="perplexity needs a model with a language-model head, but LlamaModel has"):
         perplexity(tiny_model().model, torch.arange(3, 9))
+
+
+def test_a_batch_of_one_row(tiny_model):
+    model, ids = tiny_model(), torch.randint(3, 64, (30,))
+    expected = perplexity(model, ids, 7)
+    assert perplexity(model, ids[None], 7) == perplexity(model, ids.int(), 7) == expected
+
+
+def test_in_eval_mode(tiny_model):
+    """Without dropout; afterwards the model is in its former mode."""
+    model, ids = tiny_model(attention_dropout=0.9), torch.randint(3, 64, (30,))
+    expected = perplexity(model.eval(), ids)
+    assert perplexity(model.train(), ids) == expected and model.training
+
+
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        ("text", TypeError, r"ids must be a tensor of token ids, got str: give tokenizer\(text"),
+        ([3, 4], TypeError, "ids must be a tensor of token ids, got list"),
+        (torch.ones(2, 9, dtype=torch.long), ValueError, r"shape \[T\] or \[1, T\], got torch.int64 of shape \[2, 9\]"),
+        (torch.ones(9), ValueError, r"got torch.float32 of shape \[9\]"),
+        (torch.tensor([3, 64]), ValueError, "ids go from 3 to 64; the model's vocabulary goes from 0 to 63"),
+        (torch.tensor([-1, 5]), ValueError, "ids go from -1 to 5"),
+    ],
+)
+def test_ids_that_are_no_text(tiny_model, ids, error, message):
+    with pytest.raises(error, match=message):
+        perplexity(tiny_model(), ids)

@@ -27,6 +27,7 @@ from gluprune.models.families import family_of, family_of_type
 from gluprune.models.glu import model_glus, resize, text_configs
 from gluprune.models.nemotron_nas import MODEL_TYPE
 from gluprune.models.widths import layer_widths, set_config_widths
+from gluprune.models.wrappers import unwrapped
 from gluprune.pruning.history import steps_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedT
         The folder.
 
     Raises:
-        ValueError: The destination exists and is not empty.
+        TypeError: Not a model of transformers, or a tokenizer that cannot be saved.
+        ValueError: The destination exists and is not empty, or the model has adapters or a wrapper for several devices.
         OSError: A file cannot be written; the message names it.
 
     Example:
@@ -56,11 +58,24 @@ def save(model: PreTrainedModel, destination: str | Path, tokenizer: PreTrainedT
         >>> report = gluprune.prune(model, pruning_ratio=0.25)
         >>> path = gluprune.save(model, folder / "saved")
     """
+    model = _whole_model(model)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer must have save_pretrained, got {type(tokenizer).__name__}")
     with complete_folder(destination) as folder:
         _write(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return Path(destination)
+
+
+def _whole_model(model: Any) -> PreTrainedModel:
+    """Return a model as it can be written, checked."""
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a model of transformers, got {type(model).__name__}")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapter layers: remove them first, with model = model.merge_and_unload()")
+    return model
 
 
 def save_like(model: PreTrainedModel, destination: str | Path, source: Path) -> Path:
@@ -114,7 +129,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
 
     Args:
         path: A folder or a Hub id.
-        **kwargs: Passed on to `from_pretrained` (dtype, device_map, revision, ...).
+        **kwargs: As for `from_pretrained`: dtype, device_map, revision, ..., and entries of the config (`use_cache`).
+            Not `config`, `output_loading_info` and `ignore_mismatched_sizes`, which `load` itself sets.
 
     Returns:
         The model, of the stock transformers class.
@@ -133,6 +149,8 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     hub = {key: kwargs[key] for key in of_the_hub if key in kwargs}
     config = read_config(path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
     family_of(config)
+    entries = {key for key in kwargs if hasattr(config, key)} - {"dtype", "torch_dtype"}  # these are of the weights
+    config.update({key: kwargs.pop(key) for key in entries})
     is_remote = _is_remote(config, kwargs)
     if not is_remote:
         build_empty(config)  # a config that fails is found before the weights are read

@@ -57,6 +57,29 @@ def test_tensors_that_do_not_belong(folder, damage, message, layers):
         gluprune.load(folder)
 
 
+@pytest.mark.parametrize("layers", [None, [1]], ids=["one width", "several"])
+def test_entries_of_the_config_as_in_stock_transformers(folder, tmp_path, layers):
+    model = gluprune.load(folder)
+    gluprune.prune(model, intermediate_size=64, layers=layers, multiple_of=1)
+    gluprune.save(model, tmp_path / "pruned")
+    given = {"use_cache": False, "attention_dropout": 0.25, "attn_implementation": "eager", "dtype": torch.float16}
+    found = gluprune.load(tmp_path / "pruned", **given)
+    assert (found.config.use_cache, found.config.attention_dropout) == (False, 0.25)
+    assert found.model.layers[0].self_attn.attention_dropout == 0.25
+    assert (found.config._attn_implementation, found.dtype) == ("eager", torch.float16)
+    if layers is None:
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", **given)
+        assert found.config.to_dict() == stock.config.to_dict()
+
+
+def test_what_is_no_model_is_not_saved(folder, tmp_path):
+    with pytest.raises(TypeError, match="model must be a model of transformers, got Linear"):
+        gluprune.save(torch.nn.Linear(2, 2), tmp_path / "saved")
+    with pytest.raises(TypeError, match="tokenizer must have save_pretrained, got str"):
+        gluprune.save(gluprune.load(folder), tmp_path / "saved", "narrow")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_what_stock_transformers_leaves_out_is_no_error(tmp_path):
     """Tied heads, and frequencies that older checkpoints hold."""
     make_tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")

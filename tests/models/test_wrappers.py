@@ -34,6 +34,21 @@ def test_adapters_that_are_not_merged_are_refused_with_what_to_do(tiny_model, ca
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_model_with_adapters_is_not_saved(tiny_model, tmp_path, merge):
+    """Adapter layers would be written under names that no stock model has."""
+    model = adapted(tiny_model(), ["q_proj"])
+    if merge:
+        model.merge_adapter()
+    with pytest.raises(ValueError, match=r"model = model\.merge_and_unload\(\)"):
+        gluprune.save(model, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    plain = model.merge_and_unload()
+    gluprune.save(plain, tmp_path / "saved")
+    loaded = gluprune.load(tmp_path / "saved").state_dict()
+    assert loaded.keys() == plain.state_dict().keys()
+
+
 def test_merged_adapters(tiny_model):
     """Merged in place, or merged and unloaded: the base model is pruned."""
     model = adapted(tiny_model(), ["q_proj"])
@@ -61,6 +76,13 @@ def test_a_compiled_model_is_unwrapped(tiny_model):
     assert statistics.tokens == token_ids().numel()
     assert prune(compiled) == prune(plain)
     assert compiled.config.intermediate_size == WIDTH
+
+
+def test_a_compiled_model_is_saved(tiny_model, tmp_path):
+    model = tiny_model()
+    gluprune.save(torch.compile(model), tmp_path / "saved")
+    for name, tensor in gluprune.load(tmp_path / "saved").state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
 
 
 @pytest.mark.parametrize("call", [prune, lambda model: calibrate(model, [token_ids()])])

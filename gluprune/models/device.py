@@ -1,13 +1,26 @@
-"""Where a model runs: a device by name, and the arguments with which `from_pretrained` loads onto it."""
+"""Where a model runs and in which dtype, by name, and the arguments with which `from_pretrained` loads onto it."""
 
 from __future__ import annotations
 
 import torch
 
 AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
-def choose_device(name: str = AUTO) -> torch.device:
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Return the name of a dtype of weights, as "bfloat16" for `torch.bfloat16`; "auto" is a name, too.
+
+    Raises:
+        ValueError: Models are not computed in this dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; allowed: {', '.join(DTYPES)}")
+    return name
+
+
+def choose_device(name: str | torch.device = AUTO) -> torch.device:
     """Return the device of a name; "auto" is cuda if available, otherwise cpu.
 
     Raises:
@@ -19,7 +32,9 @@ def choose_device(name: str = AUTO) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; allowed: {AUTO}, cpu, cuda, cuda:0, ...") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; allowed: {AUTO}, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and not found:
         raise ValueError(f"device {name!r} is not available: torch does not find a CUDA device")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedConfig
@@ -29,13 +30,13 @@ from gluprune.healing.training import Settings, arguments
 from gluprune.io.folder import check_destination, complete_folder, folder_state
 from gluprune.io.hub import local_folder
 from gluprune.io.progress import RESUMED
-from gluprune.models.device import AUTO, choose_device
+from gluprune.models.device import AUTO, choose_device, dtype_name
 from gluprune.models.glu import check_head
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
-from gluprune.workflow.texts import GivenTexts, check_lengths
+from gluprune.workflow.texts import GivenTexts, Sources, check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def heal(
     teacher: str | Path,
     destination: str | Path,
     *,
-    text: Sequence[str | Path] = (),
-    test_text: Sequence[str | Path] = (),
-    fields: Sequence[str] = ("text",),
+    text: Sources = (),
+    test_text: Sources = (),
+    fields: str | Sequence[str] = "text",
     own_windows: int = 64,
     tokens: int = 1_000_000,
     length: int = 512,
@@ -59,8 +60,8 @@ def heal(
     learning_rate: float = 1e-4,
     train: str = "all",
     hidden_weight: float = 0.0,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> HealReport | None:
     """Train a pruned checkpoint to predict what the dense model predicts, and write the result.
 
@@ -76,11 +77,11 @@ def heal(
         pruned: The student: a folder or a Hub id. It is never written to.
         teacher: The dense model: a folder or a Hub id, with the same tokenizer.
         destination: A folder that does not exist or is empty. With several hosts, all of them must share it.
-        text: Files of text to train on, as `gluprune.io.text.read_text` reads them. If none are given:
+        text: A file of text to train on, or several, as `gluprune.io.text.read_text` reads them. If none are given:
             `wikipedia`.
-        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
-            train on is held apart.
-        fields: Fields that hold the text in JSON files.
+        test_text: A file of text to measure perplexity on, or several. If none are given, the last tenth of each
+            text to train on is held apart.
+        fields: The field that holds the text in JSON files, or several.
         own_windows: Number of windows that the teacher writes. 0: none.
         tokens: On how many tokens to train, rounded to whole steps; texts that have fewer are repeated.
         length: Tokens per window.
@@ -116,6 +117,7 @@ def heal(
     settings = Settings(train, tokens, length, batch, device_batch, learning_rate, hidden_weight)
     _check_numbers(settings, own_windows)
     check_trained(train)
+    device, dtype = str(device), dtype_name(dtype)
     check_place(device, dtype)
     kind = choose_device(device).type
     texts = GivenTexts.read(text, test_text, fields)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from gluprune.calibration.sensitivity import removed_counts
@@ -28,7 +29,7 @@ from gluprune.io.folder import complete_folder, folder_state
 from gluprune.io.hub import local_folder, model_name
 from gluprune.io.progress import RESUMED, announce
 from gluprune.models.consumers import sizes_of
-from gluprune.models.device import choose_device
+from gluprune.models.device import choose_device, dtype_name
 from gluprune.models.glu import check_head
 from gluprune.models.widths import layer_widths
 from gluprune.pruning.checks import check_deploy
@@ -39,7 +40,7 @@ from gluprune.workflow import picture
 from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, check_lengths
+from gluprune.workflow.texts import GivenTexts, Sources, check_lengths
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def shrink(
     *,
     pruning_ratio: float | None = None,
     max_loss: float | None = None,
-    text: Sequence[str | Path] = (),
-    test_text: Sequence[str | Path] = (),
-    fields: Sequence[str] = ("text",),
+    text: Sources = (),
+    test_text: Sources = (),
+    fields: str | Sequence[str] = "text",
     own_windows: int = 64,
     windows: int = 128,
     length: int = 512,
@@ -78,8 +79,8 @@ def shrink(
     multiple_of: int = 128,
     deploy: str | None = None,
     heal_tokens: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> ShrinkReport:
     """Prune a checkpoint by the recommended recipe, measure what it costs, and write the result.
 
@@ -98,11 +99,11 @@ def shrink(
         pruning_ratio: Share of the neurons to remove, between 0 and 1. Give either this or `max_loss`.
         max_loss: Choose the narrowest width whose perplexity is at most this much above the dense model's: 0.05 is
             5 %. Several widths are pruned and measured.
-        text: Files of text to calibrate on, as `gluprune.io.text.read_text` reads them. If none are given:
+        text: A file of text to calibrate on, or several, as `gluprune.io.text.read_text` reads them. If none are given:
             `wikipedia`.
-        test_text: Files of text to measure perplexity on. If none are given, the last tenth of each text to
-            calibrate on is held apart.
-        fields: Fields that hold the text in JSON files.
+        test_text: A file of text to measure perplexity on, or several. If none are given, the last tenth of each
+            text to calibrate on is held apart.
+        fields: The field that holds the text in JSON files, or several.
         own_windows: Number of windows that the model writes. 0: none.
         windows: Windows of each text to calibrate on, at most.
         length: Tokens per window.
@@ -135,6 +136,7 @@ def shrink(
     recipe = Recipe(
         "surgeon", compensate=True, reconstruct=True, allocation=allocation, multiple_of=multiple_of, deploy=deploy
     )
+    device, dtype = str(device), dtype_name(dtype)
     _check_target(pruning_ratio, max_loss)
     _check_windows(own_windows, windows, length)
     _check_healing(heal_tokens, device, dtype)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 OWN_TEXT = "text written by the model"
 _HELD_APART = 0.1  # of each text
 _TEST_WINDOWS = 32  # to measure on, at most
+
+
+Sources: TypeAlias = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class GivenTexts:
     digests: Mapping[str, str]
 
     @classmethod
-    def read(cls, text: Sequence[str | Path], test_text: Sequence[str | Path], fields: Sequence[str]) -> GivenTexts:
+    def read(cls, text: Sources, test_text: Sources, fields: str | Sequence[str]) -> GivenTexts:
         """Read texts; two equal ones are an error, since the text to measure on must be held apart.
 
         Args:
@@ -45,7 +48,7 @@ class GivenTexts:
             test_text: Sources to measure on.
             fields: Fields that hold the text in JSON files.
         """
-        text = text or [WIKIPEDIA]
+        text, test_text, fields = _several(text) or [WIKIPEDIA], _several(test_text), _several(fields)
         contents = read_texts([*text, *test_text], fields)
         digests = fingerprints([*text, *test_text], contents)
         if len(set(digests.values())) < len(contents):
@@ -151,6 +154,11 @@ class HeldApart:
     def perplexity(self, model: PreTrainedModel) -> float:
         """Return the perplexity of a causal LM."""
         return perplexity(model, self.ids, self._length, windows=_TEST_WINDOWS, begin=self._begin)
+
+
+def _several(given: Any) -> list:
+    """Return a list of what may be one string or path, or several."""
+    return [given] if isinstance(given, (str, Path)) else list(given)
 
 
 def _divided(text: str) -> tuple[str, str]:

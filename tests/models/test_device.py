@@ -27,7 +27,7 @@ def test_a_named_device(gpus):
     gpus(2)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("meta") == torch.device("meta")
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_a_named_device(gpus):
         (0, "cuda", "device 'cuda' is not available: torch does not find a CUDA device"),
         (2, "cuda:2", "device 'cuda:2' is not available: torch finds 2 CUDA devices"),
         (1, "gpu", "unknown device 'gpu'; allowed: auto, cpu, cuda"),
+        (1, "mps", "unknown device 'mps'; allowed: auto, cpu, cuda"),
     ],
 )
 def test_a_device_that_is_not_there(gpus, count, name, message):

@@ -145,6 +145,7 @@ def test_wikipedia_where_no_text_is_given(pruned, source, tmp_path, brief):
         ({"learning_rate": 1.5}, r"learning_rate must lie between 0 and 1 \(both excluded\), got 1.5"),
         ({"hidden_weight": -1.0}, "hidden_weight must be at least 0 and finite, got -1.0"),
         ({"dtype": "float16"}, "unknown dtype 'float16' for training; allowed: auto, float32, bfloat16"),
+        ({"dtype": torch.int8}, "unknown dtype 'int8'; allowed: auto, float32, bfloat16, float16"),
         ({"device": "cuda:1"}, "unknown device 'cuda:1' for training; allowed: auto, cpu, cuda"),
         ({"own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"length": 100_000}, "notes.txt has .* tokens before its last tenth: one window needs 100000"),

@@ -4,6 +4,7 @@ import copy
 import json
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -160,6 +161,19 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
     assert not partial_folders(out)
 
 
+@pytest.mark.slow
+def test_arguments_of_other_types(source, text, tmp_path, short):
+    """One path in place of a list, a dtype and a device of torch: the same checkpoint as by name."""
+    kept = {key: value for key, value in short.items() if key not in ("text", "dtype", "device")}
+    for name, given in (
+        ("types", {"text": text, "dtype": torch.float32, "device": torch.device("cpu")}),
+        ("names", {"text": [str(text)], "dtype": "float32", "device": "cpu"}),
+    ):
+        gluprune.shrink(source, tmp_path / name, pruning_ratio=np.float64(0.2), **kept, **given)
+    for file in ("model.safetensors", "gluprune.json"):
+        assert (tmp_path / "types" / file).read_bytes() == (tmp_path / "names" / file).read_bytes()
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -172,6 +186,9 @@ def test_no_width_within_max_loss_keeps_what_was_computed(source, tmp_path, shor
         ({"pruning_ratio": 0.2, "length": 0}, "length must be at least 1, got 0"),
         ({"pruning_ratio": 0.2, "heal_tokens": -1}, "heal_tokens must be at least 0, got -1"),
         ({"pruning_ratio": 0.2, "heal_tokens": 9, "dtype": "float16"}, "unknown dtype 'float16' for training"),
+        ({"pruning_ratio": 0.2, "dtype": "bf16"}, "unknown dtype 'bf16'; allowed: auto, float32, bfloat16, float16"),
+        ({"pruning_ratio": 0.2, "dtype": torch.int8}, "unknown dtype 'int8'; allowed"),
+        ({"pruning_ratio": 0.2, "device": "mps"}, "unknown device 'mps'; allowed: auto, cpu, cuda"),
         ({"pruning_ratio": 0.2, "own_windows": -1}, "own_windows must be at least 0, got -1"),
         ({"pruning_ratio": 0.2, "length": 600}, r"the text to measure on \(last tenth of notes.txt\) has"),
         ({"pruning_ratio": 0.2, "length": 900, "own_windows": 0, "test_text": ["wikipedia"]}, "has one window of 900"),

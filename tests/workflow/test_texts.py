@@ -21,6 +21,11 @@ def test_digests_are_of_the_whole_texts(text):
     assert found.calibration_digests == {"notes.txt": sha256(notes), OWN_TEXT: sha256(own)}
 
 
+def test_one_text_needs_no_list(text):
+    listed = GivenTexts.read([text], ["wikipedia"], ["text"])
+    assert GivenTexts.read(text, "wikipedia", "text") == GivenTexts.read(str(text), ("wikipedia",), ["text"]) == listed
+
+
 def test_wikipedia_where_no_text_is_given(text):
     own, articles = "What the model wrote. " * 20, gluprune.wikipedia_text()
     found = Texts.of(GivenTexts.read([], [], ["text"]), own)

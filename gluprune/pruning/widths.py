@@ -76,26 +76,26 @@ def target_width(
 
     number = float(value)  # of Python, whose arithmetic is in double precision
     if name == "pruning_ratio":
-        if not 0 < value < 1:
+        if not 0 < number < 1:
             raise ValueError(
-                f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}{percent_hint(value)}"
+                f"pruning_ratio must lie between 0 and 1 (both excluded), got {value}{percent_hint(number)}"
             )
         wanted = intermediate_size - int(number * intermediate_size)
     elif name == "expansion_ratio":
         current = intermediate_size / hidden_size
-        if not 0 < value < current:
-            hint = f": did you mean intermediate_size={value:g}?" if current < value < intermediate_size else ""
+        if not 0 < number < current:
+            hint = f": did you mean intermediate_size={number:g}?" if current < number < intermediate_size else ""
             raise ValueError(
                 f"expansion_ratio must lie between 0 and the current {current:.4g} (both excluded), got {value}{hint}"
             )
         wanted = round(number * hidden_size)
     else:
-        if not 0 < value < intermediate_size:
+        if not 0 < number < intermediate_size:
             raise ValueError(
                 f"intermediate_size must lie between 1 and {intermediate_size - 1} (currently {intermediate_size}),"
                 f" got {value}"
             )
-        wanted = int(value)
+        wanted = int(number)
 
     rounded = (2 * wanted + multiple_of) // (2 * multiple_of) * multiple_of
     if not 0 < rounded < intermediate_size:

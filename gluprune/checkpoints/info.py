@@ -74,7 +74,7 @@ class ModelInfo:
         """Return everything as plain numbers, strings and lists, ready for JSON."""
         return {**asdict(self), "expansion_ratios": self.expansion_ratios}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         distinct = sorted(set(self.widths), reverse=True)
         if len(distinct) == 1:
             widths = f"{distinct[0]} neurons, expansion ratio {self.expansion_ratios[0]:.3f}"

@@ -44,8 +44,8 @@ class CheckpointReport(PruneReport):
         """Return everything as plain numbers, strings and lists, ready for JSON."""
         return {**super().to_dict(), "layers": self.layers, "files": self.files, "skipped": self.skipped}
 
-    def __str__(self) -> str:
-        text = f"{super().__str__()}; {len(self.files)} files of {sum(self.files.values()):,} bytes"
+    def __repr__(self) -> str:
+        text = f"{super().__repr__()}; {len(self.files)} files of {sum(self.files.values()):,} bytes"
         return text + (f"; not copied: {', '.join(self.skipped)}" if self.skipped else "")
 
 

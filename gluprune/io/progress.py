@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, and a plain line now and then where stderr is a log."""
+"""Progress: a bar in a terminal or notebook, and a plain line now and then where stderr is a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 SECONDS_PER_LINE = 30.0
 
@@ -42,7 +42,11 @@ def progress(iterable: Iterable | None = None, *, desc: str, unit: str, **option
         unit: What is counted.
         **options: Others of `tqdm`, such as `total`.
     """
-    kind: Any = tqdm if sys.stderr.isatty() else _Lines
+    kind: Any = _Lines
+    if sys.stderr.isatty():
+        kind = tqdm
+    elif type(sys.stderr).__module__.startswith("ipykernel"):
+        kind = auto.tqdm  # that of notebooks, with widgets, if they are installed
     return kind(iterable, desc=desc, unit=unit, leave=False, **options)
 
 

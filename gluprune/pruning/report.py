@@ -67,7 +67,7 @@ class PruneReport:
             "kept": {layer: kept.tolist() for layer, kept in self.kept.items()},
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         narrowest, widest = min(self.widths.values()), max(self.widths.values())
         target = f"; multiples of {self.multiple_of} for {self.deploy}" if self.deploy else ""
         spread = "" if narrowest == widest else f" on average, {narrowest} to {widest} per layer"

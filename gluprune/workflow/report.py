@@ -71,7 +71,7 @@ class ShrinkReport:
         """Return everything as plain numbers, strings and lists, ready for JSON."""
         return {**asdict(self), "loss": self.loss}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{'width':>7}{'removed':>9}{'MB':>9}{'perplexity':>12}{'vs dense':>10}"]
         for point in self.points:
             removed = "dense" if point is self.dense else f"{1 - point.width / self.dense.width:.1%}"
@@ -118,7 +118,7 @@ class HealReport:
         """Return everything as plain numbers, strings and lists, ready for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{'':>7}{'perplexity':>12}{'vs dense':>10}"]
         for name in ("dense", "pruned", "healed"):
             value = getattr(self, name)

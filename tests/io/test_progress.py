@@ -1,5 +1,6 @@
 """Progress: bars in a terminal, plain lines in a log."""
 
+import io
 import sys
 
 from gluprune.io import progress as module
@@ -32,3 +33,11 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     list(progress(range(3), desc="calibrating", unit="batch", disable=False))
     assert "calibrating:   0%|" in capsys.readouterr().err
+
+
+def test_a_notebook_gets_the_bar_of_notebooks(monkeypatch):
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(module.auto, "tqdm", type("Bar", (module.auto.tqdm,), {}))
+    bar = progress(range(3), desc="calibrating", unit="batch", disable=False)
+    assert type(bar) is module.auto.tqdm and list(bar) == [0, 1, 2]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from gluprune.checkpoints.load_save import build_empty
 from gluprune.healing.loss import chunk_tokens
@@ -94,7 +95,7 @@ def _activations(config: PreTrainedConfig, settings: Settings, windows: int, bf1
     set_config_widths(config.get_text_config(), [-(-sum(widths) // len(widths))] * len(widths))
     # Adapters keep the inputs of the layers that they update, as training these layers does.
     train = "all" if settings.train == "lora" else settings.train
-    with FakeTensorMode():
+    with FakeTensorMode(), no_init_weights():  # some initialisations read values, which these tensors do not have
         student = as_student(build_empty(config, "cpu").train(), train, settings.hidden_weight)
         ids = torch.zeros(windows, settings.length, dtype=torch.long)
         with (

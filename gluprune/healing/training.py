@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,13 +38,13 @@ class Settings:
         hidden_weight: Factor of the error of the hidden states. 0: it is not computed.
     """
 
-    train: str
-    tokens: int
-    length: int
-    batch: int
-    device_batch: int
-    learning_rate: float
-    hidden_weight: float
+    train: str = "all"
+    tokens: int = 1_000_000
+    length: int = 512
+    batch: int = 16
+    device_batch: int = 4
+    learning_rate: float = 1e-4
+    hidden_weight: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -127,6 +128,19 @@ class _Progress(TrainerCallback):
             self._bar.close()
 
 
+class _FiniteLoss(TrainerCallback):
+    """Stops a training whose loss is NaN or infinite, before the weights replace the last checkpoint."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Check the loss of a step, which is that of all processes."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss became {loss} at step {state.global_step} of {state.max_steps}: use a lower learning_rate"
+                f" than {args.learning_rate}"
+            )
+
+
 def arguments(folder: Path, settings: Settings, *, processes: int, device: str, bf16: bool) -> TrainingArguments:
     """Return the arguments of the `Trainer`.
 
@@ -189,7 +203,7 @@ def train(
         model=student,
         args=options,
         train_dataset=Windows(windows, settings.steps * settings.batch),
-        callbacks=[_Progress(settings.batch * settings.length)],
+        callbacks=[_FiniteLoss(), _Progress(settings.batch * settings.length)],
     )
     trainer.remove_callback(PrinterCallback)
     teacher.to(options.device).requires_grad_(False)  # type: ignore[arg-type]
@@ -198,8 +212,6 @@ def train(
     with _quiet():
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(options.output_dir)), options.should_save))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not all(torch.tensor(losses).isfinite()):
-        raise RuntimeError(f"the loss became {losses[-1]}: use a lower learning_rate than {settings.learning_rate}")
     state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return losses, {name: tensor.cpu() for name, tensor in state.items()}
 

@@ -16,6 +16,7 @@ from gluprune.healing import training
 from gluprune.healing.memory import training_memory
 from gluprune.healing.student import TRAINED, as_student, check_trained, decoded, merged
 from gluprune.healing.training import Settings, Windows, arguments, last_checkpoint, train
+from tests.helpers.composite_models import COMPOSITES, composite_model
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny_models import make_tiny_model, tiny_model
 
@@ -183,8 +184,22 @@ def test_steps_and_their_division():
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     student, teacher = models()
     student.model.norm.weight.data[0] = float("inf")
-    with pytest.raises(RuntimeError, match="the loss became nan: use a lower learning_rate than 0.003"):
+    with pytest.raises(RuntimeError, match="the loss became nan at step 1 of 7: use a lower learning_rate than 0.003"):
         trained(student, teacher, tmp_path, settings())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, monkeypatch):
+    """At once, so that the last checkpoint is of a step before."""
+    calls, real = [], training._Distiller.compute_loss
+
+    def spoiled(self, *args, **options):
+        calls.append(loss := real(self, *args, **options))
+        return loss * float("inf") if len(calls) > 2 * 3 else loss  # two calls for each step: in the fourth
+
+    monkeypatch.setattr(training._Distiller, "compute_loss", spoiled)
+    with pytest.raises(RuntimeError, match="the loss became inf at step 4 of 7"):
+        trained(*models(), tmp_path, settings())
+    assert len(calls) == 2 * 4 and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 def test_the_last_complete_checkpoint(tmp_path):
@@ -233,6 +248,16 @@ def test_memory(name):
     assert (halved.student, halved.optimizer) == (found.student // 2, found.optimizer // 2)
     assert halved.teacher == found.teacher // 4 and halved.activations < found.activations
     assert str(found).startswith("about 0.0 GB per process: student ")
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_memory_of_models_with_images(kind, name):
+    model = composite_model(kind)
+    chosen = settings(train=name, length=9)
+    found = training_memory(model.config, model.config, chosen, windows=1, bf16=False, sharded=1)
+    assert found.teacher == 4 * sum(p.numel() for p in model.parameters())
+    assert 0 < found.activations < 10 * found.teacher
 
 
 PEAK = """

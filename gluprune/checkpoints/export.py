@@ -86,10 +86,8 @@ def export(source: str | Path, destination: str | Path, *, format: str, converte
         raise ValueError(f"unknown format {format!r}; allowed: {', '.join(FORMATS)}")
     if converter is not None and format != "gguf":
         raise ValueError(f"converter would be ignored: format={format!r} needs none")
-    check_destination(destination)
-    folder, target = local_folder(source), Path(destination).resolve()
-    if folder.resolve() in (target, *target.parents):
-        raise ValueError(f"output folder {destination} must lie outside the source {source}")
+    check_destination(destination, source)
+    folder = local_folder(source)
     if format == "gguf":
         script = gguf.find_converter(converter)
         gguf.convertible_rows(folder)

@@ -81,10 +81,7 @@ def prune_checkpoint(
     recipe.check_data([] if statistics is None else ["statistics"], "calibration statistics: give statistics=")
     if dry_run and resume:
         raise ValueError("dry_run=True writes nothing, so there is nothing to continue: remove resume=True")
-    target = Path(destination).resolve()
-    if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents):
-        raise ValueError(f"output folder {destination} must lie outside the source {source}")
-    check_destination(destination)
+    check_destination(destination, source)
     folder = local_folder(source)
     options = {
         "target": {

@@ -25,14 +25,22 @@ _LAST = "config.json"
 _NOT_RENAMED = (errno.EBUSY, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP)
 
 
-def check_destination(destination: str | Path) -> Path:
+def check_destination(destination: str | Path, *sources: str | Path) -> Path:
     """Return the destination as an absolute path without links, if a folder may be written there.
 
+    Args:
+        destination: The path.
+        *sources: What is read: it may not lie in one of these folders. Hub ids lie elsewhere.
+
     Raises:
-        ValueError: It exists and is not an empty folder. What interrupted runs left in it does not count.
+        ValueError: It exists and is not an empty folder, or lies in a source. What interrupted runs left in it does not
+            count.
         OSError: Neither it nor its parent can be written to.
     """
     resolved = Path(destination).resolve()
+    for source in sources:
+        if Path(source).is_dir() and Path(source).resolve() in (resolved, *resolved.parents):
+            raise ValueError(f"output folder {destination} must lie outside the source {source}")
     if resolved.exists() and not resolved.is_dir():
         raise ValueError(f"output {destination} exists and is not a folder")
     if resolved.is_dir() and _content(resolved):
@@ -82,7 +90,9 @@ def remove_partial_folders(destination: str | Path) -> list[Path]:
 
 
 @contextmanager
-def complete_folder(destination: str | Path, key: str | None = None, resume: bool = False) -> Iterator[Path]:
+def complete_folder(
+    destination: str | Path, key: str | None = None, resume: bool = False, *, in_stages: bool = False
+) -> Iterator[Path]:
     """Yield a folder that gets the destination's name when the block succeeds and everything is on disk.
 
     The output folder is either absent (or the empty folder that was there) or complete. Until then, the folder is
@@ -97,6 +107,8 @@ def complete_folder(destination: str | Path, key: str | None = None, resume: boo
         key: Identifies what is written. With a key, finished files are kept after an interruption or an OSError, so
             that a later call can continue.
         resume: Yield the folder that an earlier call with this key left, instead of an empty one.
+        in_stages: Whether finished files are results of stages, which are right whatever happens later: they are kept
+            after a ValueError as well.
 
     Raises:
         ValueError: The destination exists and is not empty, or another process is writing the same.
@@ -127,7 +139,7 @@ def complete_folder(destination: str | Path, key: str | None = None, resume: boo
                 _rename(folder, destination)
         except BaseException as error:
             # A ValueError (a corrupt source, for example) would occur again; a full disk or an interruption may not.
-            is_final = key is None or isinstance(error, ValueError)
+            is_final = key is None or (isinstance(error, ValueError) and not in_stages)
             if is_final or not any(path.is_file() for path in work.rglob("*")):
                 shutil.rmtree(work, ignore_errors=True)
             raise

@@ -53,13 +53,13 @@ def heal(
     test_text: Sources = (),
     fields: str | Sequence[str] = "text",
     own_windows: int = 64,
-    tokens: int = 1_000_000,
-    length: int = 512,
-    batch: int = 16,
-    device_batch: int = 4,
-    learning_rate: float = 1e-4,
-    train: str = "all",
-    hidden_weight: float = 0.0,
+    tokens: int = Settings.tokens,
+    length: int = Settings.length,
+    batch: int = Settings.batch,
+    device_batch: int = Settings.device_batch,
+    learning_rate: float = Settings.learning_rate,
+    train: str = Settings.train,
+    hidden_weight: float = Settings.hidden_weight,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> HealReport | None:
@@ -76,7 +76,8 @@ def heal(
     Args:
         pruned: The student: a folder or a Hub id. It is never written to.
         teacher: The dense model: a folder or a Hub id, with the same tokenizer.
-        destination: A folder that does not exist or is empty. With several hosts, all of them must share it.
+        destination: A folder that does not exist or is empty, outside both models. With several hosts, all of them must
+            share it.
         text: A file of text to train on, or several, as `gluprune.io.text.read_text` reads them. If none are given:
             `wikipedia`.
         test_text: A file of text to measure perplexity on, or several. If none are given, the last tenth of each
@@ -119,13 +120,29 @@ def heal(
     check_trained(train)
     device, dtype = str(device), dtype_name(dtype)
     check_place(device, dtype)
-    kind = choose_device(device).type
+    choose_device(device)
     texts = GivenTexts.read(text, test_text, fields)
-    check_destination(destination)
+    return heal_on(texts, pruned, teacher, destination, settings, own_windows=own_windows, device=device, dtype=dtype)
+
+
+def heal_on(
+    texts: GivenTexts,
+    pruned: str | Path,
+    teacher: str | Path,
+    destination: str | Path,
+    settings: Settings,
+    *,
+    own_windows: int,
+    device: str,
+    dtype: str,
+) -> HealReport | None:
+    """Do what `heal` does, on texts that have been read."""
+    kind = choose_device(device).type
+    check_destination(destination, pruned, teacher)
     folder, dense = local_folder(pruned), local_folder(teacher)
     configs = read_config(folder), read_config(dense)
     _check_pair(folder, dense, *configs, settings)
-    check_lengths(texts, AutoTokenizer.from_pretrained(folder), length)
+    check_lengths(texts, AutoTokenizer.from_pretrained(folder), settings.length)
     processes = PartialState(cpu=kind == "cpu", timeout=_TIMEOUT)
     at_once = settings.division(processes.num_processes)[0]
     bf16 = dtype == "bfloat16" or (dtype == AUTO and kind != "cpu")
@@ -250,7 +267,7 @@ def _key(folders: Sequence[Path], texts: GivenTexts, *others: object) -> str:
 def _shared_folder(processes: PartialState, destination: str | Path, key: str) -> Iterator[Path]:
     """Yield the same folder in all processes; the first one creates it and gives it the destination's name."""
     if processes.is_main_process:
-        with complete_folder(destination, key, resume=True) as output:
+        with complete_folder(destination, key, resume=True, in_stages=True) as output:
             broadcast_object_list([str(output)])
             yield output
     else:

@@ -145,13 +145,14 @@ def shrink(
     folder = local_folder(source)
     config = read_config(folder)
     check_head(build_empty(config), "shrink")
+    _check_runs_on_text(config)
     goal = _goal(folder, config, destination, recipe, pruning_ratio=pruning_ratio, max_loss=max_loss)
     settings = Settings(recipe, own_windows, windows, length, device, dtype)
     if check_lengths(texts, AutoTokenizer.from_pretrained(folder), length) + own_windows < 2:
         raise ValueError(f"the calibration text has one window of {length} tokens: give two or more")
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("no picture will be drawn: pip install 'gluprune[demo]'")
-    with complete_folder(destination, _key(folder, settings, texts), resume=True) as output:
+    with complete_folder(destination, _key(folder, settings, texts), resume=True, in_stages=True) as output:
         work = Work(output.parent, folder, settings=settings, texts=texts)
         report = _run(work, goal, str(destination), recipe)
         if heal_tokens:
@@ -186,6 +187,15 @@ def _check_healing(tokens: int, device: str, dtype: str) -> None:
         check_place(device, dtype)
 
 
+def _check_runs_on_text(config: PreTrainedConfig) -> None:
+    attending = getattr(config.get_text_config(), "cross_attention_layers", None)
+    if attending:
+        raise ValueError(
+            f"layers {', '.join(map(str, attending))} attend to images and do not run on text: shrink cannot calibrate"
+            " them; prune the others with gluprune.prune(layers=...)"
+        )
+
+
 def _goal(
     folder: Path,
     config: PreTrainedConfig,
@@ -210,8 +220,13 @@ def _goal(
     least = 1
     if recipe.allocation == "sensitivity":
         check_deploy(recipe, [multiple, 2 * multiple], **sizes_of(config))
-        least = dense_width - removed_counts(dense_width)[-1]
+        least = -(-(dense_width - removed_counts(dense_width)[-1]) // multiple) * multiple
     if max_loss is None:
+        if width < least:
+            raise ValueError(
+                f"allocation='sensitivity' leaves every layer at least {least} of {dense_width} neurons, which is more"
+                f" than {width}: give a smaller pruning_ratio"
+            )
         return _Goal([width], dense_width)
     return _Goal([w for w in range(multiple, dense_width, multiple) if w >= least], dense_width, max_loss)
 
@@ -283,9 +298,6 @@ def _write(output: Path, work: Work, report: ShrinkReport, name: str) -> None:
     history, config = read_history(checkpoint), read_config(checkpoint)
     assert history is not None
     steps = [step for step in history.steps if step["step"] != "measure"]
-    if tokens:  # `heal` was given parts of the texts: name the whole ones, as the other steps do
-        entry = {**steps[-1]["calibration"], "texts": work.texts.calibration_digests}
-        steps[-1] = {**steps[-1], "calibration": entry}
     history = replace(history, steps=steps)
     step = measure_step(
         perplexity=report.chosen.perplexity,

@@ -81,7 +81,10 @@ class Texts:
             own: What the model wrote, or nothing.
         """
         written = {OWN_TEXT: own} if own else {}
-        digests = {**given.digests, OWN_TEXT: hashlib.sha256(own.encode()).hexdigest()}
+        digests = {
+            **given.digests,
+            **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in written.items()},
+        }
         if given.test:
             return cls({**written, **given.calibration}, given.test, digests)
         kept, test = {}, {}

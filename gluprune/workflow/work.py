@@ -24,6 +24,7 @@ from gluprune.calibration.running import is_half_on_cpu
 from gluprune.calibration.sample import sample_text
 from gluprune.calibration.statistics import Statistics
 from gluprune.checkpoints.load_save import load, round_weights, save_like
+from gluprune.healing.training import Settings as HealingSettings
 from gluprune.io import atomic
 from gluprune.io.folder import remove_partial_folders
 from gluprune.models.device import loading_options
@@ -31,7 +32,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.prune import prune
 from gluprune.pruning.recipe import Recipe
 from gluprune.pruning.reconstruct import reconstruct
-from gluprune.workflow.heal import heal
+from gluprune.workflow.heal import heal_on
 from gluprune.workflow.report import Point
 from gluprune.workflow.texts import GivenTexts, HeldApart, Texts
 
@@ -161,23 +162,15 @@ class Work:
     def healed(self, width: int, tokens: int) -> tuple[Path, Point]:
         """Return the folder and the figures of the model that is pruned to a width and then healed on some tokens."""
         name = f"{width}.healed.{tokens}"
-        folder, texts = self._folder / name, self._folder / f"{name}.texts"
+        folder, texts = self._folder / name, self.texts
         if not folder.is_dir():
-            parts = {"text": self.texts.calibration, "test_text": self.texts.test}
-            files = {part: [texts / part / key.replace("/", "_") for key in found] for part, found in parts.items()}
-            for part, found in parts.items():
-                (texts / part).mkdir(parents=True, exist_ok=True)
-                for path, text in zip(files[part], found.values(), strict=True):
-                    atomic.write_file(path, [text.encode()])
-            heal(
+            heal_on(
+                GivenTexts(texts.calibration, texts.test, texts.digests),
                 self.checkpoint(width),
                 self._source,
                 folder,
-                text=files["text"],
-                test_text=files["test_text"],
+                HealingSettings(tokens=tokens, length=self.settings.length),
                 own_windows=0,
-                tokens=tokens,
-                length=self.settings.length,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
             )

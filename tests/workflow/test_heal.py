@@ -194,6 +194,14 @@ def test_a_teacher_that_is_not_the_dense_model(pruned, tmp_path, brief, tiny_mod
     assert "the teacher is not the dense model: it is llama with 4 layers of size 32, the pruned model" in caplog.text
 
 
+@pytest.mark.parametrize("model", ["pruned", "source"])
+def test_the_output_lies_outside_both_models(pruned, source, tmp_path, brief, no_load, model):
+    """Within one of them, what an interrupted run leaves would change the model, and no run would continue."""
+    with pytest.raises(ValueError, match=f"must lie outside the source .*{model}"):
+        gluprune.heal(pruned, source, tmp_path / model / "healed", **brief)
+    assert not partial_folders(tmp_path / model / "healed")
+
+
 def test_without_peft(pruned, source, tmp_path, brief, monkeypatch):
     monkeypatch.setattr("gluprune.healing.student.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs peft"):

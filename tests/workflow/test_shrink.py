@@ -16,6 +16,7 @@ from gluprune.io.folder import partial_folders
 from gluprune.workflow import shrink as module
 from gluprune.workflow import work
 from gluprune.workflow.texts import OWN_TEXT
+from tests.helpers.composite_models import composite_model
 from tests.helpers.tokenizers import byte_tokenizer
 
 LENGTH = 24
@@ -196,6 +197,10 @@ def test_arguments_of_other_types(source, text, tmp_path, short):
         ({"max_loss": 0.1, "deploy": "llama.cpp"}, "no multiple of 256 is below the width 101"),
         ({"pruning_ratio": 0.2, "deploy": "ollama"}, "unknown deploy 'ollama'"),
         ({"pruning_ratio": 0.2, "allocation": "best"}, "unknown allocation 'best'"),
+        (
+            {"pruning_ratio": 0.95, "allocation": "sensitivity", "multiple_of": 4},
+            "allocation='sensitivity' leaves every layer at least 16 of 101 neurons, which is more than 8",
+        ),
     ],
 )
 def test_bad_input_is_noticed_before_a_model_is_loaded(source, tmp_path, short, given, message, monkeypatch):
@@ -220,6 +225,30 @@ def test_a_checkpoint_that_does_not_reload_equal_is_an_error(source, tmp_path, s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_finished_stages_are_kept_after_any_error(source, tmp_path, short, monkeypatch):
+    def refused(*_, **__):
+        raise ValueError("not today")
+
+    out, real = tmp_path / "out", work.prune
+    monkeypatch.setattr(work, "prune", refused)
+    with pytest.raises(ValueError, match="not today"):
+        gluprune.shrink(source, out, pruning_ratio=0.2, **short)
+    (left,) = partial_folders(out)
+    assert (left / "statistics").is_file() and not out.exists()
+    monkeypatch.setattr(work, "prune", real)
+    monkeypatch.setattr(work, "calibrate_to_file", lambda *_, **__: pytest.fail("calibrated again"))
+    assert gluprune.shrink(source, out, pruning_ratio=0.2, **short).chosen.width == 80
+    assert not partial_folders(out)
+
+
+def test_layers_that_attend_to_images(tmp_path, short, monkeypatch):
+    monkeypatch.setattr(work, "load", lambda *_, **__: pytest.fail("loaded"))
+    gluprune.save(composite_model("mllama"), tmp_path / "source", byte_tokenizer())
+    with pytest.raises(ValueError, match="layers 1 attend to images and do not run on text: shrink cannot calibrate"):
+        gluprune.shrink(tmp_path / "source", tmp_path / "out", pruning_ratio=0.2, **short)
+
+
 def test_without_matplotlib_there_is_no_picture(source, tmp_path, short, monkeypatch, caplog):
     real = module.importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
@@ -229,34 +258,36 @@ def test_without_matplotlib_there_is_no_picture(source, tmp_path, short, monkeyp
 
 
 @pytest.mark.slow
-def test_healed(source, tmp_path, short, monkeypatch):
+@pytest.mark.parametrize("name", ["notes.txt", "notes.jsonl"])
+def test_healed(source, text, tmp_path, short, monkeypatch, name):
     """The chosen model is healed on the calibration text, and what is written and reported is the healed one."""
-    from gluprune.workflow import work
+    seen, real = [], work.heal_on
 
-    seen, real = [], work.heal
+    def recorded(texts, *models, **options):
+        seen.append(texts)
+        return real(texts, *models, **options)
 
-    def recorded(*models, **options):
-        seen.append({name: [path.read_text() for path in options[name]] for name in ("text", "test_text")})
-        return real(*models, **options)
-
-    monkeypatch.setattr(work, "heal", recorded)
+    monkeypatch.setattr(work, "heal_on", recorded)
+    content = text.read_text()
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": content}))
     out = tmp_path / "out"
-    report = gluprune.shrink(source, out, pruning_ratio=0.5, **short, heal_tokens=800)
+    report = gluprune.shrink(source, out, pruning_ratio=0.5, **{**short, "text": tmp_path / name}, heal_tokens=800)
     pruned, healed = report.curve
     assert report.chosen == healed and healed.width == pruned.width == 48 and healed.perplexity != pruned.perplexity
     steps = json.loads((out / "gluprune.json").read_text())["steps"]
     assert [step["step"] for step in steps] == ["prune", "reconstruct", "heal", "measure"]
     assert steps[-1]["perplexity"] == healed.perplexity and steps[2]["batch"] == 16
     digests = steps[2]["calibration"]["texts"]
-    assert digests["notes.txt"] == sha256(short["text"][0].read_bytes()).hexdigest()
-    assert digests == steps[0]["calibration"]["texts"] and set(digests) == {"notes.txt", OWN_TEXT}
-    assert steps[-1]["texts"] == {"last tenth of notes.txt": digests["notes.txt"]}
+    assert digests[name] == sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert digests == steps[0]["calibration"]["texts"] and set(digests) == {name, OWN_TEXT}
+    assert steps[-1]["texts"] == {f"last tenth of {name}": digests[name]}
     assert "<- healed, written" in str(report) and not partial_folders(out)
-    content = short["text"][0].read_text()
     (given,) = seen
-    assert given["test_text"] == [content[len(given["text"][-1]) :]] and content.startswith(given["text"][-1])
+    held_apart = given.test[f"last tenth of {name}"]
+    assert given.calibration[name] + held_apart == content and set(given.calibration) == {name, OWN_TEXT}
     model = gluprune.load(out, dtype=torch.float32).eval()
-    ids = torch.tensor(byte_tokenizer()(given["test_text"][0], add_special_tokens=False).input_ids)
+    ids = torch.tensor(byte_tokenizer()(held_apart, add_special_tokens=False).input_ids)
     assert gluprune.perplexity(model, ids, LENGTH, windows=32) == healed.perplexity
 
 

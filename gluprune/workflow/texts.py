@@ -81,10 +81,9 @@ class Texts:
             own: What the model wrote, or nothing.
         """
         written = {OWN_TEXT: own} if own else {}
-        digests = {
-            **given.digests,
-            **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in written.items()},
-        }
+        digests = dict(given.digests)
+        if own:
+            digests[OWN_TEXT] = hashlib.sha256(own.encode()).hexdigest()
         if given.test:
             return cls({**written, **given.calibration}, given.test, digests)
         kept, test = {}, {}

@@ -41,7 +41,7 @@ class Consumer:
         export: The format of `gluprune export` that layers which differ need.
         ranks: Number of processes that the attention heads are divided among.
         hidden: Hidden sizes that are not multiples of this are refused.
-        differing: What is not known about layers that differ.
+        differing: What else to know about layers that differ.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Consumer:
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
-        Consumer("transformers", 8, slower=_UNALIGNED),
+        Consumer("transformers", 8, slower=_UNALIGNED, differing="or with gluprune.load, as they are"),
         Consumer("vllm", 8, slower=_UNALIGNED),
         *(
             Consumer(f"tp{ranks}", 8 * ranks, required=ranks, slower=f"on each rank, {_UNALIGNED}", ranks=ranks)

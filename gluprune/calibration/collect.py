@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from gluprune.calibration.sensitivity import (
     saliencies,
 )
 from gluprune.calibration.statistics import LayerStatistics, Statistics, write_statistics
+from gluprune.io.memory import available_memory
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
 from gluprune.models.widths import check_layers
@@ -152,7 +152,7 @@ def calibrate_to_file(
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int]]:

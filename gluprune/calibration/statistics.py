@@ -9,6 +9,7 @@ to the removal of neurons (`gluprune.calibration.sensitivity`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gluprune.io.atomic import write_file
+from gluprune.io.atomic import check_space, write_file
 from gluprune.io.shards import encode_header
 from gluprune.models.glu import GLU
 
@@ -183,8 +184,13 @@ def write_statistics(
         layers: Layer index and statistics, in the same order.
         tokens: See `Statistics`.
         texts: See `Statistics`.
+
+    Raises:
+        OSError: There is not enough space, which is noticed before the first layer is taken, or the file cannot be
+            written.
     """
     names = [(f"{layer}.{name}", "F32", shape) for layer, named in shapes.items() for name, shape in named.items()]
+    check_space(path.parent, 4 * sum(math.prod(shape) for *_, shape in names))
     header = encode_header(names, {"format": _FORMAT, "tokens": str(tokens), "texts": json.dumps(dict(texts))})
 
     def chunks() -> Iterator[bytes | memoryview]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import shutil
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +42,8 @@ def write_plan(plan: OutputPlan, folder: Path) -> dict[int, torch.Tensor]:
     """
     selector = Selector(plan, folder.with_name(_SELECTIONS))
     unfinished = [shard for shard in plan.shards if not shard.is_finished(folder)]
-    needed, free = sum(shard.nbytes for shard in unfinished), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, only {free:,} are free", str(folder.parent.parent))
+    needed = sum(shard.nbytes for shard in unfinished)
+    atomic.check_space(folder.parent.parent, needed)
     # Far enough ahead to write one layer while the next is scored.
     depth = max(4, selector.buffer.nbytes // 2 // _BLOCK_BYTES)
     # Without matrix products, scoring takes less time than reading: threads that wait for each other would only compete

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,17 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check that a file system has room for so many bytes.
+
+    Raises:
+        OSError: It has less.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, only {free:,} are free", str(folder))
 
 
 @functools.cache

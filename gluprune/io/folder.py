@@ -44,7 +44,7 @@ def check_destination(destination: str | Path, *sources: str | Path) -> Path:
     if resolved.exists() and not resolved.is_dir():
         raise ValueError(f"output {destination} exists and is not a folder")
     if resolved.is_dir() and _content(resolved):
-        raise ValueError(f"output folder {destination} exists and is not empty")
+        raise ValueError(f"output folder {destination} exists and is not empty: remove it, or choose another")
     existing = next(path for path in (resolved, *resolved.parents) if path.exists())
     places = {existing, resolved.parent} if existing == resolved else {existing}
     if existing.is_dir() and not any(os.access(place, os.W_OK | os.X_OK) for place in places):

@@ -1,6 +1,7 @@
 """Calibration statistics compared with inputs of `down_proj` captured one sequence at a time."""
 
 import copy
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from gluprune.calibration import statistics as calibration_module
-from gluprune.calibration.collect import calibrate
+from gluprune.calibration.collect import calibrate, calibrate_to_file
 from tests.helpers.calibrations import captured, random_batches
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -171,3 +172,13 @@ def test_sums_are_in_float32_under_another_default_dtype():
         torch.set_default_dtype(torch.float32)
     for name in ("squares", "batch_norms", "gram", "saliency", "costs"):
         assert torch.equal(getattr(found.layers[1], name), getattr(expected.layers[1], name)), name
+
+
+def test_too_little_space_is_noticed_before_the_text_runs(tmp_path, monkeypatch):
+    model, batches = make_tiny_model(seed=8), random_batches()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+    monkeypatch.setattr(type(model.model), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    needed = 3 * 4 * (101**2 + 2 * 101)
+    with pytest.raises(OSError, match=f"{needed:,} bytes are needed, only 10 are free"):
+        calibrate_to_file(model, batches, tmp_path / "statistics", gram=True, texts={})
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from gluprune.calibration.sensitivity import (
     removed_counts,
     saliencies,
 )
-from gluprune.calibration.statistics import LayerStatistics, Statistics, write_statistics
+from gluprune.calibration.statistics import LayerStatistics, Statistics, first_weights, write_statistics
 from gluprune.io.memory import available_memory
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
@@ -144,6 +144,7 @@ def calibrate_to_file(
             shapes[index]["gram"] = (size, size)
         if sensitivity:
             shapes[index] |= {"saliency": (size,), "costs": (len(removed_counts(size)),)}
+        shapes[index]["weights"] = first_weights(glu.down.weight).shape
     layers = calibrate_in_passes(model, batches, gram=gram, sensitivity=sensitivity, layers=list(shapes))
     tokens = sum(map(token_count, batches))
     write_statistics(path, shapes, layers, tokens=tokens, texts=texts)

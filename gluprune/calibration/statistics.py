@@ -26,9 +26,23 @@ from gluprune.models.glu import GLU
 _ROWS = 4096
 # Columns per block of the Gram matrix. Only blocks on and above the diagonal are computed: about half the operations.
 _BLOCK = 256
+# Weights of a layer by which its model is recognised.
+_FIRST = 16
 # Raised when the meaning of what is stored changes.
 VERSION = 2
 _FORMAT = f"gluprune statistics {VERSION}"
+
+
+def first_weights(down: torch.Tensor) -> torch.Tensor:
+    """Return the first weights of a down projection, in which models of one shape differ.
+
+    Args:
+        down: `[H, I]` or its first row `[1, I]`, of any dtype.
+
+    Returns:
+        float32 `[min(I, 16)]`, rounded to bfloat16, so that the dtype in which a model is loaded does not matter.
+    """
+    return down[0, :_FIRST].to(torch.bfloat16).float()
 
 
 @dataclass(eq=False, repr=False)
@@ -42,6 +56,7 @@ class LayerStatistics:
         gram: `[I, I]`, X^T X, or None if not requested.
         saliency: `[I]`, see `gluprune.calibration.sensitivity.saliencies`, or None if not requested.
         costs: `[16]`, see `gluprune.calibration.sensitivity.narrowing_costs`, or None if not requested.
+        weights: What `first_weights` returns, by which the model is recognised; None in older files.
     """
 
     squares: torch.Tensor
@@ -49,6 +64,7 @@ class LayerStatistics:
     gram: torch.Tensor | None = None
     saliency: torch.Tensor | None = None
     costs: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         held = ", ".join(name for name, tensor in vars(self).items() if tensor is not None)
@@ -64,7 +80,8 @@ class LayerStatistics:
         """Return statistics of no tokens for a GLU."""
         size, device = glu.intermediate_size, glu.down.weight.device
         squares, batch_norms = torch.zeros(2, size, dtype=torch.float32, device=device).unbind()
-        return cls(squares, batch_norms, torch.zeros(size, size, dtype=torch.float32, device=device) if gram else None)
+        sums = torch.zeros(size, size, dtype=torch.float32, device=device) if gram else None
+        return cls(squares, batch_norms, sums, weights=first_weights(glu.down.weight.detach()))
 
     def to(self, device: torch.device) -> LayerStatistics:
         """Return the statistics on a device."""

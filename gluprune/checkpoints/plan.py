@@ -150,7 +150,8 @@ def make_plan(
     width = target_width(original, config.hidden_size, multiple_of=recipe.width_multiple, **target)
     found = None if statistics is None else Statistics.load(statistics)
     if found is not None:
-        check_statistics(found, config.widths, indices, recipe)
+        downs = [mlp[f"{config.family.down}.weight"] for mlp in mlps]
+        check_statistics(found, config.widths, indices, recipe, lambda index: downs[index].first_row())
     sizes = {"heads": config.heads, "hidden_size": config.hidden_size}
     widths = planned_widths(config.widths, indices, recipe, found, width=width, model_type=config.model_type, **sizes)
     pruned = _pruned_tensors(mlps, config.family, recipe, widths, original)

@@ -69,6 +69,19 @@ class StoredTensor:
         """Bytes of the data."""
         return math.prod(self.shape) * self.itemsize
 
+    def first_row(self) -> torch.Tensor:
+        """Read the first row of a matrix, `[1, columns]`.
+
+        Raises:
+            ValueError: The file ends before.
+        """
+        data = bytearray(self.shape[1] * self.itemsize)
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{self.file} ends within tensor {self.name!r}")
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype])[None]
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from gluprune.calibration.statistics import Statistics
+from gluprune.calibration.statistics import Statistics, first_weights
 from gluprune.models.consumers import consumer, verdict
 from gluprune.models.glu import GLU
 from gluprune.models.wrappers import check_weight
 from gluprune.pruning.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:
@@ -104,14 +107,23 @@ def _address_range(parameter: torch.Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), parameter.data_ptr() + extent * parameter.element_size()
 
 
-def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequence[int], recipe: Recipe) -> None:
+def check_statistics(
+    statistics: Statistics,
+    widths: Sequence[int],
+    layers: Sequence[int],
+    recipe: Recipe,
+    down: Callable[[int], torch.Tensor],
+) -> None:
     """Check that statistics may be those of a model, by the widths of its layers, and hold what a recipe needs.
+
+    If weights are not those of the model that was calibrated, a warning is logged.
 
     Args:
         statistics: From `calibrate`.
         widths: Intermediate size of every layer of the model.
         layers: Indices of the layers that are pruned.
         recipe: How they are pruned.
+        down: Returns the weight of the down projection of a layer, or its first row.
 
     Raises:
         ValueError: A layer is missing, is not in the model or has another width, or Gram matrices or sensitivities are
@@ -140,3 +152,16 @@ def check_statistics(statistics: Statistics, widths: Sequence[int], layers: Sequ
                 "score='surgeon' and allocation='sensitivity' need statistics with sensitivities:"
                 " calibrate(..., sensitivity=True)"
             )
+    other = [index for index in layers if _is_other(statistics.layers[index].weights, down(index))]
+    if other:
+        logger.warning(
+            "the calibration statistics were collected with other weights of %d of %d layers: if the model has changed"
+            " since, or is another one, calibrate it again",
+            len(other),
+            len(layers),
+        )
+
+
+def _is_other(known: torch.Tensor | None, down: torch.Tensor) -> bool:
+    """Whether weights are not those that a layer had when it was calibrated."""
+    return known is not None and not torch.equal(known.cpu(), first_weights(down.detach()).cpu())

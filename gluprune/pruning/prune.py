@@ -117,7 +117,7 @@ def prune(
         multiple_of=recipe.width_multiple,
     )
     if needs.calibration and isinstance(calibration, Statistics):
-        check_statistics(calibration, present, indices, recipe)
+        check_statistics(calibration, present, indices, recipe, lambda index: glus[index].down.weight)
     widths = planned_widths(present, indices, recipe, calibration, width=width, **sizes_of(model.config))
     choices = _choices(glus, _activations(model, glus, indices, calibration, recipe), widths, recipe)
     if needs.calibration:  # text runs through the whole model: everything is chosen before anything is changed

@@ -209,6 +209,33 @@ def test_bad_input_changes_nothing(tiny_model, unchanged, given, error, message)
         gluprune.prune(model, **given)
 
 
+OTHER_WEIGHTS = "the calibration statistics were collected with other weights of {} of 3 layers"
+
+
+def test_statistics_of_other_weights_get_a_warning(tiny_model, tmp_path, caplog):
+    """Whether in memory or on disk, in whatever dtype; weights of layers that are not pruned do not matter."""
+    model, other = tiny_model(seed=1, dtype=torch.bfloat16), tiny_model(seed=2)
+    statistics = calibrate(copy.deepcopy(model).float(), [IDS])
+    statistics.save(tmp_path / "statistics")
+    model.save_pretrained(tmp_path / "model")
+    given = arguments(calibration=Statistics.load(tmp_path / "statistics"))
+    on_disk = {key: value for key, value in given.items() if key != "calibration"}
+    for dtype in (torch.bfloat16, torch.float32):
+        gluprune.prune(copy.deepcopy(model).to(dtype), **given)
+        copied = copy.deepcopy(model).to(dtype)
+        gluprune.prune(copied, **given, layers=[1])
+        gluprune.prune(copied, **given, layers=[0, 2])
+    gluprune.prune_checkpoint(tmp_path / "model", tmp_path / "out", statistics=tmp_path / "statistics", **on_disk)
+    assert "other weights" not in caplog.text
+    gluprune.prune(other, **given)
+    assert OTHER_WEIGHTS.format(3) in caplog.text
+    caplog.clear()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 3] += 1
+    model.save_pretrained(tmp_path / "changed")
+    gluprune.prune_checkpoint(tmp_path / "changed", tmp_path / "out2", statistics=tmp_path / "statistics", **on_disk)
+    assert OTHER_WEIGHTS.format(1) in caplog.text
+
+
 def test_statistics_of_another_model_are_rejected(tiny_model, unchanged):
     model = tiny_model()
     narrow = calibrate(tiny_model(intermediate_size=90), [IDS])

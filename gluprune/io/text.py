@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +12,16 @@ from pathlib import Path
 from gluprune.io.hub import first_line
 from gluprune.io.wikipedia import wikipedia_text
 
+logger = logging.getLogger(__name__)
+
 WIKIPEDIA = "wikipedia"  # names the text that comes with the package
 DATASET = "hf:"  # begins the name of a data set of the Hub
 _JSON_LINES, _JSON = (".jsonl", ".ndjson"), ".json"
 
-# The release of WikiText is tokenised, and models read running text: its rules, undone in this order.
+# The release of WikiText is tokenised, and models read running text. Marks alone are no sign of it: code and other
+# corpora have them, too.
+_MARK, _HEADING = r" @[-,.]@ ", r"(?m)^ = \S.*? = *$"
+# Its rules, undone in this order.
 _RULES = (
     (r" ?<unk>", ""),  # stands for a rare word
     (r" @([-,.])@ ", r"\1"),  # inside words and numbers: ` @-@ `
@@ -34,8 +40,12 @@ _RULES = (
 
 
 def detokenised(text: str) -> str:
-    """Return running text from the tokenised release of WikiText; text without its marks is returned unchanged."""
-    if not re.search(r" @[-,.]@ |<unk>", text):
+    """Return running text from the tokenised release of WikiText.
+
+    Text is taken for it that has both a mark (` @-@ `, ` @,@ ` or ` @.@ `) and a heading on a line of its own, as the
+    release writes it (` = Title = `). Other text is returned unchanged.
+    """
+    if not (re.search(_MARK, text) and re.search(_HEADING, text)):
         return text
     for pattern, replacement in _RULES:
         text = re.sub(pattern, replacement, text)
@@ -45,7 +55,7 @@ def detokenised(text: str) -> str:
 def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
     """Read running text from a UTF-8 file, from a data set of the Hub or from the package.
 
-    The tokenised release of WikiText is turned into running text.
+    The tokenised release of WikiText is turned into running text (see `detokenised`), which is logged.
 
     Args:
         source: A file of plain text, of JSON Lines (`.jsonl`, `.ndjson`) or with one JSON list (`.json`); or
@@ -70,7 +80,10 @@ def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
             text = "\n\n".join(_pieces(path, text, fields))
     if not text.strip():
         raise ValueError(f"{source} holds no text")
-    return detokenised(text)
+    running = detokenised(text)
+    if running != text:
+        logger.info("%s is the tokenised release of WikiText: it is turned into running text", source)
+    return running
 
 
 def is_named(source: str) -> bool:

@@ -215,8 +215,8 @@ def test_a_short_calibration_text_is_noticed_before_anything_is_scored(inputs, t
 def test_tokenised_text_counts_as_running_text(inputs, tmp_path):
     """WikiText's tokenised release and the same text before tokenisation count as the same calibration."""
     words = (inputs / "text.txt").read_text()
-    for name, joint in (("tokenised", " @-@ "), ("running", "-")):
-        (tmp_path / name).write_text(words + f" well{joint}known")
+    for name, end in (("tokenised", "\n = Title = \n well @-@ known"), ("running", "\n= Title =\nwell-known")):
+        (tmp_path / name).write_text(words + end)
         more = ["--scores", "hybrid", "--calibration", tmp_path / name]
         assert main(arguments(inputs, tmp_path / "out", *more, tasks=["wikitext"])) == 0
     (tmp_path / "other").write_text(words + " unknown")

@@ -1,6 +1,7 @@
 """Text from files: formats, fields, and errors that name the file and the place."""
 
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ def test_read_text(file):
     path = file("text.jsonl", "\n".join(map(json.dumps, rows)))
     fields = ("text", "page", "question", "answer")
     assert read_text(path, fields) == "= A =\ntwo-part, 1,000 men\n\nQ?\nA.\n\nt"
-    assert read_text(file("plain.txt", "a 1 @.@ 5 <unk> b")) == "a 1.5 b"
+    assert read_text(file("plain.txt", " = A = \na 1 @.@ 5 <unk> b")) == "= A =\na 1.5 b"
     assert read_texts([path, file("b.txt", "b")], fields) == [read_text(path, fields), "b"]
 
 
@@ -122,9 +123,30 @@ def test_a_data_set_without_the_package(monkeypatch):
     ],
 )
 def test_detokenised(tokens, text):
-    assert detokenised("well @-@ known \n" + tokens) == "well-known\n" + text
+    assert detokenised(" = T = \nwell @-@ known \n" + tokens) == "= T =\nwell-known\n" + text
 
 
-def test_other_text_is_unchanged():
-    text = '  A " b " , c . \n\n\n\n d \'s'
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "<unk> well @-@ known \n",
+        "<unk> \n = Title = \n",
+        "= Title =\n 1 @.@ 5 \n",
+        " x = 1 = \n 1 @.@ 5 \n",
+        "a = b @-@ c ; d = \n",
+    ],
+)
+def test_other_text_is_unchanged(before):
+    """Neither marks nor headings alone are a sign of the release: code and other corpora have them."""
+    text = before + '  A " b " , c . \n\n\n\n d \'s'
     assert detokenised(text) == text
+
+
+def test_turning_it_into_running_text_is_logged(file, caplog):
+    caplog.set_level(logging.INFO, logger="gluprune")
+    read_text(file("other.txt", "a 1 @.@ 5 <unk> b"))
+    assert not caplog.messages
+    read_text(file("release.txt", " = A = \n 1 @.@ 5 \n"))
+    (message,) = caplog.messages
+    assert "release.txt is the tokenised release of WikiText" in message

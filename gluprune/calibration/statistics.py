@@ -167,8 +167,10 @@ class Statistics:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file was not written by `save`.
+            ValueError: It is a folder, or the file was not written by `save`.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder, not a file of calibration statistics")
         found: dict[int, dict[str, torch.Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:

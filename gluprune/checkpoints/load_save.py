@@ -202,8 +202,11 @@ def read_config(path: str | Path, **kwargs) -> PreTrainedConfig:
     """Return the config of a model folder or Hub id; code in it is run only if `kwargs` say so.
 
     Raises:
+        TypeError: `path` is neither a string nor a path.
         ValueError: There is no readable model config at `path`, or it is in the format of an export.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"expected a folder or a Hub id, got {type(path).__name__}")
     try:
         config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
         text: Any = config.get_text_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +104,8 @@ def model_glus(model: PreTrainedModel) -> list[GLU]:
         ValueError: The model type is not supported, or an MLP is not of the class in the table.
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise ValueError(f"expected a Hugging Face causal LM, got {type(model).__name__}")
+        hint = ": load it first, with gluprune.load" if isinstance(model, (str, Path)) else ""
+        raise ValueError(f"expected a Hugging Face causal LM, got {type(model).__name__}{hint}")
     family = family_of(model.config)
     glus = []
     for index, layer in enumerate(decoder_layers(model)):

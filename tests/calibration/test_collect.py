@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gluprune.calibration import statistics as calibration_module
 from gluprune.calibration.collect import calibrate, calibrate_to_file
+from gluprune.calibration.statistics import Statistics
 from tests.helpers.calibrations import captured, random_batches
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -182,3 +183,8 @@ def test_too_little_space_is_noticed_before_the_text_runs(tmp_path, monkeypatch)
     with pytest.raises(OSError, match=f"{needed:,} bytes are needed, only 10 are free"):
         calibrate_to_file(model, batches, tmp_path / "statistics", gram=True, texts={})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_where_statistics_are_expected(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, not a file of calibration statistics"):
+        Statistics.load(tmp_path)

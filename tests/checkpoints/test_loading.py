@@ -72,6 +72,12 @@ def test_entries_of_the_config_as_in_stock_transformers(folder, tmp_path, layers
         assert found.config.to_dict() == stock.config.to_dict()
 
 
+@pytest.mark.parametrize("call", [gluprune.load, gluprune.info])
+def test_a_model_where_its_path_is_expected(call):
+    with pytest.raises(TypeError, match="expected a folder or a Hub id, got LlamaForCausalLM"):
+        call(make_tiny_model())
+
+
 def test_what_is_no_model_is_not_saved(folder, tmp_path):
     with pytest.raises(TypeError, match="model must be a model of transformers, got Linear"):
         gluprune.save(torch.nn.Linear(2, 2), tmp_path / "saved")

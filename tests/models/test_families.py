@@ -47,7 +47,11 @@ def test_a_model_without_a_glu_is_rejected(unchanged):
 
 
 def test_not_a_model():
-    with pytest.raises(ValueError, match="expected a Hugging Face causal LM, got Linear"):
+    with pytest.raises(
+        ValueError, match="expected a Hugging Face causal LM, got str: load it first, with gluprune.load"
+    ):
+        gluprune.prune("narrow", pruning_ratio=0.2)
+    with pytest.raises(ValueError, match="expected a Hugging Face causal LM, got Linear$"):
         gluprune.prune(nn.Linear(3, 4), pruning_ratio=0.5)
 
 

@@ -6,11 +6,14 @@ Calibration on a model's own samples is from *LLM-QAT: Data-Free Quantization Aw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from gluprune.calibration.running import evaluating
 from gluprune.io.progress import progress
@@ -31,6 +34,25 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+@contextmanager
+def _generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Replace the generation config of a model, in a wrapper or not; afterwards, it has its own again.
+
+    `generate` fills what a config that it is given leaves open from the model's own.
+    """
+    owners: list[Any] = [
+        module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)
+    ]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own
+
+
 @torch.no_grad()
 def sample_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: int = 64, length: int = 512, *, seed: int = 0
@@ -38,7 +60,7 @@ def sample_text(
     """Return text that a model writes from its begin-of-text token, at temperature 1.
 
     All windows are written in parallel: one batch of `windows` rows, with a key-value cache of `windows * length`
-    tokens.
+    tokens. Of the model's generation config, only the end-of-text tokens are used: they are never drawn.
 
     Args:
         model: A causal LM; it runs on its device and is not changed.
@@ -68,9 +90,22 @@ def sample_text(
     if first is None:
         raise ValueError("the tokenizer has neither a begin-of-text nor an end-of-text token to start from")
     generate: Any = model.generate
+    own_config: Any = model.generation_config
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        min_new_tokens=length,  # never draws an end-of-text token
+        max_new_tokens=length,
+        eos_token_id=own_config.eos_token_id,
+        pad_token_id=first,
+    )
     prompt = torch.full((windows, 1), first, device=model.device)
     with (
         evaluating(model),
+        _generating_by(model, config),
         torch.random.fork_rng(range(torch.cuda.device_count())),
         progress(total=length, desc="sampling", unit="token") as bar,
     ):
@@ -78,14 +113,7 @@ def sample_text(
         ids = generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            min_new_tokens=length,  # never draws an end-of-text token
-            max_new_tokens=length,
-            pad_token_id=first,
+            generation_config=config,
             stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
         )
     return "\n\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -67,6 +67,67 @@ def test_windows_continue_as_the_model_would(tokenizer):
     assert sample_text(model, tokenizer, 3, 40) == "\n\n".join([" ".join(f"w{token:02}" for token in expected)] * 3)
 
 
+SETTINGS = {
+    "min_p": 0.9,
+    "typical_p": 0.2,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [5, 6, 7],
+    "forced_bos_token_id": 7,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "max_time": 1e-9,
+    "stop_strings": ["w0"],
+    "return_dict_in_generate": True,
+    "prompt_lookup_num_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_of_the_generation_config_changes_the_text(tokenizer, name):
+    model = make_tiny_model(seed=6)
+    expected = sample_text(model, tokenizer, 2, 16)
+    config = model.generation_config
+    setattr(config, name, SETTINGS[name])
+    before = config.to_dict()
+    assert sample_text(model, tokenizer, 2, 16) == expected
+    assert model.generation_config is config and config.to_dict() == before
+
+
+def test_the_generation_config_after_an_error(tokenizer, monkeypatch):
+    model = make_tiny_model(seed=6)
+    config = model.generation_config
+    before = config.to_dict()
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample_text(model, tokenizer, 2, 4)
+    assert model.generation_config is config and config.to_dict() == before
+
+
+def test_every_end_of_text_token_of_the_generation_config_is_left_out(tokenizer):
+    """Chat models have several; a window that drew one would end there."""
+    model = make_tiny_model(seed=7)
+    model.generation_config.eos_token_id = list(range(2, 60))
+    found = {token for ids in ids_of(tokenizer, sample_text(model, tokenizer, 50, 8)) for token in ids}
+    assert found and found.isdisjoint(range(2, 60))
+
+
+def test_models_in_wrappers(tokenizer):
+    """Compiled, or with adapters: the config is that of the model inside."""
+    peft = pytest.importorskip("peft")
+    model = make_tiny_model(seed=8)
+    expected = sample_text(model, tokenizer, 2, 8)
+    config = model.generation_config
+    config.min_p = 0.9
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for wrapped in (torch.compile(model, backend="eager"), adapted):
+        assert sample_text(wrapped, tokenizer, 2, 8) == expected
+        assert model.generation_config is wrapped.generation_config is config and config.min_p == 0.9
+
+
 def test_seed_mode_and_random_state(tokenizer):
     model = make_tiny_model(seed=3, attention_dropout=0.5)
     in_eval_mode = sample_text(model, tokenizer, 2, 12, seed=1)

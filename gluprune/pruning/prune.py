@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # inference tensors could not be trained afterwards
 @torch.no_grad()
 def prune(
     model: PreTrainedModel,

@@ -17,7 +17,7 @@ from gluprune.models.families import FAMILIES
 from gluprune.models.glu import model_glus
 from gluprune.pruning import narrow as narrow_module
 from gluprune.pruning import prune as pruning_module
-from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot
+from tests.helpers.tiny_models import assert_unchanged, make_tiny_model, snapshot, token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,6 +118,24 @@ def test_pruning_in_training_asks_for_a_new_optimizer(tiny_model, caplog):
     gluprune.prune(model, pruning_ratio=0.2, multiple_of=1)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.message.startswith("create a new optimizer")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"score": "hybrid", "compensate": True}])
+def test_in_inference_mode(tiny_model, arguments):
+    """The pruned weights are those of a call outside, and can be trained; a model made in that mode is pruned, too."""
+    model, same, batch = tiny_model(seed=1), tiny_model(seed=1), token_ids()
+    if arguments:
+        arguments = arguments | {"calibration": [batch]}
+    with torch.inference_mode():
+        made_inside = tiny_model(seed=1)
+        report = gluprune.prune(model, pruning_ratio=0.5, multiple_of=1, **arguments)
+        assert gluprune.prune(made_inside, pruning_ratio=0.5, multiple_of=1, **arguments) == report
+    assert gluprune.prune(same, pruning_ratio=0.5, multiple_of=1, **arguments) == report
+    for name, parameter in same.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+        assert torch.equal(made_inside.get_parameter(name), parameter)
+    model(batch, labels=batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_one_layer_is_not_layers(tiny_model):

@@ -140,6 +140,7 @@ def _read_batch(batch: object, label: str) -> Batch:
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = f"{ids.dtype} of shape {list(ids.shape)}"
         raise ValueError(f"{label} must hold integer token ids of shape [B, S], got {found}")
+    ids = ids.long()  # embeddings take no smaller integers; int64 is not copied
     if mask is None:
         return ids, None
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:

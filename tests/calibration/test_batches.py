@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from gluprune.calibration.batches import batches_from_text, begin_token
+from gluprune.calibration.batches import batches_from_text, begin_token, read_batches
+from gluprune.calibration.collect import calibrate
+from tests.helpers.calibrations import random_batches
+from tests.helpers.tiny_models import make_tiny_model
 from tests.helpers.tokenizers import begins_texts, byte_tokenizer
 
 
@@ -68,3 +71,14 @@ def test_every_window_begins_as_the_tokenizer_begins_texts():
 def test_bad_windows(given, message):
     with pytest.raises(ValueError, match=message):
         batches_from_text(Characters(), "x" * 107, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_every_integer_dtype_holds_token_ids(dtype):
+    """A small vocabulary is often stored in few bits; embeddings take only int32 and int64."""
+    model, batches = make_tiny_model(seed=4), random_batches()
+    found = calibrate(model, [batch.to(dtype) for batch in batches])
+    expected = calibrate(model, batches)
+    for name in ("squares", "gram"):
+        assert torch.equal(getattr(found.layers[1], name), getattr(expected.layers[1], name)), name
+    assert [ids.data_ptr() for ids, _ in read_batches(model, batches)] == [ids.data_ptr() for ids in batches]

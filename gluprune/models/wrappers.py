@@ -18,26 +18,30 @@ def unwrapped(model: Any) -> Any:
         model: A model, wrapped or not.
 
     Raises:
-        ValueError: A PEFT model whose adapters are not merged, or a wrapper for several devices.
+        ValueError: Adapters that are not merged, in a PEFT model or not, or a wrapper for several devices.
     """
     if hasattr(model, "_orig_mod"):  # of torch.compile
         model = model._orig_mod
     name = type(model).__name__
     if name in _DISTRIBUTED:
         raise ValueError(f"the model is wrapped in {name}: give the model inside it, model.module, before wrapping it")
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        if not _is_merged(model):
-            raise ValueError(
-                f"{name} has adapters that are not merged: merge them first, with model = model.merge_and_unload()"
+    is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    layers = _adapter_layers(model)
+    if (is_peft and not layers) or not all(getattr(layer, "merged", False) for layer in layers):
+        how = "model = model.merge_and_unload()"
+        if not is_peft:
+            how = (
+                "merge_and_unload() of the PEFT model around it; after add_adapter, save the adapter, load it with"
+                " peft.PeftModel.from_pretrained(base_model, adapter), and call merge_and_unload() of that"
             )
-        model = model.get_base_model()
-    return model
+        raise ValueError(f"{name} has adapters that are not merged: merge them first, with {how}")
+    return model.get_base_model() if is_peft else model
 
 
-def _is_merged(model: nn.Module) -> bool:
-    """Whether every adapter layer of a PEFT model has merged its active adapters into its weights."""
-    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
-    return bool(layers) and all(getattr(layer, "merged", False) for layer in layers)
+def _adapter_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a model that PEFT has put around others."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [module for module in modules if hasattr(module, "base_layer")]
 
 
 def check_weight(label: str, weight: torch.Tensor) -> None:

@@ -34,6 +34,36 @@ def test_adapters_that_are_not_merged_are_refused_with_what_to_do(tiny_model, ca
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("call", [prune, lambda model: calibrate(model, [token_ids()])])
+@pytest.mark.parametrize("how", ["get_base_model", "inject_adapter_in_model"])  # add_adapter calls the latter
+def test_adapters_inside_a_model_of_transformers(tiny_model, call, how):
+    peft = pytest.importorskip("peft")
+    if how == "get_base_model":
+        model = adapted(tiny_model(), ["q_proj"]).get_base_model()
+    else:
+        model = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), tiny_model())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has adapters that are not merged: merge them first, with"):
+        call(model)
+    assert_unchanged(model, before)
+
+
+def test_merging_as_the_error_says(tiny_model, tmp_path):
+    """A model without the PEFT model around it: the adapter is saved, loaded on the base model and merged."""
+    peft = pytest.importorskip("peft")
+    outer = adapted(tiny_model(seed=1), ["q_proj"])
+    with torch.no_grad():
+        for name, parameter in outer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    with pytest.raises(ValueError, match=r"peft\.PeftModel\.from_pretrained\(base_model, adapter\).*merge_and_unload"):
+        prune(outer.get_base_model())
+    outer.save_pretrained(tmp_path)
+    merged = peft.PeftModel.from_pretrained(tiny_model(seed=1), tmp_path).merge_and_unload()
+    torch.testing.assert_close(merged(token_ids()).logits, outer(token_ids()).logits, rtol=0, atol=1e-5)
+    prune(merged)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_model_with_adapters_is_not_saved(tiny_model, tmp_path, merge):
     """Adapter layers would be written under names that no stock model has."""
@@ -58,6 +88,7 @@ def test_merged_adapters(tiny_model):
     found, expected = prune(merged), prune(plain)
     assert all(torch.equal(kept, expected.kept[layer]) for layer, kept in found.kept.items())
     assert merged.get_base_model().config.intermediate_size == WIDTH
+    assert unwrapped(merged.get_base_model()) is merged.get_base_model()
     assert calibrate(merged, [token_ids()]).tokens == token_ids().numel()
 
 

@@ -25,7 +25,7 @@ from gluprune.io.memory import available_memory
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
 from gluprune.models.widths import check_layers
-from gluprune.models.wrappers import check_weights, unwrapped
+from gluprune.models.wrappers import check_hooks_run, check_weights, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,8 @@ def calibrate(
         TypeError: `calibration` or a batch has the wrong type.
         ValueError: No batches, no tokens, a batch of the wrong shape or with inputs that are not passed on
             (`position_ids`, `pixel_values`), a token id outside the vocabulary, NaN or Inf in the activations or
-            gradients (names the layer), or `sensitivity` without `gram` or for a model without a language-model head.
+            gradients (names the layer), a compiled part of the model, or `sensitivity` without `gram` or for a model
+            without a language-model head.
 
     Example:
         >>> import gluprune
@@ -86,6 +87,7 @@ def calibrate(
     model = unwrapped(model)
     glus = model_glus(model)
     check_weights(model)
+    check_hooks_run(model)
     indices = check_layers(layers, len(glus))
     batches = read_batches(model, calibration)
     gradients = _output_gradients(model, batches, indices) if sensitivity else None
@@ -106,6 +108,7 @@ def calibrate_in_passes(
     """
     glus = model_glus(model)
     check_weights(model)
+    check_hooks_run(model)
     batches = read_batches(model, calibration)
     gradients = _output_gradients(model, batches, layers) if sensitivity else None
     passes = [list(layers)]

@@ -19,6 +19,7 @@ from torch import nn
 
 from gluprune.models.families import Family
 from gluprune.models.glu import GLU
+from gluprune.models.wrappers import is_compiled
 from gluprune.runtime import aligned, fp8, fusion, operator, sharding
 from gluprune.runtime.classes import PREPARED, Swapped, fused_class, set_class
 from gluprune.runtime.norms import FusedNorm, patch_norms, unpatch_norms
@@ -239,8 +240,7 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        if compiled and any(True for _ in fusion.find_glus(module)):
+        if is_compiled(module) and any(True for _ in fusion.find_glus(module)):
             label = f"module {name!r}" if name else "the model"
             raise ValueError(f"{label} is compiled: patch and unpatch before torch.compile")
 

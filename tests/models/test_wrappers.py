@@ -109,6 +109,50 @@ def test_a_compiled_model_is_unwrapped(tiny_model):
     assert compiled.config.intermediate_size == WIDTH
 
 
+def run_compiled(model, parts):
+    """Compile parts of a model, and run it: hooks that are added afterwards are ignored."""
+    for part in parts:
+        part.compile(backend="eager")
+    with torch.no_grad():
+        model(token_ids(), use_cache=False)
+    return model
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers.1", "model.layers.1.mlp"])
+def test_compiled_parts_are_refused_where_hooks_must_run(tiny_model, part):
+    model, dense, narrower = (tiny_model(seed=1) for _ in range(3))
+    prune(model)
+    gluprune.prune(narrower, intermediate_size=40, multiple_of=1)
+    run_compiled(model, [model.get_submodule(part)])
+    before = snapshot(model)
+    ids = [token_ids()]
+    for call in (
+        lambda: calibrate(model, ids),
+        lambda: calibrate(model, ids, sensitivity=True),
+        lambda: gluprune.prune(model, intermediate_size=40, multiple_of=1, score="activation", calibration=ids),
+        lambda: gluprune.reconstruct(model, dense, ids),
+        lambda: gluprune.reconstruct(narrower, model, ids),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{part} is compiled: .* before its parts are compiled, or load it again"
+        ):
+            call()
+    assert_unchanged(model, before)
+    gluprune.prune(model, intermediate_size=40, multiple_of=1)  # from the weights
+    assert model.config.intermediate_size == 40
+
+
+def test_a_model_that_was_compiled_as_a_whole(tiny_model):
+    model, plain = tiny_model(seed=1), tiny_model(seed=1)
+    run_compiled(model, [model])
+    found, expected = calibrate(model, [token_ids()]), calibrate(plain, [token_ids()])
+    assert torch.equal(found.layers[1].gram, expected.layers[1].gram)
+    assert prune(model) == prune(plain)
+    for refitted in (model, plain):
+        gluprune.reconstruct(refitted, tiny_model(seed=1), [token_ids()])
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, plain.model.layers[1].mlp.down_proj.weight)
+
+
 def test_a_compiled_model_is_saved(tiny_model, tmp_path):
     model = tiny_model()
     gluprune.save(torch.compile(model), tmp_path / "saved")

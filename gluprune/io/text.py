@@ -97,13 +97,30 @@ def read_texts(sources: Iterable[str | Path], fields: Sequence[str] = ("text",))
 
 
 def fingerprints(sources: Sequence[str | Path], texts: Sequence[str]) -> dict[str, str]:
-    """Return name -> SHA-256 of texts: of the bytes of a file, or of a text that comes from elsewhere."""
+    """Return name -> SHA-256 of texts: of the bytes of a file, or of a text that comes from elsewhere.
+
+    A file has its name, with as many of its folders as tell it from the other sources.
+    """
+    files = {source: _whole(Path(source)) for source in sources if not is_named(str(source)) and Path(source).is_file()}
+    places = {*files.values(), *(Path(source) for source in sources if source not in files)}
     found: dict[str, str] = {}
     for source, text in zip(sources, texts, strict=True):
-        path, is_file = Path(source), not is_named(str(source)) and Path(source).is_file()
-        name = path.name if is_file and path.name not in found else str(source)
-        found[name] = hashlib.sha256(path.read_bytes() if is_file else text.encode()).hexdigest()
+        name = _least_end(files[source], places) if source in files else str(source)
+        content = files[source].read_bytes() if source in files else text.encode()
+        found[name] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def _whole(path: Path) -> Path:
+    """Return the path of a file with all of its folders; a link to a file keeps its name."""
+    return path.parent.resolve() / path.name
+
+
+def _least_end(path: Path, places: Iterable[Path]) -> str:
+    """Return the last parts of a path, as few as no other one of `places` ends with."""
+    others = [place.parts for place in places if place != path]
+    ends = (path.parts[start:] for start in reversed(range(len(path.parts))))
+    return str(Path(*next(end for end in ends if not any(other[-len(end) :] == end for other in others))))
 
 
 def _decoded(path: Path) -> str:

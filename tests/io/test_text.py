@@ -1,5 +1,7 @@
 """Text from files: formats, fields, and errors that name the file and the place."""
 
+import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gluprune.io.text import detokenised, read_text, read_texts
+from gluprune.io.text import detokenised, fingerprints, read_text, read_texts
 
 
 @pytest.fixture
@@ -79,6 +81,36 @@ def test_bad_files(file, name, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(OSError, match=r"absent\.txt"):
         read_text(tmp_path / "absent.txt")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"t.txt": "t.txt", "x/u.txt": "u.txt"},
+        {"x/t.txt": "x/t.txt", "t.txt": "here/t.txt"},
+        {"a/x/t.txt": "a/x/t.txt", "b/x/t.txt": "b/x/t.txt", "b/y/t.txt": "y/t.txt"},
+        {"../here/x/t.txt": "x/t.txt", "../t.txt": "away/t.txt", "y/t.txt": "y/t.txt"},
+        {"wikipedia": "wikipedia", "./wikipedia": "here/wikipedia"},
+    ],
+)
+def test_texts_have_different_names(tmp_path, monkeypatch, names):
+    """The name of a file with as many of its folders as it needs, in whichever order they come."""
+    here = tmp_path / "away" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for source in names:
+        (here / source).parent.mkdir(parents=True, exist_ok=True)
+        (here / source).write_text(source)
+    for sources in itertools.permutations(names):
+        found = fingerprints(sources, sources)
+        expected = [(names[source], hashlib.sha256(source.encode()).hexdigest()) for source in sources]
+        assert list(found.items()) == expected
+
+
+def test_the_same_file_twice_has_one_name(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = file("t.txt", "a")
+    assert list(fingerprints([path, "t.txt", "./t.txt"], ["a"] * 3)) == ["t.txt"]
 
 
 def test_a_data_set_of_the_hub(monkeypatch):

@@ -29,5 +29,5 @@ def test_the_name_of_a_text(tmp_path, monkeypatch):
     digests = fingerprints(["wikipedia", "./wikipedia"], [articles, "Not the articles."])
     assert digests == {
         "wikipedia": hashlib.sha256(articles.encode()).hexdigest(),
-        "./wikipedia": hashlib.sha256(b"Not the articles.").hexdigest(),
+        f"{tmp_path.name}/wikipedia": hashlib.sha256(b"Not the articles.").hexdigest(),
     }

@@ -39,6 +39,17 @@ def test_wikipedia_where_no_text_is_given(text):
     assert found.calibration == {"wikipedia": articles, OWN_TEXT: own} and set(found.test) == {"notes.txt"}
 
 
+@pytest.mark.parametrize("names", [("x/t.txt", "t.txt"), ("t.txt", "x/t.txt")])
+def test_files_of_one_name_are_two_texts(tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for name in names:
+        (tmp_path / name).write_text(name)
+    found = GivenTexts.read([names[0]], [names[1]], ["text"])
+    assert (list(found.calibration.values()), list(found.test.values())) == ([names[0]], [names[1]])
+    assert sorted(found.digests.values()) == sorted(map(sha256, names))
+
+
 @pytest.mark.parametrize("tokenizer, begins", [(False, 0), (True, 1)], indirect=["tokenizer"])
 def test_the_least_text(tokenizer, begins):
     """One window of text to calibrate on, with the token that begins it; one window and a token to measure on."""

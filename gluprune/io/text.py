@@ -76,7 +76,7 @@ def read_text(source: str | Path, fields: Sequence[str] = ("text",)) -> str:
     else:
         path = Path(source)
         text = _decoded(path)
-        if path.suffix in _JSON_LINES or path.suffix == _JSON:
+        if path.suffix.lower() in (*_JSON_LINES, _JSON):
             text = "\n\n".join(_pieces(path, text, fields))
     if not text.strip():
         raise ValueError(f"{source} holds no text")
@@ -144,12 +144,18 @@ def _pieces(path: Path, text: str, fields: Sequence[str]) -> Iterable[str]:
             raise ValueError(f"{path}, {place} has {wanted}: its fields are {', '.join(row) or 'none'}")
         if not all(isinstance(value, str) for value in found):
             raise ValueError(f"{path}, {place}: the text must be a string")
-        yield "\n".join(found)
+        piece = "\n".join(found)
+        try:
+            piece.encode()
+        except UnicodeEncodeError as error:  # JSON can escape one half of a pair alone, which no tokenizer takes
+            half = piece[error.start]
+            raise ValueError(f"{path}, {place}: {half!r} is no character, but half of a surrogate pair") from None
+        yield piece
 
 
 def _rows(path: Path, text: str) -> Iterable[tuple[str, object]]:
     """Yield the place and value of every JSON row of a file."""
-    if path.suffix == _JSON:
+    if path.suffix.lower() == _JSON:
         try:
             rows = json.loads(text)
         except ValueError as error:

@@ -34,7 +34,7 @@ def test_read_text(file):
     assert read_texts([path, file("b.txt", "b")], fields) == [read_text(path, fields), "b"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 def test_json_lines(file, name, end):
     """One text per line, whatever the line ends; not the JSON."""
@@ -45,7 +45,8 @@ def test_json_lines(file, name, end):
 
 
 def test_a_json_list(file):
-    assert read_text(file("a.json", json.dumps([{"body": "one"}, {"body": "two"}])), ["body"]) == "one\n\ntwo"
+    for name in ("a.json", "b.JSON"):
+        assert read_text(file(name, json.dumps([{"body": "one"}, {"body": "two"}])), ["body"]) == "one\n\ntwo"
 
 
 def test_a_byte_order_mark_is_no_text(file):
@@ -67,6 +68,8 @@ def test_a_byte_order_mark_is_no_text(file):
         ("a.jsonl", '{"text": "a"}\n{"body": "b", "id": 3}', "line 2 has no field 'text': its fields are body, id"),
         ("a.jsonl", '{"text": null}', "line 1 has no field 'text'"),
         ("a.jsonl", '{"text": ["a"]}', "a.jsonl, line 1: the text must be a string"),
+        ("a.jsonl", r'{"text": "\ud83d\ude00"}' + "\n" + r'{"text": "a\ud83d"}', "line 2: '\\ud83d' is no character"),
+        ("a.json", r'[{"text": "\ude00 b"}]', "a.json, row 1: '\\ude00' is no character"),
         ("a.json", '{"text": "a"}', "a.json must hold a JSON list of objects, found dict"),
         ("a.json", '[{"text": "a"}, {}]', "a.json, row 2 has no field 'text': its fields are none"),
         ("a.json", "[", "a.json is not JSON: "),

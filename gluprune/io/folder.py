@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,9 +96,9 @@ def complete_folder(
 ) -> Iterator[Path]:
     """Yield a folder that gets the destination's name when the block succeeds and everything is on disk.
 
-    The output folder is either absent (or the empty folder that was there) or complete. Until then, the folder is
-    inside a work folder next to the destination. Other files that the block writes into the work folder do not reach
-    the destination.
+    The output folder is either absent (or the empty folder that was there, whose owner and mode are kept) or complete.
+    Until then, the folder is inside a work folder next to the destination. Other files that the block writes into the
+    work folder do not reach the destination.
 
     An empty folder that cannot be replaced (a mount point, the working directory, or one whose parent cannot be written
     to) holds the work folder itself. At the end, the files are moved up, `config.json` last.
@@ -130,6 +131,9 @@ def complete_folder(
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         folder = work / "checkpoint"
         folder.mkdir(exist_ok=True)
+        if place != destination and destination.exists():
+            _copy_access(destination, folder)
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
         try:
             yield folder
             atomic.sync_tree(folder)
@@ -157,13 +161,21 @@ def _is_replaceable(destination: Path) -> bool:
     probe = None
     try:
         probe = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        probe.chmod(destination.stat().st_mode & 0o7777)
+        _copy_access(destination, probe)
         probe.rename(destination)
     except OSError:
         if probe is not None:
             probe.rmdir()
         return False
     return True
+
+
+def _copy_access(source: Path, folder: Path) -> None:
+    """Give a folder the owner and mode of another one."""
+    state = source.stat()
+    with suppress(OSError):  # only root may give folders away
+        os.chown(folder, state.st_uid, state.st_gid)
+    folder.chmod(stat.S_IMODE(state.st_mode))
 
 
 def _report_others(destination: Path, own: Path) -> None:

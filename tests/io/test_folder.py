@@ -131,6 +131,32 @@ def test_what_cannot_be_written_is_refused_before_any_work(out, monkeypatch, des
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("key", [None, "1"])
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o2770])
+def test_the_mode_of_an_empty_folder_is_kept(out, mode, key):
+    """Nobody else reads what is written into a private folder, neither before nor after it is complete."""
+    out.chmod(mode)
+    with complete_folder(out, key=key) as output:
+        assert output.stat().st_mode & 0o7777 == mode
+        fill(output)
+    assert contents(out) == FILES and out.stat().st_mode & 0o7777 == mode
+
+
+def test_a_folder_without_permissions_is_written(out):
+    out.chmod(0o500)
+    save(out)
+    assert contents(out) == FILES and out.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_the_owner_of_an_empty_folder_is_kept(out):
+    """A private folder of another user would be closed to that user otherwise."""
+    out.chmod(0o700)
+    os.chown(out, 1234, 2345)
+    save(out)
+    assert contents(out) == FILES and (out.stat().st_uid, out.stat().st_gid) == (1234, 2345)
+
+
 def test_a_new_file_system_counts_as_empty(out):
     (out / "lost+found").mkdir()
     save(out)

@@ -29,7 +29,7 @@ class CheckpointReport(PruneReport):
 
     Attributes:
         files: Name -> size in bytes, for every file of the output.
-        skipped: Files of the source that are not in the output: other weight formats and hidden files.
+        skipped: Files of the source that are not in the output: other weight formats, hidden files, linked folders.
     """
 
     files: dict[str, int]

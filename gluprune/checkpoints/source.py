@@ -208,7 +208,8 @@ def other_files(folder: Path, written: set[str]) -> tuple[list[str], list[str]]:
     modules = _module_folders(folder)
     for root, folders, names in os.walk(folder):
         here = Path(root).relative_to(folder)
-        left = sorted(name for name in folders if name.startswith(".") or _matches(name, _OTHER_FOLDERS))
+        links = {name for name in folders if (folder / here / name).is_symlink()}  # `os.walk` does not follow them
+        left = sorted(n for n in folders if n in links or n.startswith(".") or _matches(n, _OTHER_FOLDERS))
         skipped += [f"{here / name}/" for name in left]
         folders[:] = sorted(set(folders) - set(left))
         for path in (here / name for name in sorted(names)):

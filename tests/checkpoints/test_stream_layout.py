@@ -143,6 +143,17 @@ def test_links_are_followed(llama, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
+def test_linked_folders_are_named_as_skipped(llama, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    for name in ("1_Pooling", "docs"):
+        (llama / name).symlink_to(tmp_path / "elsewhere")
+    (llama / "itself").symlink_to(llama)
+    report = prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
+    assert report.skipped == ["1_Pooling/", "docs/", "itself/"]
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+
+
 def test_dry_run_reports_and_writes_nothing(llama, tmp_path):
     reshard(llama, 3, seed=2)
     before = sorted(tmp_path.rglob("*"))

@@ -38,12 +38,14 @@ class History:
         Args:
             source: A folder, a Hub id, or an empty string.
         """
+        if not str(source):  # as a path, it would be the working directory
+            return cls("")
         if found := read_history(source):
             return found
         model = hub_model(source)
         if model is not None:
             return cls(model.name, model.commit, licence=_licence(stored_folder(source) or Path(source)))
-        if is_hub_id(source) or not str(source):
+        if is_hub_id(source):
             return cls(str(source))
         return cls(model_name(source), licence=_licence(Path(source)))
 

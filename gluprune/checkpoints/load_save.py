@@ -155,9 +155,11 @@ def load(path: str | Path, **kwargs) -> PreTrainedModel:
     if not is_remote:
         build_empty(config)  # a config that fails is found before the weights are read
     found: Any = _auto_class(config) if is_remote else _model_class(config)
+    # The model keeps this name: a relative path would be another one, or a Hub id, after a change of folder.
+    source = str(Path(path).absolute()) if Path(path).is_dir() else path
     # Shapes are checked below, with a message that names the tensors.
     model, loading = found.from_pretrained(
-        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
     _check_loaded(path, type(model).__name__, loading)
     if not is_remote:

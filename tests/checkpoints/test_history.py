@@ -113,6 +113,35 @@ def test_a_dense_model_has_no_history(tiny_model, tmp_path):
     assert not {"README.md", "gluprune.json"} & contents(tmp_path / "dense").keys()
 
 
+@pytest.mark.parametrize("place", ["out", f"hub/models--me--tiny/snapshots/{COMMIT}"])
+def test_a_model_from_nowhere_has_no_history(llama, tiny_model, tmp_path, monkeypatch, place):
+    """Also where the working directory is a checkpoint with a history, or one of the Hub."""
+    prune_checkpoint(llama, tmp_path / place, intermediate_size=20, multiple_of=1)
+    monkeypatch.chdir(tmp_path / place)
+    gluprune.save(tiny_model(), tmp_path / "dense")
+    assert not {"README.md", "gluprune.json"} & contents(tmp_path / "dense").keys()
+    model = tiny_model()
+    gluprune.prune(model, intermediate_size=20, multiple_of=1)
+    gluprune.save(model, tmp_path / "saved")
+    history, _ = written(tmp_path / "saved")
+    assert (history["base_model"], history["base_commit"], len(history["steps"])) == ("", None, 1)
+
+
+def test_a_local_model_is_known_from_another_folder(llama, tmp_path, monkeypatch):
+    """`parent/llama` is no Hub id, wherever the model is saved; the card names the folder, not its path."""
+    (llama / "README.md").write_text(CARD)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path.parent)
+    model = gluprune.load(f"{tmp_path.name}/llama")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    gluprune.prune(model, intermediate_size=20, multiple_of=1)
+    gluprune.save(model, tmp_path / "saved")
+    history, card = written(tmp_path / "saved")
+    assert history["base_model"] == "llama" and history["licence"]
+    assert "huggingface.co" not in card
+    assert not any(tmp_path.name.encode() in content for name, content in contents(tmp_path / "saved").items())
+
+
 def test_the_hubs_name_and_commit_of_a_cached_model(llama, tmp_path):
     snapshot = tmp_path / "hub" / "models--me--tiny" / "snapshots" / COMMIT
     shutil.copytree(llama, snapshot)

@@ -90,7 +90,7 @@ def _licence(folder: Path) -> list[str]:
     """Return the lines on the licence in the header of a model card."""
     try:
         with (folder / CARD_FILE).open("rb") as file:
-            text = file.read(_CARD_BYTES).decode("utf-8", "replace")
+            text = file.read(_CARD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
     except OSError:
         return []
     opening, _, rest = text.partition("---\n")

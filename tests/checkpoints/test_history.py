@@ -142,6 +142,15 @@ def test_a_local_model_is_known_from_another_folder(llama, tmp_path, monkeypatch
     assert not any(tmp_path.name.encode() in content for name, content in contents(tmp_path / "saved").items())
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_licence_in_a_card(llama, tmp_path, end):
+    (llama / "README.md").write_bytes(CARD.replace("\n", end).encode())
+    prune_checkpoint(llama, tmp_path / "out", intermediate_size=20, multiple_of=1)
+    history, card = written(tmp_path / "out")
+    assert history["licence"] == ["license: llama3.2", "license_link: LICENSE"]
+    assert "license: llama3.2\nlicense_link: LICENSE\n" in card.split("---\n")[1]
+
+
 def test_the_hubs_name_and_commit_of_a_cached_model(llama, tmp_path):
     snapshot = tmp_path / "hub" / "models--me--tiny" / "snapshots" / COMMIT
     shutil.copytree(llama, snapshot)

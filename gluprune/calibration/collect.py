@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gluprune.calibration.batches import Batch, read_batches, token_count
-from gluprune.calibration.running import check_ran, evaluating, in_float32, run_decoder
+from gluprune.calibration.running import as_written, check_ran, in_float32, run_decoder
 from gluprune.calibration.sensitivity import (
     LayerGradients,
     narrowing_costs,
@@ -25,7 +25,7 @@ from gluprune.io.memory import available_memory
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, check_head, decoder_layers, model_glus
 from gluprune.models.widths import check_layers
-from gluprune.models.wrappers import check_hooks_run, check_weights, unwrapped
+from gluprune.models.wrappers import check_weights, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,8 +69,7 @@ def calibrate(
         TypeError: `calibration` or a batch has the wrong type.
         ValueError: No batches, no tokens, a batch of the wrong shape or with inputs that are not passed on
             (`position_ids`, `pixel_values`), a token id outside the vocabulary, NaN or Inf in the activations or
-            gradients (names the layer), a compiled part of the model, or `sensitivity` without `gram` or for a model
-            without a language-model head.
+            gradients (names the layer), or `sensitivity` without `gram` or for a model without a language-model head.
 
     Example:
         >>> import gluprune
@@ -87,7 +86,6 @@ def calibrate(
     model = unwrapped(model)
     glus = model_glus(model)
     check_weights(model)
-    check_hooks_run(model)
     indices = check_layers(layers, len(glus))
     batches = read_batches(model, calibration)
     gradients = _output_gradients(model, batches, indices) if sensitivity else None
@@ -108,7 +106,6 @@ def calibrate_in_passes(
     """
     glus = model_glus(model)
     check_weights(model)
-    check_hooks_run(model)
     batches = read_batches(model, calibration)
     gradients = _output_gradients(model, batches, layers) if sensitivity else None
     passes = [list(layers)]
@@ -182,7 +179,7 @@ def plan_passes(sizes: Sequence[tuple[int, torch.device, int]]) -> list[list[int
 
 def _output_gradients(model: PreTrainedModel, batches: list[Batch], layers: Sequence[int]) -> dict[int, LayerGradients]:
     check_head(model, "sensitivity=True")
-    with evaluating(model):
+    with as_written(model):
         return output_gradients(model, batches, layers)
 
 
@@ -210,7 +207,7 @@ class _Pass:
     def collect(self, layers: Sequence[int], label: str) -> Statistics:
         found = {index: LayerStatistics.empty(self._glus[index], gram=self._gram) for index in layers}
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self._model))
+            stack.enter_context(as_written(self._model))
             if self._gram:
                 stack.enter_context(in_float32(decoder_layers(self._model)))
             for index, statistics in found.items():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gluprune.models.wrappers import is_compiled
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -34,6 +36,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes:  # parents come before their children, whose former mode is set after theirs
             if module.training != training:
                 module.train(training)
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode and its own code, also where it is compiled: compiled code ignores hooks added later."""
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if any(map(is_compiled, model.modules())):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def is_half_on_cpu(parameter: torch.Tensor) -> bool:

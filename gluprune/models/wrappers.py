@@ -68,17 +68,3 @@ def check_weights(model: nn.Module) -> None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, by `module.compile()` or `torch.compile(module)`."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def check_hooks_run(model: nn.Module) -> None:
-    """Check that no part of a model is compiled: compiled code ignores hooks that are added after its first run.
-
-    Raises:
-        ValueError: A part is compiled.
-    """
-    for name, module in model.named_modules():
-        if name and is_compiled(module):
-            raise ValueError(
-                f"{name} is compiled: calibrate, prune and reconstruct a model before its parts are compiled, or load"
-                " it again"
-            )

@@ -36,11 +36,11 @@ from torch.nn import functional as F
 
 from gluprune.calibration.batches import Batch, read_batches, token_count
 from gluprune.calibration.least_squares import RIDGE, solve
-from gluprune.calibration.running import evaluating, in_float32, run_decoder
+from gluprune.calibration.running import as_written, in_float32, run_decoder
 from gluprune.calibration.statistics import LayerStatistics
 from gluprune.io.progress import progress
 from gluprune.models.glu import GLU, decoder_layers, model_glus
-from gluprune.models.wrappers import check_hooks_run, check_weights, unwrapped
+from gluprune.models.wrappers import check_weights, unwrapped
 from gluprune.pruning.checks import check_prunable
 from gluprune.pruning.compensate import replace_down
 from gluprune.pruning.history import reconstruct_step, record
@@ -78,8 +78,8 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
     Raises:
         TypeError: Unusable batches, as for `calibrate`.
         ValueError: Unusable batches or fewer than two rows of text; models that do not belong together, share weights
-            or are of another family, or have compiled parts; weights that `prune` rejects (quantized, on the meta
-            device, tied); NaN or Inf in the residual streams (names the layer).
+            or are of another family; weights that `prune` rejects (quantized, on the meta device, tied); NaN or Inf in
+            the residual streams (names the layer).
 
     Example:
         >>> import copy, gluprune
@@ -99,7 +99,7 @@ def reconstruct(pruned: PreTrainedModel, dense: PreTrainedModel, calibration: It
         )
     with ExitStack() as stack, ExitStack() as undo:
         for model in (pruned, dense):
-            stack.enter_context(evaluating(model))
+            stack.enter_context(as_written(model))
         target, stream = _Stream(dense, batches), _Stream(pruned, batches)
         for model in (pruned, dense):
             stack.enter_context(in_float32(decoder_layers(model)))
@@ -163,8 +163,6 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel) -> list[GLU]:
         raise ValueError(f"pruned must be dense with narrower MLPs; pruned is {found}; dense is {expected}")
     check_prunable(pruned, glus, range(len(glus)))
     check_weights(pruned)
-    for model in (pruned, dense):
-        check_hooks_run(model)
     if any(parameter.is_meta for parameter in dense.parameters()):
         raise ValueError("dense is on the meta device: load its weights first")
     for index, (glu, other) in enumerate(zip(glus, dense_glus, strict=True)):

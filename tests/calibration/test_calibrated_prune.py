@@ -226,6 +226,9 @@ def test_statistics_of_other_weights_get_a_warning(tiny_model, tmp_path, caplog)
         gluprune.prune(copied, **given, layers=[1])
         gluprune.prune(copied, **given, layers=[0, 2])
     gluprune.prune_checkpoint(tmp_path / "model", tmp_path / "out", statistics=tmp_path / "statistics", **on_disk)
+    precise = tiny_model(seed=3)
+    found = calibrate(precise, [IDS])
+    gluprune.prune(precise.bfloat16(), **{**given, "calibration": found})
     assert "other weights" not in caplog.text
     gluprune.prune(other, **given)
     assert OTHER_WEIGHTS.format(3) in caplog.text

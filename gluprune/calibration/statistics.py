@@ -40,9 +40,9 @@ def first_weights(down: torch.Tensor) -> torch.Tensor:
         down: `[H, I]` or its first row `[1, I]`, of any dtype.
 
     Returns:
-        float32 `[min(I, 16)]`, rounded to bfloat16, so that the dtype in which a model is loaded does not matter.
+        float32 `[min(I, 16)]`.
     """
-    return down[0, :_FIRST].to(torch.bfloat16).float()
+    return down[0, :_FIRST].float()
 
 
 @dataclass(eq=False, repr=False)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,12 @@ class CheckpointReport(PruneReport):
     Attributes:
         files: Name -> size in bytes, for every file of the output.
         skipped: Files of the source that are not in the output: other weight formats, hidden files, linked folders.
+        differ: Whether the layers of the output have different widths, also those that were not pruned.
     """
 
     files: dict[str, int]
     skipped: list[str]
+    differ: bool
 
     @property
     def layers(self) -> list[int]:
@@ -42,7 +44,8 @@ class CheckpointReport(PruneReport):
 
     def to_dict(self) -> dict:
         """Return everything as plain numbers, strings and lists, ready for JSON."""
-        return {**super().to_dict(), "layers": self.layers, "files": self.files, "skipped": self.skipped}
+        own = {"layers": self.layers, "files": self.files, "skipped": self.skipped, "differ": self.differ}
+        return {**super().to_dict(), **own}
 
     def __repr__(self) -> str:
         text = f"{super().__repr__()}; {len(self.files)} files of {sum(self.files.values()):,} bytes"
@@ -123,6 +126,12 @@ class OutputPlan:
     key: str
     report: CheckpointReport
 
+    def key_now(self) -> str:
+        """Return the key with the source as it is now: another one, if a file has changed."""
+        shards = read_checkpoint(self.folder)
+        config = read_source_config(self.folder, sum(len(shard.tensors) for shard in shards))
+        return _fingerprint(shards, self.statistics, self.recipe, self.report.widths, config)
+
 
 def make_plan(
     folder: Path, recipe: Recipe, *, target: dict, layers: Sequence[int] | None, statistics: Path | None
@@ -181,8 +190,8 @@ def make_plan(
             **{name: (folder / name).stat().st_size for name in copied},
         },
         skipped=skipped,
+        differ=len(set(after)) > 1,
     )
-    read = [shard.file for shard in sources] + ([] if statistics is None else [statistics])
     return OutputPlan(
         folder=folder,
         family=config.family,
@@ -192,7 +201,7 @@ def make_plan(
         shards=shards,
         documents=documents,
         copied=copied,
-        key=_fingerprint(read, recipe, widths, config),
+        key=_fingerprint(sources, statistics, recipe, widths, config),
         report=report,
     )
 
@@ -276,8 +285,11 @@ def _json_bytes(document: dict) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _fingerprint(read: list[Path], recipe: Recipe, widths: dict[int, int], config: SourceConfig) -> str:
+def _fingerprint(
+    shards: Sequence[Shard], statistics: Path | None, recipe: Recipe, widths: Mapping[int, int], config: SourceConfig
+) -> str:
     """Return a digest that changes if the task changes, or if a source file is written, moved or replaced."""
+    read = [shard.file for shard in shards] + ([] if statistics is None else [statistics])
     states = [(str(path), stat.st_size, stat.st_mtime_ns) for path in read for stat in [path.stat()]]
     task = {"score": recipe.score_name, "widths": widths, "compensate": recipe.compensate, "config": config.raw}
     return hashlib.sha256(json.dumps([states, task], sort_keys=True).encode()).hexdigest()[:16]

@@ -97,6 +97,6 @@ def prune_checkpoint(
         return plan.report
     with complete_folder(destination, plan.key, resume=resume) as output:
         kept = write_plan(plan, output)
-        if make_plan(folder, recipe, **options).key != plan.key:
+        if plan.key_now() != plan.key:
             raise ValueError(f"{folder}{f' or {statistics}' if statistics else ''} changed while it was read")
     return replace(plan.report, kept=kept)

@@ -171,7 +171,7 @@ def run(
             file = Path(folder) / "statistics"
             statistics = _calibrate(source, texts, recipe, file, device=device, dtype=dtype)
         report = prune_checkpoint(source, out, **options, **recipe.options(), statistics=statistics)
-    if layers is not None or len(set(report.widths.values())) > 1:
+    if report.differ:
         logger.warning(_LAYERS_DIFFER)
     print(_as_json(report, kept) if as_json else f"{report}\n{'dry run: nothing was written' if dry_run else out}")
 

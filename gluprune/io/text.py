@@ -140,8 +140,9 @@ def _pieces(path: Path, text: str, fields: Sequence[str]) -> Iterable[str]:
             raise ValueError(f"{path}, {place} is not a JSON object")
         found = [row[name] for name in fields if row.get(name) is not None]
         if not found:
+            given = ", ".join(name for name, value in row.items() if value is not None)
             wanted = f"no field {fields[0]!r}" if len(fields) == 1 else f"none of the fields {', '.join(fields)}"
-            raise ValueError(f"{path}, {place} has {wanted}: its fields are {', '.join(row) or 'none'}")
+            raise ValueError(f"{path}, {place} has {wanted}: its fields with a value are {given or 'none'}")
         if not all(isinstance(value, str) for value in found):
             raise ValueError(f"{path}, {place}: the text must be a string")
         piece = "\n".join(found)

@@ -15,6 +15,7 @@ from gluprune.models.wrappers import check_weight
 from gluprune.pruning.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+_ROUNDING = 2.0**-7  # of bfloat16, with a margin; the smallest numbers of float16 are far below 1e-6
 
 
 def common_width(widths: Sequence[int], layers: Sequence[int]) -> int:
@@ -163,5 +164,7 @@ def check_statistics(
 
 
 def _is_other(known: torch.Tensor | None, down: torch.Tensor) -> bool:
-    """Whether weights are not those that a layer had when it was calibrated."""
-    return known is not None and not torch.equal(known.cpu(), first_weights(down.detach()).cpu())
+    """Whether weights are not those that a layer had when it was calibrated, perhaps in another dtype."""
+    if known is None:
+        return False
+    return not torch.allclose(known.cpu(), first_weights(down.detach()).cpu(), rtol=_ROUNDING, atol=1e-6)

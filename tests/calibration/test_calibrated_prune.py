@@ -228,7 +228,8 @@ def test_statistics_of_other_weights_get_a_warning(tiny_model, tmp_path, caplog)
     gluprune.prune_checkpoint(tmp_path / "model", tmp_path / "out", statistics=tmp_path / "statistics", **on_disk)
     precise = tiny_model(seed=3)
     found = calibrate(precise, [IDS])
-    gluprune.prune(precise.bfloat16(), **{**given, "calibration": found})
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        gluprune.prune(copy.deepcopy(precise).to(dtype), **{**given, "calibration": found})
     assert "other weights" not in caplog.text
     gluprune.prune(other, **given)
     assert OTHER_WEIGHTS.format(3) in caplog.text
@@ -236,7 +237,7 @@ def test_statistics_of_other_weights_get_a_warning(tiny_model, tmp_path, caplog)
     model.model.layers[1].mlp.down_proj.weight.data[0, 3] += 1
     model.save_pretrained(tmp_path / "changed")
     gluprune.prune_checkpoint(tmp_path / "changed", tmp_path / "out2", statistics=tmp_path / "statistics", **on_disk)
-    assert OTHER_WEIGHTS.format(1) in caplog.text
+    assert caplog.text.count(OTHER_WEIGHTS.format(1)) == 1
 
 
 def test_statistics_of_another_model_are_rejected(tiny_model, unchanged):

@@ -84,6 +84,11 @@ def test_prune_some_layers_and_info(checkpoint, tmp_path, capsys, caplog):
     assert described["widths"] == [64, 101, 64]
     assert described["aligned_to"] == 1
     assert described["tensor_parallel"] == {"2": False, "4": False, "8": False}
+    caplog.clear()
+    arguments[-1] = "1"  # the rest: all layers have one width again
+    assert main(["prune", str(out), "--out", str(tmp_path / "all"), *arguments]) == 0
+    assert "stock transformers does not" not in caplog.text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "all").config.intermediate_size == 64
 
 
 @pytest.mark.slow

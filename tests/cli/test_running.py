@@ -96,7 +96,7 @@ def test_perplexity_runs_on_the_gpu_and_in_float32_on_a_cpu(loaded, checkpoint, 
         (["--device", "cuda"], "device 'cuda' is not available: torch does not find a CUDA device"),
         (["--device", "gpu"], "unknown device 'gpu'; allowed: auto, cpu, cuda"),
         (["--dtype", "int8"], "Invalid value for '--dtype'"),
-        (["--field", "page"], "line 1 has no field 'page': its fields are body"),
+        (["--field", "page"], "line 1 has no field 'page': its fields with a value are body"),
         (["--text", "absent.txt"], "absent.txt"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -79,7 +79,7 @@ def _blocks(tensor: OutputTensor, selector: Selector) -> Iterator[np.ndarray]:
     stored = tensor.stored
     if tensor.layer is None:
         sizes = (min(_BLOCK_BYTES, stored.nbytes - start) for start in range(0, stored.nbytes, _BLOCK_BYTES))
-        for block in _read(stored, (torch.empty(size, dtype=torch.uint8) for size in sizes)):
+        for block in stored.read(torch.empty(size, dtype=torch.uint8) for size in sizes):
             yield block.numpy()
     elif tensor.refitted:
         weight = selector.refitted_down(tensor.layer, stored)
@@ -104,7 +104,7 @@ def _narrowed_blocks(tensor: OutputTensor, kept: np.ndarray, held: torch.Tensor 
     else:
         buffer = torch.empty(min(block_rows, rows) * row_bytes, dtype=torch.uint8)
         shapes = ((min(block_rows, rows - start), *stored.shape[1:]) for start in starts)
-        blocks = _read(stored, (_view(buffer, stored.dtype, shape) for shape in shapes))
+        blocks = stored.read(_view(buffer, stored.dtype, shape) for shape in shapes)
     for block, start in zip(blocks, starts, strict=True):
         # numpy's take is twice as fast as torch's indexing here, and leaves the other cores free for the writing
         # thread.
@@ -119,20 +119,6 @@ def _narrowed_blocks(tensor: OutputTensor, kept: np.ndarray, held: torch.Tensor 
 def _view(buffer: torch.Tensor, dtype: str, shape: Sequence[int]) -> torch.Tensor:
     """Return the beginning of a uint8 buffer as a tensor."""
     return buffer[: math.prod(shape) * DTYPES[dtype].itemsize].view(DTYPES[dtype]).view(shape)
-
-
-def _read(tensor: StoredTensor, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Fill contiguous tensors with the stored bytes in order; yield each when it is full."""
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        for block in blocks:
-            rest = block.reshape(-1).view(torch.uint8).numpy().data
-            while rest.nbytes:
-                count = file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{tensor.file} ends within tensor {tensor.name!r}")
-                rest = rest[count:]
-            yield block
 
 
 def _ahead(items: Iterator, depth: int, threads: int) -> Generator:
@@ -185,7 +171,7 @@ class Selector:
         self.held.clear()
         rest = self.buffer
         for stored in self._scored(layer):
-            (self.held[stored.name],) = _read(stored, [_view(rest, stored.dtype, stored.shape)])
+            (self.held[stored.name],) = stored.read([_view(rest, stored.dtype, stored.shape)])
             rest = rest[_aligned(stored.nbytes) :]
         weights = _Weights.of(self._plan.family, list(self.held.values()))
         score = score_layer(self._plan.recipe.score, weights, layer, self._activations(layer))
@@ -209,7 +195,7 @@ class Selector:
         kept = self.kept_by(layer)
         down = self.held.get(stored.name)
         if down is None:
-            (down,) = _read(stored, [torch.empty(stored.shape, dtype=DTYPES[stored.dtype])])
+            (down,) = stored.read([torch.empty(stored.shape, dtype=DTYPES[stored.dtype])])
         statistics = self._activations(layer)
         assert statistics is not None and statistics.gram is not None
         return refitted_down(down, kept, statistics.gram, f"layer {layer}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,18 +70,27 @@ class StoredTensor:
         """Bytes of the data."""
         return math.prod(self.shape) * self.itemsize
 
-    def first_row(self) -> torch.Tensor:
-        """Read the first row of a matrix, `[1, columns]`.
+    def read(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Fill contiguous tensors with the stored bytes in order; yield each when it is full.
 
         Raises:
             ValueError: The file ends before.
         """
-        data = bytearray(self.shape[1] * self.itemsize)
-        with self.file.open("rb") as file:
+        with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            if file.readinto(data) != len(data):
-                raise ValueError(f"{self.file} ends within tensor {self.name!r}")
-        return torch.frombuffer(data, dtype=DTYPES[self.dtype])[None]
+            for block in blocks:
+                rest = block.reshape(-1).view(torch.uint8).numpy().data
+                while rest.nbytes:
+                    count = file.readinto(rest)
+                    if not count:
+                        raise ValueError(f"{self.file} ends within tensor {self.name!r}")
+                    rest = rest[count:]
+                yield block
+
+    def first_row(self) -> torch.Tensor:
+        """Read the first row of a matrix, `[1, columns]`; for errors see `read`."""
+        (row,) = self.read([torch.empty(1, self.shape[1], dtype=DTYPES[self.dtype])])
+        return row
 
 
 @dataclass(frozen=True)

@@ -100,21 +100,34 @@ def read_batches(model: PreTrainedModel, calibration: Iterable) -> list[Batch]:
         raise TypeError(f"calibration must be an iterable of batches, got {name}")
     if isinstance(calibration, Mapping) or (isinstance(calibration, torch.Tensor) and calibration.dim() == 2):
         raise TypeError(f"calibration must be an iterable of batches, got one batch ({name}): put it into a list")
-    embedding: Any = model.get_input_embeddings()
-    vocabulary = embedding.num_embeddings
     batches = []
     for number, batch in enumerate(calibration):
         ids, mask = _read_batch(batch, f"calibration batch {number}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(
-                f"calibration batch {number} has token ids from {int(ids.min())} to {int(ids.max())};"
-                f" the model's vocabulary goes from 0 to {vocabulary - 1}"
-            )
+        check_vocabulary(model, ids, f"calibration batch {number} has token ids")
         if ids.numel() if mask is None else mask.any():
             batches.append((ids, mask))
     if not batches:
         raise ValueError("calibration holds no tokens: give at least one batch that is not all padding")
     return batches
+
+
+def holds_integers(ids: torch.Tensor) -> bool:
+    """Whether a tensor may hold token ids, by its dtype."""
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+
+
+def check_vocabulary(model: PreTrainedModel, ids: torch.Tensor, label: str) -> None:
+    """Check that token ids are those of a model.
+
+    Raises:
+        ValueError: One is outside the vocabulary; `label` is what the message begins with.
+    """
+    embedding: Any = model.get_input_embeddings()
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < embedding.num_embeddings:
+        raise ValueError(
+            f"{label} from {int(ids.min())} to {int(ids.max())}; the model's vocabulary goes from 0 to"
+            f" {embedding.num_embeddings - 1}"
+        )
 
 
 def _read_batch(batch: object, label: str) -> Batch:
@@ -137,7 +150,7 @@ def _read_batch(batch: object, label: str) -> Batch:
     if not isinstance(ids, torch.Tensor):
         found = type(ids).__name__
         raise TypeError(f"{label} must be a tensor, a dict with input_ids or a tuple (ids, mask), got {found}")
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if ids.dim() != 2 or not holds_integers(ids):
         found = f"{ids.dtype} of shape {list(ids.shape)}"
         raise ValueError(f"{label} must hold integer token ids of shape [B, S], got {found}")
     ids = ids.long()  # embeddings take no smaller integers; int64 is not copied

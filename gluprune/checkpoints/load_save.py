@@ -27,7 +27,7 @@ from gluprune.models.families import family_of, family_of_type
 from gluprune.models.glu import model_glus, resize, text_configs
 from gluprune.models.nemotron_nas import MODEL_TYPE
 from gluprune.models.widths import layer_widths, set_config_widths
-from gluprune.models.wrappers import unwrapped
+from gluprune.models.wrappers import adapter_layers, unwrapped
 from gluprune.pruning.history import steps_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _whole_model(model: Any) -> PreTrainedModel:
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a model of transformers, got {type(model).__name__}")
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if adapter_layers(model):
         raise ValueError("the model has adapter layers: remove them first, with model = model.merge_and_unload()")
     return model
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from gluprune.calibration.batches import check_vocabulary, holds_integers
 from gluprune.calibration.running import evaluating
 from gluprune.io.progress import progress
 from gluprune.models.glu import check_head
@@ -98,12 +99,7 @@ def _one_row(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         hint = "tokenizer(text, return_tensors='pt').input_ids"
         raise TypeError(f"ids must be a tensor of token ids, got {type(ids).__name__}: give {hint}")
     row = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if row.dim() != 1 or row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+    if row.dim() != 1 or not holds_integers(row):
         raise ValueError(f"ids must be integers of shape [T] or [1, T], got {ids.dtype} of shape {list(ids.shape)}")
-    embedding: Any = model.get_input_embeddings()
-    if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < embedding.num_embeddings:
-        raise ValueError(
-            f"ids go from {int(row.min())} to {int(row.max())}; the model's vocabulary goes from 0 to"
-            f" {embedding.num_embeddings - 1}"
-        )
+    check_vocabulary(model, row, "ids go")
     return row.long()

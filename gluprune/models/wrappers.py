@@ -26,7 +26,7 @@ def unwrapped(model: Any) -> Any:
     if name in _DISTRIBUTED:
         raise ValueError(f"the model is wrapped in {name}: give the model inside it, model.module, before wrapping it")
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    layers = _adapter_layers(model)
+    layers = adapter_layers(model)
     if (is_peft and not layers) or not all(getattr(layer, "merged", False) for layer in layers):
         how = "model = model.merge_and_unload()"
         if not is_peft:
@@ -38,7 +38,7 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if is_peft else model
 
 
-def _adapter_layers(model: Any) -> list[nn.Module]:
+def adapter_layers(model: Any) -> list[nn.Module]:
     """Return the layers of a model that PEFT has put around others."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [module for module in modules if hasattr(module, "base_layer")]

@@ -16,7 +16,7 @@ from gluprune.checkpoints.card import History
 from gluprune.checkpoints.load_save import read_config
 from gluprune.checkpoints.source import SourceConfig, mlp_tensors, other_files, read_source_config
 from gluprune.io.atomic import link_file, read_chunks, write_file
-from gluprune.io.folder import check_destination, complete_folder
+from gluprune.io.folder import check_destination, check_outside, complete_folder
 from gluprune.io.hub import local_folder
 from gluprune.io.shards import INDEX_FILE, StoredTensor, read_checkpoint, read_json_object
 from gluprune.models import decilm, nemotron_nas
@@ -86,8 +86,9 @@ def export(source: str | Path, destination: str | Path, *, format: str, converte
         raise ValueError(f"unknown format {format!r}; allowed: {', '.join(FORMATS)}")
     if converter is not None and format != "gguf":
         raise ValueError(f"converter would be ignored: format={format!r} needs none")
-    check_destination(destination, source)
+    check_destination(destination)
     folder = local_folder(source)
+    check_outside(destination, folder)
     if format == "gguf":
         script = gguf.find_converter(converter)
         gguf.convertible_rows(folder)

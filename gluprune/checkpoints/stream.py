@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gluprune.checkpoints.plan import CheckpointReport, make_plan
 from gluprune.checkpoints.write import write_plan
-from gluprune.io.folder import check_destination, complete_folder
+from gluprune.io.folder import check_destination, check_outside, complete_folder
 from gluprune.io.hub import local_folder
 from gluprune.pruning.recipe import SCORES, Recipe
 
@@ -81,18 +81,16 @@ def prune_checkpoint(
     recipe.check_data([] if statistics is None else ["statistics"], "calibration statistics: give statistics=")
     if dry_run and resume:
         raise ValueError("dry_run=True writes nothing, so there is nothing to continue: remove resume=True")
-    check_destination(destination, source)
+    check_outside(destination, source)
+    check_destination(destination)
     folder = local_folder(source)
-    options = {
-        "target": {
-            "expansion_ratio": expansion_ratio,
-            "pruning_ratio": pruning_ratio,
-            "width": intermediate_size,
-        },
-        "layers": layers,
-        "statistics": None if statistics is None else Path(statistics).absolute(),
-    }
-    plan = make_plan(folder, recipe, **options)
+    plan = make_plan(
+        folder,
+        recipe,
+        target={"expansion_ratio": expansion_ratio, "pruning_ratio": pruning_ratio, "width": intermediate_size},
+        layers=layers,
+        statistics=None if statistics is None else Path(statistics).absolute(),
+    )
     if dry_run:
         return plan.report
     with complete_folder(destination, plan.key, resume=resume) as output:

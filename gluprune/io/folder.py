@@ -26,22 +26,26 @@ _LAST = "config.json"
 _NOT_RENAMED = (errno.EBUSY, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP)
 
 
-def check_destination(destination: str | Path, *sources: str | Path) -> Path:
-    """Return the destination as an absolute path without links, if a folder may be written there.
-
-    Args:
-        destination: The path.
-        *sources: What is read: it may not lie in one of these folders. Hub ids lie elsewhere.
+def check_outside(destination: str | Path, *sources: str | Path) -> None:
+    """Check that the destination does not lie in one of the folders that are read; Hub ids lie elsewhere.
 
     Raises:
-        ValueError: It exists and is not an empty folder, or lies in a source. What interrupted runs left in it does not
-            count.
-        OSError: Neither it nor its parent can be written to.
+        ValueError: It does.
     """
     resolved = Path(destination).resolve()
     for source in sources:
         if Path(source).is_dir() and Path(source).resolve() in (resolved, *resolved.parents):
             raise ValueError(f"output folder {destination} must lie outside the source {source}")
+
+
+def check_destination(destination: str | Path) -> Path:
+    """Return the destination as an absolute path without links, if a folder may be written there.
+
+    Raises:
+        ValueError: It exists and is not an empty folder. What interrupted runs left in it does not count.
+        OSError: Neither it nor its parent can be written to.
+    """
+    resolved = Path(destination).resolve()
     if resolved.exists() and not resolved.is_dir():
         raise ValueError(f"output {destination} exists and is not a folder")
     if resolved.is_dir() and _content(resolved):

@@ -27,7 +27,7 @@ from gluprune.checkpoints.load_save import build_empty, read_config
 from gluprune.healing.memory import training_memory
 from gluprune.healing.student import check_trained
 from gluprune.healing.training import Settings, arguments
-from gluprune.io.folder import check_destination, complete_folder, folder_state
+from gluprune.io.folder import check_destination, check_outside, complete_folder, folder_state
 from gluprune.io.hub import local_folder
 from gluprune.io.progress import RESUMED
 from gluprune.models.device import AUTO, choose_device, dtype_name
@@ -36,7 +36,7 @@ from gluprune.models.widths import layer_widths
 from gluprune.pruning.history import versions
 from gluprune.workflow.healing_work import HealingWork
 from gluprune.workflow.report import HealReport
-from gluprune.workflow.texts import GivenTexts, Sources, check_lengths
+from gluprune.workflow.texts import GivenTexts, check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ def heal(
     teacher: str | Path,
     destination: str | Path,
     *,
-    text: Sources = (),
-    test_text: Sources = (),
+    text: str | Path | Sequence[str | Path] = (),
+    test_text: str | Path | Sequence[str | Path] = (),
     fields: str | Sequence[str] = "text",
     own_windows: int = 64,
-    tokens: int = Settings.tokens,
-    length: int = Settings.length,
-    batch: int = Settings.batch,
-    device_batch: int = Settings.device_batch,
-    learning_rate: float = Settings.learning_rate,
-    train: str = Settings.train,
-    hidden_weight: float = Settings.hidden_weight,
+    tokens: int = 1_000_000,
+    length: int = 512,
+    batch: int = 16,
+    device_batch: int = 4,
+    learning_rate: float = 1e-4,
+    train: str = "all",
+    hidden_weight: float = 0.0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> HealReport | None:
@@ -120,7 +120,6 @@ def heal(
     check_trained(train)
     device, dtype = str(device), dtype_name(dtype)
     check_place(device, dtype)
-    choose_device(device)
     texts = GivenTexts.read(text, test_text, fields)
     return heal_on(texts, pruned, teacher, destination, settings, own_windows=own_windows, device=device, dtype=dtype)
 
@@ -138,8 +137,9 @@ def heal_on(
 ) -> HealReport | None:
     """Do what `heal` does, on texts that have been read."""
     kind = choose_device(device).type
-    check_destination(destination, pruned, teacher)
+    check_destination(destination)
     folder, dense = local_folder(pruned), local_folder(teacher)
+    check_outside(destination, folder, dense)
     configs = read_config(folder), read_config(dense)
     _check_pair(folder, dense, *configs, settings)
     check_lengths(texts, AutoTokenizer.from_pretrained(folder), settings.length)

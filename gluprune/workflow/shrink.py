@@ -40,7 +40,7 @@ from gluprune.workflow import picture
 from gluprune.workflow.heal import check_place
 from gluprune.workflow.report import ShrinkReport
 from gluprune.workflow.search import narrowest
-from gluprune.workflow.texts import GivenTexts, Sources, check_lengths
+from gluprune.workflow.texts import GivenTexts, check_lengths
 from gluprune.workflow.work import Settings, Work
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def shrink(
     *,
     pruning_ratio: float | None = None,
     max_loss: float | None = None,
-    text: Sources = (),
-    test_text: Sources = (),
+    text: str | Path | Sequence[str | Path] = (),
+    test_text: str | Path | Sequence[str | Path] = (),
     fields: str | Sequence[str] = "text",
     own_windows: int = 64,
     windows: int = 128,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 OWN_TEXT = "text written by the model"
 _HELD_APART = 0.1  # of each text
 _TEST_WINDOWS = 32  # to measure on, at most
-
-
-Sources: TypeAlias = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,12 @@ class GivenTexts:
     digests: Mapping[str, str]
 
     @classmethod
-    def read(cls, text: Sources, test_text: Sources, fields: str | Sequence[str]) -> GivenTexts:
+    def read(
+        cls,
+        text: str | Path | Sequence[str | Path],
+        test_text: str | Path | Sequence[str | Path],
+        fields: str | Sequence[str],
+    ) -> GivenTexts:
         """Read texts; two equal ones are an error, since the text to measure on must be held apart.
 
         Args:

@@ -349,3 +349,11 @@ def test_a_kill_leaves_nothing_half(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
+
+
+def test_an_output_in_what_was_downloaded(tiny_model, tmp_path, monkeypatch):
+    gluprune.save(tiny_model(), tmp_path / "snapshot")
+    monkeypatch.setattr("gluprune.checkpoints.export.local_folder", lambda source: tmp_path / "snapshot")
+    with pytest.raises(ValueError, match="must lie outside the source .*snapshot"):
+        gluprune.export("me/model", tmp_path / "snapshot" / "out", format="nemotron-nas")
+    assert not (tmp_path / "snapshot" / "out").exists()

@@ -1,6 +1,7 @@
 """`heal` on a tiny random model: what it writes, what it measures, what it rejects."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import gluprune
 from gluprune.cli import main
+from gluprune.healing.training import Settings
 from gluprune.io.folder import partial_folders
 from gluprune.workflow.texts import OWN_TEXT
 from tests.helpers.tokenizers import byte_tokenizer
@@ -156,6 +158,12 @@ def test_bad_arguments_are_noticed_before_a_model_is_loaded(pruned, source, tmp_
     with pytest.raises(ValueError, match=message):
         gluprune.heal(pruned, source, tmp_path / "out", **{**brief, **given})
     assert not (tmp_path / "out").exists() and not partial_folders(tmp_path / "out")
+
+
+def test_defaults_are_those_with_which_shrink_heals():
+    parameters = inspect.signature(gluprune.heal).parameters
+    for field in dataclasses.fields(Settings):
+        assert parameters[field.name].default == field.default, field.name
 
 
 def test_models_that_do_not_belong_together(pruned, source, tmp_path, brief, tiny_model, tokenizer, no_load):

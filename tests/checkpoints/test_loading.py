@@ -78,6 +78,14 @@ def test_a_model_where_its_path_is_expected(call):
         call(make_tiny_model())
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_is_that_of_the_weights(tmp_path, name):
+    make_tiny_model(seed=1, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    for given, expected in (("auto", torch.bfloat16), ("float32", torch.float32), (torch.float16, torch.float16)):
+        found = gluprune.load(tmp_path / "model", **{name: given})
+        assert found.dtype == found.config.dtype == expected
+
+
 def test_what_is_no_model_is_not_saved(folder, tmp_path):
     with pytest.raises(TypeError, match="model must be a model of transformers, got Linear"):
         gluprune.save(torch.nn.Linear(2, 2), tmp_path / "saved")
